@@ -174,7 +174,7 @@ def cast(key, value):
     """`value` as the field's type; integers may be written 1e4, floats as integers."""
     kind = FIELDS[key]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and number and value == int(value):
+    if kind is int and number and float(value).is_integer():
         return int(value)
     if kind is float and number:
         return float(value)

@@ -1,0 +1,175 @@
+"""A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. It has never heard of adapters.
+
+Names and shapes of its state dict are those of Hugging Face's LlamaForCausalLM, so a checkpoint IS a Hugging Face
+checkpoint. Parameters stay in float32; the computation runs in `model.compute_dtype` (set it to bfloat16 on a GPU),
+norms and losses in float32.
+
+Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads, Dh head size, V vocabulary.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A model's shape, under the names of Hugging Face's config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that computes in its input's dtype; its weight stays in float32."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rope(start, length, head_dim, theta, device):
+    """Cosines and sines of the rotary angles of positions start ... start + length - 1: two (length, Dh), float32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (j, j + Dh/2) of every head: Hugging Face's order of RoPE. x is (B, heads, T, Dh)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.grouped = cfg.num_key_value_heads != cfg.num_attention_heads
+        self.q_proj = Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
+        self.k_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.v_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.o_proj = Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size)
+
+    def forward(self, x, cos, sin, past=None):
+        """x (B, T, D) -> (B, T, D). `past`, a dict, is the layer's key/value cache: read, and extended by x."""
+        def heads(y):  # (B, T, heads * Dh) -> (B, heads, T, Dh)
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        k = rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
+        if past is not None:
+            k = past["k"] = torch.cat((past["k"], k), dim=2) if "k" in past else k
+            v = past["v"] = torch.cat((past["v"], v), dim=2) if "v" in past else v
+        # one new token sees all that is cached; a whole sequence sees what lies before each position
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cos, sin, past=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Embeddings, blocks and the last norm: the part that Hugging Face calls `model`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    def __init__(self, cfg, seed=None):
+        """Weights are drawn from N(0, 0.02) with a generator of its own (seed), or left as torch draws them (None)."""
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = torch.float32
+        self.model = Body(cfg)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for weight in self.parameters():
+                if weight.ndim == 2:
+                    nn.init.normal_(weight, 0.0, 0.02, generator=generator)
+
+    def forward(self, ids, targets=None, cache=None):
+        """Logits (B, T, V) in float32 of ids (B, T), or with targets (B, T) their mean cross-entropy in nats.
+
+        A target of -100 does not count. `cache` (see new_cache) holds what came before ids, and is extended by them: whole
+        sequences when it is empty, one token at a time afterwards.
+        """
+        past = cache[0]["k"].shape[2] if cache and cache[0] else 0
+        cos, sin = rope(past, ids.shape[1], self.cfg.head_dim, self.cfg.rope_theta, ids.device)
+        x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, cache[i] if cache is not None else None)
+        logits = self.head(self.model.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    def head(self, x):
+        """(..., D) -> logits (..., V), float32.
+
+        Matrix units want multiples of 64 (50257 -> 50304), so the product is padded, but the parameter is not: a token that
+        does not exist has no logit, no share of the softmax, and no row in a checkpoint.
+        """
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        padded = F.pad(weight.to(x.dtype), (0, 0, 0, -len(weight) % 64))
+        return F.linear(x, padded)[..., :len(weight)].float()
+
+    def new_cache(self):
+        """An empty key/value cache, for forward(..., cache=...)."""
+        return [{} for _ in self.model.layers]
