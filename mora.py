@@ -1,0 +1,300 @@
+"""LoRA and MoRA as a small algebra; stands alone, adapts any torch module.
+
+    adapted layer:  y = (W + dW) x      dW = U is linear in x, zero at the start, and the only thing that trains
+
+           LowRank                    Square (MoRA, arXiv 2405.12130, eq. 2)
+      y <- [ B ] <- [ A ] <- x        y <- F_out^T <- [ M ] <- F_in <- x
+           d x r    r x k                 decompress  r^ x r^  compress      r^ = floor(sqrt(r (d + k)))
+
+Four verbs: apply U(x); delta(), the matrix of U; merge: W <- W + dW and the plain layer comes back; restart: W <- W + dW,
+U <- 0 with its fixed maps moved and its optimizer state forgotten. The function is unchanged by merge and by restart.
+
+    model = mora.adapt(model, method="mora", rank=8, operator="rotate", targets=("q_proj", "v_proj"))
+    ... train the parameters that require a gradient ...
+    model = mora.merge(model)
+
+Letters: k in_features, d out_features, r^ (r_hat) the width of M, m the blocks that share M.
+"""
+import math
+import warnings
+import zlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def r_hat(rank, in_features, out_features, even=False):
+    """The width of the square matrix that costs no more than LoRA of this rank: floor(sqrt(rank (in + out))), section 4."""
+    width = math.isqrt(rank * (in_features + out_features))
+    return width - width % 2 if even else width
+
+
+def contiguous_order(features, width):
+    """The permutation that puts neighbours into one group: position p*width + i holds the p-th member of group i.
+
+    Appendix B's second kind. The first `features mod width` groups have one member more.
+    """
+    small, more = divmod(features, width)
+    group = torch.arange(features) % width
+    start = group * small + group.clamp(max=more)
+    return start + torch.arange(features) // width
+
+
+class Fold(nn.Module):
+    """A linear map without parameters from n features to `blocks` blocks of `width`, and its adjoint.
+
+    Permute the features, cut them into pieces of `width` (the last one padded with zeros), rotate piece p by p * theta if
+    asked, add piece p to block p mod blocks. compress is the fold of the inputs, decompress the adjoint of the fold of the
+    outputs. With fewer `pieces` than the features fill, the rest is ignored (truncate).
+    """
+
+    def __init__(self, features, width, blocks, pieces, rotates=False, groups="strided"):
+        super().__init__()
+        self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
+        self.used = min(features, pieces * width)
+        self.rotates, self.groups = rotates, groups
+        moved = groups != "strided"
+        # in buffers, so that a restart moves the groups in place and nothing is compiled again
+        self.register_buffer("order", torch.arange(features) if moved else None, persistent=False)
+        self.register_buffer("inverse", torch.arange(features) if moved else None, persistent=False)
+
+    @torch.no_grad()
+    def move(self, cycle, generator):
+        """Take the permutation of this cycle (0, 1, ...)."""
+        if self.groups == "permute":
+            order = torch.randperm(self.features, generator=generator)
+        elif self.groups == "contiguous" or self.groups == "alternate" and cycle % 2:
+            order = contiguous_order(self.features, self.width)
+        else:
+            order = torch.arange(self.features)
+        if self.order is not None:
+            self.order.copy_(order)
+            self.inverse.copy_(order.argsort())
+
+    def forward(self, x):
+        """(..., n) -> (..., blocks, width)"""
+        if self.order is not None:
+            x = x[..., self.order]
+        x = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used)).unflatten(-1, (self.pieces, self.width))
+        if self.rotates:
+            x = self.rotate(x, 1)
+        x = F.pad(x, (0, 0, 0, -self.pieces % self.blocks))
+        return x.unflatten(-2, (-1, self.blocks)).sum(-3)
+
+    def adjoint(self, h):
+        """(..., blocks, width) -> (..., n)"""
+        repeats = -(-self.pieces // self.blocks)
+        h = h.unsqueeze(-3).expand(*h.shape[:-2], repeats, *h.shape[-2:]).flatten(-3, -2)[..., :self.pieces, :]
+        if self.rotates:
+            h = self.rotate(h, -1)
+        x = F.pad(h.flatten(-2)[..., :self.used], (0, self.features - self.used))
+        return x if self.inverse is None else x[..., self.inverse]
+
+    def rotate(self, x, sign):
+        """Rotate pairs (j, j + width/2) of piece p by sign * p * 10000^(-2j/width): eq. 10, its pairs reordered."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        theta = 10000.0 ** (-torch.arange(0, self.width, 2, device=x.device, dtype=wide) / self.width)
+        angles = sign * torch.arange(self.pieces, device=x.device, dtype=wide)[:, None] * theta
+        cos, sin = angles.cos(), angles.sin()
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Square(nn.Module):
+    """MoRA: U = F_out^T kron(I_m, M) F_in, eq. 2, with one square matrix M. The operators are choices of fold.
+
+    truncate (eq. 4, 5): the first piece alone; share (6, 7): one block; decouple (8): a block for each piece;
+    rotate (9-11): decouple with the input's pieces rotated. m = min(pieces in, pieces out), so that no input is ignored.
+    """
+
+    def __init__(self, in_features, out_features, rank, operator="share", groups="strided", device=None, dtype=None):
+        super().__init__()
+        rotates = operator == "rotate"
+        width = r_hat(rank, in_features, out_features, even=rotates)
+        if width < 1:
+            raise ValueError(f"rank {rank} leaves no matrix to train for a layer {in_features} -> {out_features}")
+        pieces_in, pieces_out = (1 if operator == "truncate" else -(-n // width) for n in (in_features, out_features))
+        blocks = 1 if operator == "share" else min(pieces_in, pieces_out)
+        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups).to(device)
+        self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups).to(device)
+        self.M = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def start(self, cycle, generator):
+        """M = 0, and the groups of this cycle."""
+        self.M.zero_()
+        self.fold_in.move(cycle, generator)
+        self.fold_out.move(cycle, generator)
+
+    def forward(self, x):
+        return self.fold_out.adjoint(F.linear(self.fold_in(x), self.M.to(x.dtype)))
+
+    def delta(self):
+        """dW = F_out^T kron(I_m, M) F_in, (out, in): only adjoints, so a gather (eq. 3)."""
+        blocks, width = self.fold_in.blocks, self.fold_in.width
+        kron = torch.kron(torch.eye(blocks, device=self.M.device, dtype=self.M.dtype), self.M)
+        rows = self.fold_in.adjoint(kron.unflatten(1, (blocks, width)))         # kron F_in: (m r^, in)
+        return self.fold_out.adjoint(rows.T.unflatten(1, (blocks, width))).T    # F_out^T (kron F_in): (out, in)
+
+
+class LowRank(nn.Module):
+    """LoRA: U = (alpha / rank) B A, eq. 1. alpha 0 means scale 1."""
+
+    def __init__(self, in_features, out_features, rank, alpha=0.0, device=None, dtype=None):
+        super().__init__()
+        self.scale = alpha / rank if alpha else 1.0
+        self.A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def start(self, cycle, generator):
+        """A uniform with the variance of Kaiming's rule, B = 0."""
+        bound = self.A.shape[1] ** -0.5
+        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+        self.B.zero_()
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+    def delta(self):
+        """dW = scale B A, (out, in)."""
+        return self.B @ self.A * self.scale
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and its update: y = W x + U(x), with W in `.weight` (out, in) under its old name."""
+
+    def __init__(self, linear, update, dropout=0.0):
+        super().__init__()
+        self.linear = (linear,)  # in a tuple: kept to be given back by merge, but not a submodule
+        self.weight, self.bias = linear.weight, linear.bias
+        self.update, self.dropout = update, dropout
+
+    def forward(self, x):
+        """(..., in) -> (..., out), computed in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
+        return y + self.update(F.dropout(x, self.dropout, self.training))
+
+    def delta(self):
+        """The matrix of the update, (out, in)."""
+        return self.update.delta()
+
+    @torch.no_grad()
+    def merge_(self):
+        """W <- W + dW in float32; returns dW's squared Frobenius norm, a tensor. The update is not started again here."""
+        delta = self.delta()
+        self.weight.copy_(self.weight.to(delta.dtype) + delta)
+        return delta.square().sum()
+
+    def extra_repr(self):
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+def generator(seed, cycle, name):
+    """The random numbers of one layer in one cycle: the same on every rank, and after a resume."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
+
+
+def adapted_layers(model):
+    """[(name, AdaptedLinear)] in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
+def adapter_parameters(model):
+    """[(name, parameter)] of the updates alone."""
+    return [(f"{name}.update.{key}", p) for name, layer in adapted_layers(model) for key, p in layer.update.named_parameters()]
+
+
+def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, dropout=0.0,
+          targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), train_rest=False,
+          seed=0, cycle=0):
+    """Replace the named nn.Linear layers of any torch module by adapted ones, in place; returns the model.
+
+    method: "mora", "lora", or "frozen" (the layers are frozen and get no update). targets: last parts of module names.
+    train_rest: leave the other parameters trainable (pretraining) or freeze them (fine-tuning). The adapters' parameters are
+    float32 (float64 if the weight is) on the weight's device. Raises ValueError for an unknown name, an operator that the
+    method does not take, a target that matches no nn.Linear, and a model that is adapted already.
+    """
+    for value, choices, what in ((method, ("lora", "mora", "frozen"), "method"),
+                                 (operator, ("truncate", "share", "decouple", "rotate"), "operator"),
+                                 (groups, ("strided", "contiguous", "alternate", "permute"), "groups")):
+        if value not in choices:
+            raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if method == "mora" and alpha:
+        raise ValueError(f"MoRA's scale is 1: it takes no alpha, got {alpha}")
+    if adapted_layers(model):
+        raise ValueError("the model is adapted already: merge it first")
+
+    found = _matches(model, targets)
+    for parameter in model.parameters():
+        parameter.requires_grad_(train_rest and parameter.requires_grad)
+    oversized = []
+    for name, linear in found.items():
+        for parameter in linear.parameters():
+            parameter.requires_grad_(False)
+        if method == "frozen":
+            continue
+        shape = dict(in_features=linear.in_features, out_features=linear.out_features, rank=rank, device=linear.weight.device,
+                     dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+        update = LowRank(**shape, alpha=alpha) if method == "lora" else Square(**shape, operator=operator, groups=groups)
+        update.start(cycle, generator(seed, cycle, name))
+        if method == "mora" and update.M.numel() > linear.weight.numel():
+            oversized.append(name)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, AdaptedLinear(linear, update, dropout))
+    if oversized:
+        warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square with more entries than the "
+                      "weight it updates: full-rank training of them would cost less")
+    return model
+
+
+def _matches(model, targets):
+    """{name: nn.Linear} of the modules that the targets name; raises ValueError."""
+    found = {}
+    for target in targets:
+        matches = {n: m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")}
+        linears = {n: m for n, m in matches.items() if isinstance(m, nn.Linear)}
+        if not linears:
+            names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            kinds = f"only {type(next(iter(matches.values()))).__name__} modules" if matches else "no module"
+            raise ValueError(f"target {target!r} matches {kinds}; the model's nn.Linear layers are named {', '.join(names) or 'nothing'}")
+        found |= linears
+    return {name: module for name, module in model.named_modules() if name in found}  # in the model's order
+
+
+def merge(model):
+    """Add every update to its weight (in float32) and give the plain layers back, in place; returns the model.
+
+    Parameters keep their requires_grad. Raises ValueError if nothing is adapted.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapted layers to merge")
+    for name, layer in layers:
+        layer.merge_()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.linear[0])
+    return model
+
+
+def restart(model, optimizer, cycle, seed=0):
+    """Merge, start the update again with the maps of `cycle` (1, 2, ...), forget its optimizer state: ReLoRA and ReMoRA.
+
+    The function is unchanged. LoRA's A is drawn again and B = 0; MoRA's M = 0 and its groups move. Of the optimizer only the
+    adapters' states go, Adam's step count with them. Returns {"states": how many, "update_norm": the Frobenius norm of all
+    that was merged}. Raises RuntimeError if some adapter tensor had no state: it was not being trained.
+    """
+    layers = adapted_layers(model)
+    norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
+    for name, layer in layers:
+        layer.update.start(cycle, generator(seed, cycle, name))
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    states = sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
+    if states != len(parameters):
+        raise RuntimeError(f"restart dropped {states} optimizer states for {len(parameters)} adapter tensors: "
+                           "is every adapter in the optimizer, and has it taken a step?")
+    return {"states": states, "update_norm": norm}
