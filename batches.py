@@ -1,0 +1,117 @@
+"""Token shards -> batches: memory-mapped, a pure function of (seed, step), the same for any number of processes."""
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import UserError
+from data import read_manifest
+
+
+class Tokens:
+    """One split as one long, memory-mapped sequence of token ids."""
+
+    def __init__(self, folder, split, verify=True):
+        """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
+        self.folder, self.split, manifest = Path(folder), split, read_manifest(folder)
+        self.totals, self.vocab_size = manifest["splits"][split], manifest["vocab_size"]
+        shards, dtype = self.totals["shards"], np.dtype(manifest["dtype"])
+        if not shards:
+            raise UserError(f"{folder} has no {split} documents" + (": prepare it again with --val FILES" if split == "val" else ""))
+        for shard in shards:
+            path = self.folder / shard["file"]
+            expected, found = shard["tokens"] * dtype.itemsize, path.stat().st_size if path.exists() else "none"
+            if found != expected:
+                raise UserError(f"{path} should hold {expected} bytes and holds {found}: {self._advice()}")
+        self.shards = [np.memmap(self.folder / shard["file"], dtype, mode="r") for shard in shards]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        if verify:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for shard, crc in zip(shards, pool.map(_crc32, self.shards)):
+                    if crc != shard["crc32"]:
+                        raise UserError(f"{self.folder / shard['file']} is corrupt (checksum {crc}, expected {shard['crc32']}): {self._advice()}")
+
+    def _advice(self):
+        return f"remove {self.folder} and prepare it again"
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, count):
+        """Ids start ... start + count - 1 as int64, across shards."""
+        parts, shard = [], int(np.searchsorted(self.starts, start, "right")) - 1
+        while count > 0:
+            offset = start - self.starts[shard]
+            part = self.shards[shard][offset:offset + count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        ids = np.concatenate(parts).astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"{self.folder}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}: {self._advice()}")
+        return ids
+
+
+def _crc32(shard, block=2 ** 26):
+    crc = 0
+    for start in range(0, len(shard), block):
+        crc = zlib.crc32(shard[start:start + block], crc)
+    return crc
+
+
+class Batches:
+    """Training batches, a pure function of (seed, step): window by window, every window once an epoch, shuffled.
+
+    Window i is tokens[i * seq_len : (i + 1) * seq_len], its targets lie one token further. Sequence i of a step is the same for
+    any number of processes; a process gets its own. While one step computes, the next batch is copied to the device.
+    """
+
+    def __init__(self, tokens, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
+        self.tokens, self.seed, self.seq_len, self.batch_size = tokens, seed, seq_len, batch_size
+        self.micro_batch, self.device, self.rank, self.world = micro_batch, torch.device(device), rank, world
+        self.windows = (len(tokens) - 1) // seq_len
+        if self.windows < 1:
+            raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than one window of seq_len {seq_len} + 1")
+        self.order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.windows))
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+
+    def window(self, index):
+        """The index-th window of the run, an index that counts across epochs: (seq_len + 1,) ids."""
+        epoch, position = divmod(index, self.windows)
+        return self.tokens.read(int(self.order(epoch)[position]) * self.seq_len, self.seq_len + 1)
+
+    def load(self, step):
+        first = step * self.batch_size
+        # rows of micro-step a on rank r: (a * world + r) * micro_batch onwards, so that ranks share a micro-step's neighbours
+        rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)[:, self.rank]
+        ids = torch.from_numpy(np.stack([self.window(first + row) for row in rows.ravel()])).unflatten(0, rows.shape)
+        if self.device.type == "cuda":
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
+        else:
+            ids = ids.to(self.device)
+        return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
+
+    def __call__(self, step):
+        """(inputs, targets) of this step and rank, each (accumulation, micro_batch, seq_len) int64 on the device."""
+        batch = self.ahead.pop(step).result() if step in self.ahead else self.load(step)
+        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
+        return batch
+
+
+def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
+    """(inputs, targets) over the whole split in order, each (<= batch, seq_len) int64: every token but the first is a target once.
+
+    The last window is filled up with targets of -100. Ranks take turns. limit: stop after so many tokens, 0 for all.
+    """
+    total = min(len(tokens) - 1, limit or len(tokens))
+    windows = [start for start in range(0, total, seq_len)]
+    for first in range(rank * batch, len(windows), world * batch):
+        rows = np.full((len(windows[first:first + batch]), seq_len + 1), -100, dtype=np.int64)
+        for row, start in zip(rows, windows[first:first + batch]):
+            count = min(seq_len, total - start) + 1
+            row[:count] = tokens.read(start, count)
+        ids = torch.from_numpy(rows)
+        yield ids[:, :-1].clamp(min=0), ids[:, 1:]
