@@ -18,7 +18,7 @@ class Tokens:
     def __init__(self, folder, split, verify=True):
         """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
         self.folder, self.split, manifest = Path(folder), split, read_manifest(folder)
-        self.totals, self.vocab_size = manifest["splits"][split], manifest["vocab_size"]
+        self.totals, self.vocab_size, self.tokenizer = manifest["splits"][split], manifest["vocab_size"], manifest["tokenizer"]
         shards, dtype = self.totals["shards"], np.dtype(manifest["dtype"])
         if not shards:
             raise UserError(f"{folder} has no {split} documents" + (": prepare it again with --val FILES" if split == "val" else ""))
@@ -102,14 +102,14 @@ class Batches:
 
 
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
-    """(inputs, targets) over the whole split in order, each (<= batch, seq_len) int64: every token but the first is a target once.
+    """(inputs, targets) over the whole split in order, each (batch, seq_len) int64: every token but the first is a target once.
 
-    The last window is filled up with targets of -100. Ranks take turns. limit: stop after so many tokens, 0 for all.
+    What lies past the end is filled with targets of -100, so that shapes never change. Ranks take turns. limit: stop after so many tokens, 0 for all.
     """
     total = min(len(tokens) - 1, limit or len(tokens))
-    windows = [start for start in range(0, total, seq_len)]
+    windows = range(0, total, seq_len)
     for first in range(rank * batch, len(windows), world * batch):
-        rows = np.full((len(windows[first:first + batch]), seq_len + 1), -100, dtype=np.int64)
+        rows = np.full((batch, seq_len + 1), -100, dtype=np.int64)
         for row, start in zip(rows, windows[first:first + batch]):
             count = min(seq_len, total - start) + 1
             row[:count] = tokens.read(start, count)

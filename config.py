@@ -9,6 +9,8 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
+import os
 import runpy
 import sys
 import traceback
@@ -242,6 +244,13 @@ def differences(cfg, base=Config()):
     return {key: getattr(cfg, key) for key in FIELDS if getattr(cfg, key) != getattr(base, key)}
 
 
+def write_json(path, value):
+    """Write JSON so that the file appears whole or not at all."""
+    beside = Path(f"{path}.tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)
+
+
 def _fields_as_text():
     lines = inspect.getsource(Config).split("    def ")[0].splitlines()[2:]
     return "\n".join(lines).rstrip()
@@ -252,7 +261,8 @@ def command_line(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, command_line
+from config import UserError, command_line, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; also how much a kill can cost
 CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
@@ -171,12 +171,6 @@ class SplitWriter:
             self.totals[key] += self.pending[key]
             self.pending[key] = 0
         self.open = None
-
-
-def write_json(path, value):
-    beside = path.with_suffix(".json.tmp")
-    beside.write_text(json.dumps(value, indent=1))
-    os.replace(beside, path)
 
 
 def prepare(folder, request, stages, limits=None):

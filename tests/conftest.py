@@ -1,7 +1,55 @@
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(2)
+
+import data
+import train
+
+TINY = """
+seq_len, batch_size, micro_batch = 16, 8, 2
+hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads = 16, 24, 2, 2, 1
+rank, lr, warmup, steps = 2, 1e-2, 4, 20
+log_every, eval_every, save_every, keep = 1, 10, 10, 0
+device, compile = "cpu", "off"
+"""
+
+
+def texts(count=200):
+    yield [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small corpus of bytes, every 100th document validation."""
+    folder = tmp_path_factory.mktemp("data") / "small"
+    data.prepare(folder, {"source": "test", "tokenizer": "bytes"}, [(texts, data.every_100th)])
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    """Path of a config file for a run of a second, on the small corpus."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY + f"data, out = {str(corpus)!r}, {str(tmp_path / 'run')!r}\n")
+    return path
+
+
+@pytest.fixture
+def run(config):
+    """run("--key=value", ...) trains in this process and returns the run's folder."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def start(*overrides):
+        train.main([str(config), *overrides])
+        out = [word.removeprefix("--out=") for word in overrides if word.startswith("--out=")]
+        return Path(out[0]) if out else config.parent / "run"
+
+    yield start
+    for name, handler in handlers.items():
+        signal.signal(name, handler)

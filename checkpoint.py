@@ -1,0 +1,139 @@
+"""Checkpoints: directories of safetensors and JSON. Weights are never pickled; a directory appears whole or not at all.
+
+    out/<run>/step-00002000/base/       a Hugging Face directory: the weights without the update
+    out/<run>/step-00002000/adapter/    the update and what mora.adapt needs to make room for it
+    out/<run>/step-00002000/            optimizer.pt, state.json
+"""
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import mora
+from config import UserError, write_json
+from data import tokenizer as get_tokenizer
+from model import Llama, LlamaConfig
+
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+
+
+def write_hugging_face(folder, weights, cfg, tokenizer):
+    """A directory that transformers loads: {name: tensor} as model.safetensors, LlamaConfig as config.json.
+
+    tokenizer, a name that data.tokenizer knows, is one key more, which transformers ignores.
+    """
+    end_of_text = get_tokenizer(tokenizer).eot_token if tokenizer else None
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    write_json(folder / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "tokenizer": tokenizer, **{key: getattr(cfg, key) for key in SHAPE}})
+
+
+def read_hugging_face(folder):
+    """(Llama in float32, tokenizer's name or None) of a Hugging Face directory; raises UserError for what is not implemented."""
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    kinds = {"model_type": config.get("model_type"), "hidden_act": config.get("hidden_act", "silu"),
+             "attention_bias": config.get("attention_bias", False), "mlp_bias": config.get("mlp_bias", False),
+             "rope_scaling": config.get("rope_scaling"), "rope_type": rope.get("rope_type", "default")}
+    known = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_type": "default"}
+    for key, value in kinds.items():
+        if value != known[key]:
+            raise UserError(f"{folder / 'config.json'}: {key} {value!r} is not implemented, only {known[key]!r}")
+    values = {key: config[key] for key in SHAPE if key in config} | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
+    values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    try:
+        cfg = LlamaConfig(**values)
+    except TypeError as error:
+        raise UserError(f"{folder / 'config.json'} lacks a key: {error}")
+    if config.get("head_dim", cfg.head_dim) != cfg.head_dim:
+        raise UserError(f"{folder / 'config.json'}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads = {cfg.head_dim}")
+    model = Llama(cfg)
+    load_weights(model, folder / "model.safetensors")
+    return model, config.get("tokenizer")
+
+
+def load_weights(model, *files):
+    """Copy the tensors of safetensors files into a model; together they must be all it has, and no more."""
+    weights = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} can not be read: {error}")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{', '.join(map(str, files))}: the weights do not fit the model: {' '.join(str(error).split())}")
+
+
+def save(cfg, step, cycle, model, optimizer, tokenizer):
+    """Write <out>/step-<step>/, then remove all but the newest cfg.keep (0: keep all)."""
+    final, beside = Path(cfg.out) / f"step-{step:08d}", Path(cfg.out) / f".writing-step-{step:08d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    weights = model.state_dict()
+    updates = {name: weights.pop(name).cpu().contiguous() for name, _ in mora.adapter_parameters(model)}
+    write_hugging_face(beside / "base", weights, model.cfg, tokenizer)
+    if cfg.adapter():
+        (beside / "adapter").mkdir()
+        write_json(beside / "adapter" / "adapter_config.json", {**cfg.adapter(), "cycle": cycle})
+        save_file(updates, beside / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+    write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
+    os.replace(beside, final)
+    for old in steps_of(cfg.out)[:-cfg.keep] if cfg.keep else []:
+        gone = old.with_name(f".removing-{old.name}")
+        os.replace(old, gone)
+        shutil.rmtree(gone)
+
+
+def steps_of(run):
+    """The whole checkpoints of a run folder, oldest first."""
+    return sorted(Path(run).glob("step-" + "[0-9]" * 8))
+
+
+def resume(path, model, optimizer):
+    """Load a checkpoint of the same shape and method into a model and its optimizer, in place; returns its state.json."""
+    adapter = path / "adapter" / "adapter_model.safetensors"
+    load_weights(model, path / "base" / "model.safetensors", *([adapter] if adapter.exists() else []))
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path / 'optimizer.pt'} can not be loaded: {error}")
+    return read_json(path / "state.json")
+
+
+def load(path):
+    """(model in float32, tokenizer's name or None, its folder) of a run, of one of its steps, or of a Hugging Face directory.
+
+    A checkpoint with an update comes back adapted.
+    """
+    path = Path(path)
+    if steps_of(path):
+        path = steps_of(path)[-1]
+    if (path / "config.json").exists() and (path / "model.safetensors").exists():
+        return *read_hugging_face(path), path
+    if not (path / "base").is_dir():
+        what = "holds no checkpoint: expected step-00000000/, base/, or config.json and model.safetensors" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}")
+    model, tokenizer = read_hugging_face(path / "base")
+    if (path / "adapter").is_dir():
+        mora.adapt(model, **read_json(path / "adapter" / "adapter_config.json"))
+        load_weights(model, path / "base" / "model.safetensors", path / "adapter" / "adapter_model.safetensors")
+    return model, tokenizer, path
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can not be read: {error}")

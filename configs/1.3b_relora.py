@@ -1,0 +1,11 @@
+"""ReLoRA, r = 128, 1.3B on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
+
+LoRA, merged and started again every 2,000 steps. Table 3: perplexity 27.80 on C4 (with the paper's 32,100-token vocabulary).
+"""
+from configs.c4_1300m import *
+
+method = "lora"
+rank = 128
+alpha = 64
+restart_every = 2000
+restart_warmup = 50

@@ -1,0 +1,21 @@
+"""A byte-level LLaMA with MoRA on the running Python's own sources: the default of train.py.
+
+300 steps x 16 sequences x 256 bytes = 1.2 M bytes. 1.0 M parameters, 0.22 M of them train; 2 minutes on 2 cores.
+"""
+data = "data/stdlib"
+seq_len = 256
+batch_size = 16
+
+hidden_size = 128
+intermediate_size = 352
+num_hidden_layers = 4
+num_attention_heads = 4
+
+method = "mora"
+rank = 16
+
+steps = 300
+lr = 3e-3
+warmup = 40
+eval_every = 100
+save_every = 100

@@ -1,0 +1,69 @@
+"""Text from a checkpoint, as it comes.
+
+    python sample.py out/tiny_mora --prompt="def "
+    python sample.py out/tiny_mora/merged --prompt="def " --temperature=0.7 --max_new_tokens=300
+"""
+import argparse
+import codecs
+import time
+
+import torch
+
+import checkpoint
+from config import UserError, command_line
+from data import tokenizer as get_tokenizer
+
+
+@torch.no_grad()
+def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None):
+    """Yield one token id after another, drawn with a key/value cache.
+
+    vocab_size: ids from here on do not exist for the tokenizer and are never drawn. temperature 0: the likeliest token.
+    """
+    cache = model.new_cache()
+    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    for _ in range(max_new_tokens):
+        logits = model(ids, cache=cache)[0, -1, :vocab_size].cpu()
+        if top_k:
+            logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = -torch.inf
+        if temperature:
+            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token == stop:
+            return
+        yield token
+        ids = torch.tensor([[token]], device=ids.device)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    parser.add_argument("--prompt", default="", help="default: the start of a document")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_k", type=int, default=200, help="draw among so many likeliest tokens, 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="tiktoken's name or bytes, for a directory that does not say")
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or args.top_k < 0:
+        raise UserError(f"temperature {args.temperature} and top_k {args.top_k} must not be negative")
+    model, name, path = checkpoint.load(args.checkpoint)
+    if not (args.tokenizer or name):
+        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, or bytes)")
+    encoding = get_tokenizer(args.tokenizer or name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    prompt = encoding.encode_ordinary(args.prompt)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    print(args.prompt, end="", flush=True)
+    start, count = time.time(), 0
+    for token in generate(model, [encoding.eot_token] + prompt, encoding.n_vocab, args.max_new_tokens, args.temperature, args.top_k,
+                          encoding.eot_token, torch.Generator().manual_seed(args.seed)):
+        print(text.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+        count += 1
+    print(f"\n[{count} tokens, {count / (time.time() - start):.0f} tokens/s]")
+
+
+if __name__ == "__main__":
+    command_line(main)

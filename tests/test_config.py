@@ -1,0 +1,87 @@
+"""A config says what it means, or one line says what is wrong."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import Config, UserError, accumulation, load
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+def write(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    return str(tmp_path / "c.py")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_loads(name):
+    cfg = load([str(ROOT / "configs" / name)], None)
+    assert cfg.out == f"out/{name.removesuffix('.py')}"
+    accumulation(cfg, 1), accumulation(cfg, 8)
+
+
+def test_the_papers_ten_experiments_are_there():
+    for size, shape in (("250m", (768, 2560, 24, 16)), ("1.3b", (2048, 5461, 24, 32))):
+        for method in ("full", "lora", "relora", "mora", "remora"):
+            cfg = load([str(ROOT / "configs" / f"{size}_{method}.py")], None)
+            assert (cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, cfg.num_attention_heads) == shape
+            assert cfg.method == method.removeprefix("re")
+            assert bool(cfg.restart_every) == method.startswith("re") and cfg.steps * cfg.batch_size * cfg.seq_len == 5_242_880_000
+
+
+def test_files_import_files_and_the_command_line_wins(tmp_path):
+    cfg = load([write(tmp_path, "from configs.c4_250m import *\nimport math\n_half = 32\nrank = _half * 2\nlr = 1\n"),
+                "--steps=1e4", "--targets=q_proj,v_proj", "--train_rest=false", "--resume", "--out=1"], None)
+    assert (cfg.rank, cfg.lr, cfg.steps, cfg.targets, cfg.train_rest, cfg.resume, cfg.out) == \
+        (64, 1.0, 10000, ("q_proj", "v_proj"), False, True, "1")
+    assert cfg.hidden_size == 768 and isinstance(cfg.lr, float) and cfg.operator == "share"
+    assert load([str(tmp_path / "c.py"), "--method=full"], None).adapter() == {}
+
+
+@pytest.mark.parametrize("text, words, says", [
+    ("", ["--hiden_size=8"], "did you mean hidden_size"),
+    ("larning_rate = 1", [], "unknown key 'larning_rate' in"),
+    ("", ["--rank"], "--rank needs a value: --rank=8"),
+    ("", ["--rank=1.5"], "a whole number, got 1.5"),
+    ("", ["--steps=1e999"], "a whole number"),
+    ("rank = '8'", [], "a whole number, got '8'"),
+    ("", ["--train_rest=maybe"], "True or False, got 'maybe'"),
+    ("", ["--rank=0"], "at least 1 for method mora, got 0"),
+    ("", ["--method=lora", "--operator=rotate"], "lora takes no operator, got 'rotate'"),
+    ("", ["--operator=rotat"], "did you mean rotate"),
+    ("", ["--method=full", "--restart_every=5"], "no update to restart"),
+    ("", ["--alpha=5"], "mora takes no alpha"),
+    ("", ["--num_key_value_heads=3"], "heads 8 must be a multiple of num_key_value_heads 3"),
+    ("", ["--hidden_size=60"], "hidden_size 60"),
+    ("rank = 1 +", [], "line 1: SyntaxError"),
+    ("\nrank = 1 / 0", [], "line 2: ZeroDivisionError"),
+    ("", ["other.py"], "one config file at a time"),
+])
+def test_mistakes_are_one_clear_line(tmp_path, text, words, says):
+    with pytest.raises(UserError, match=says.replace("(", r"\(")) as caught:
+        load([write(tmp_path, text), *words], None)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_file_suggests():
+    with pytest.raises(UserError, match="did you mean .*250m_mora.py"):
+        load([str(ROOT / "configs" / "250m_moar.py")], None)
+
+
+def test_batch_must_divide():
+    assert accumulation(Config(batch_size=64, micro_batch=4), 8) == (4, 2)
+    assert accumulation(Config(batch_size=64), 8) == (8, 1)
+    with pytest.raises(UserError, match="batch_size 64 does not divide among 3"):
+        accumulation(Config(batch_size=64), 3)
+    with pytest.raises(UserError, match="8 sequences each, which micro_batch 3"):
+        accumulation(Config(batch_size=64, micro_batch=3), 8)
+
+
+def test_a_mistake_ends_with_status_2_and_no_traceback():
+    done = subprocess.run([sys.executable, "train.py", "configs/250m_mora.py"], cwd=ROOT, capture_output=True, text=True)
+    if (ROOT / "data" / "c4" / "manifest.json").exists():
+        pytest.skip("C4 is prepared here")
+    assert done.returncode == 2 and done.stderr == "error: no token shards in data/c4: prepare them with `python data.py c4`\n"

@@ -1,0 +1,171 @@
+"""A run that was stopped, split or continued is the run that was not."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+from config import Config, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def records(run, key="loss"):
+    """{step: value} of log.jsonl; a resumed run's later line wins."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line and "step" in line}
+
+
+def contents(step):
+    """Every tensor of a checkpoint, the optimizer's too."""
+    tensors = {}
+    for file in sorted(step.rglob("*.safetensors")):
+        tensors |= load_file(file)
+    optimizer = torch.load(step / "optimizer.pt", weights_only=True)
+    return tensors | {f"{i} {key}": value for i, state in optimizer["state"].items() for key, value in state.items()}
+
+
+def same(a, b):
+    a, b = contents(a), contents(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+METHODS = {
+    "full": ["--method=full"],
+    "lora": ["--method=lora", "--dropout=0.1"],
+    "rotate": ["--operator=rotate", "--tie_word_embeddings=true"],
+    "remora": ["--groups=permute", "--restart_every=7", "--restart_warmup=2"],
+    "relora": ["--method=lora", "--restart_every=10"],
+    "frozen": ["--method=frozen"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bitwise_identical(run, method):
+    whole = run(*METHODS[method])
+    out = str(whole.with_name("parts"))
+    half = run(*METHODS[method], f"--out={out}", "--keep=0")
+    for step in checkpoint.steps_of(half)[1:]:  # as if it had been killed right after step 10
+        step.rename(step.with_name(".lost"))
+    assert run(*METHODS[method], f"--out={out}", "--resume") == half
+    assert same(whole / "step-00000020", half / "step-00000020")
+    assert records(whole) == records(half) and records(whole, "val_loss") == records(half, "val_loss")
+
+
+def test_a_killed_process_resumes_bitwise(run, config):
+    whole = run("--groups=permute", "--restart_every=7")
+    command = [sys.executable, "train.py", str(config), "--groups=permute", "--restart_every=7", f"--out={config.parent / 'killed'}"]
+    killed = config.parent / "killed"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (killed / "step-00000010").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [step.name for step in checkpoint.steps_of(killed)] in (["step-00000010"], ["step-00000010", "step-00000020"])
+    run("--groups=permute", "--restart_every=7", f"--out={killed}", "--resume")
+    assert same(whole / "step-00000020", killed / "step-00000020")
+
+
+def test_ctrl_c_saves_before_it_stops(run, config):
+    process = subprocess.Popen([sys.executable, "train.py", str(config), "--steps=100000", "--save_every=100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if " loss " in line and "validation" not in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[0]
+    newest = checkpoint.steps_of(config.parent / "run")[-1]
+    assert process.returncode == 130 and f"stopped and saved at step {int(newest.name[5:])}" in rest
+    assert json.loads((newest / "state.json").read_text())["step"] == int(newest.name[5:])
+
+
+# train.py, with every rank's tensors (buffers too: the groups) left in a file at each evaluation
+SPY = """
+import os, sys, torch, train
+perplexity = train.perplexity
+def spy(model, *args):
+    torch.save({**model.state_dict(), **dict(model.named_buffers())}, f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
+    return perplexity(model, *args)
+train.perplexity = spy
+train.main(sys.argv[1:2] + sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("method", ("remora", "relora"))
+def test_two_processes_equal_one(run, config, method):
+    """The same losses to float32 rounding, across two restarts; and ranks that agree bit for bit."""
+    one, two, folder = run(*METHODS[method], "--restart_every=7"), config.parent / "two", config.parent
+    (folder / "spy.py").write_text(SPY)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "spy.py"), str(config), str(folder),
+                    *METHODS[method], "--restart_every=7", f"--out={two}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert records(two, key) == pytest.approx(records(one, key), rel=1e-5), key
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    assert any(key.endswith("fold_in.order") for key in ranks[0]) == (method == "remora")
+    assert records(two, "restart") == {7: 1, 14: 2}
+
+
+def test_accumulation_equals_big_batch(run):
+    big = run("--micro_batch=8", "--steps=5")
+    small = run("--micro_batch=1", "--steps=5", f"--out={big.with_name('small')}")
+    assert all(records(small)[step] == pytest.approx(value, rel=1e-5) for step, value in records(big).items())
+
+
+def test_loss_falls(run):
+    losses = records(run("--steps=60", "--eval_every=60", "--save_every=60"))
+    assert losses[60] < losses[1] - 1
+
+
+def test_the_frozen_weights_stay_and_the_rest_moves(run):
+    a, b = (load_file(step / "base" / "model.safetensors") for step in checkpoint.steps_of(run()))
+    for name in a:
+        assert torch.equal(a[name], b[name]) == ("_proj" in name), name
+
+
+def test_only_the_newest_are_kept_and_nothing_half_written(run):
+    out = run("--save_every=3", "--keep=2")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "log.jsonl", "step-00000018", "step-00000020"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(run, config):
+    with pytest.raises(UserError, match=r"step 1[0-9]: loss nan|step 1[0-9]: loss inf|gradient norm (nan|inf)") as caught:
+        run("--lr=1e30", "--grad_clip=0", "--steps=60", "--warmup=10", "--save_every=5", "--log_every=7")
+    assert "last good checkpoint is" in str(caught.value) and "--lr" in str(caught.value)
+
+
+def test_two_runs_do_not_mix(run):
+    run("--steps=10")
+    with pytest.raises(UserError, match="go on with --resume"):
+        run("--steps=10")
+    with pytest.raises(UserError, match="rank was 2, now 4"):
+        run("--steps=20", "--resume", "--rank=4")
+    assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
+
+
+def test_full_rank_warm_start(run):
+    """init_from: adapters on the weights of a full-rank run; the loss goes on where that run ended."""
+    warm = run("--method=full", "--steps=60", "--eval_every=60", "--save_every=60")
+    out = run(f"--init_from={warm}", f"--out={warm.with_name('adapted')}", "--steps=5", "--hidden_size=32")
+    assert records(out, "val_loss")[0] == pytest.approx(records(warm, "val_loss")[60], rel=1e-5)
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == 16
+
+
+def test_learning_rate_golden():
+    """Values computed by hand from ReLoRA's jagged schedule, first steps of warm-up and restarts included."""
+    golden = {0: 0.01, 49: 0.5, 99: 1.0, 100: 1.0, 299: 0.89572759, 300: 0.08844152, 304: 0.44220759, 309: 0.88441517, 310: 0.88441517,
+              599: 0.47340573, 600: 0.04564397, 609: 0.45643974, 610: 0.45643974, 999: 0.10000274}
+    cfg = Config(lr=1.0, steps=1000, warmup=100, restart_every=300, restart_warmup=10)
+    assert {step: train.learning_rate(step, cfg) for step in golden} == pytest.approx(golden, abs=1e-7)
+    plain = dataclasses.replace(cfg, restart_every=0)
+    assert train.learning_rate(300, plain) == pytest.approx(0.89482, abs=1e-5) and train.learning_rate(1000, plain) == pytest.approx(0.1)
+    assert train.learning_rate(500, dataclasses.replace(plain, min_lr_ratio=1.0, warmup=0)) == 1.0
