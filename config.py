@@ -17,6 +17,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 METHODS = ("full", "frozen", "lora", "mora")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
@@ -61,9 +62,11 @@ class Config:
     groups: str = "strided"         # mora only: strided, contiguous, alternate, permute
     alpha: float = 0.0              # lora only: the update is scaled by alpha / rank; 0: scale 1
     dropout: float = 0.0            # on the adapters' input
-    targets: tuple = PROJECTIONS    # names of the linear layers that are adapted
+    targets: tuple[str, ...] = PROJECTIONS    # names of the linear layers that are adapted
     train_rest: bool = True         # embeddings, norms and head train too (pretraining); False: adapters alone
     restart_every: int = 0          # merge the update and start it again every so many steps: ReLoRA, ReMoRA
+    restart_steps: tuple[int, ...] = ()  # the same at these steps
+    restart_keep: float = 0.0       # part of the adapters' first moments, the largest, that a restart leaves; 0: forget all
     # optimizer
     steps: int = 10000
     lr: float = 5e-4                # peak learning rate
@@ -85,6 +88,13 @@ class Config:
     device: str = "auto"            # cuda, then mps, then cpu
     dtype: str = "auto"             # of the computation, parameters are float32: bfloat16 on cuda, else float32
     compile: str = "auto"           # torch.compile each block: on for cuda, else off
+
+    def cycle(self, step):
+        """(restarts up to and with this step, step of the latest or 0)."""
+        if self.restart_every:
+            return step // self.restart_every, step - step % self.restart_every
+        done = [at for at in self.restart_steps if at <= step]
+        return len(done), done[-1] if done else 0
 
     def model(self):
         """The fields that are a model's shape, under Hugging Face's names."""
@@ -162,8 +172,10 @@ def parse(key, text):
     """The value of `--key=text`."""
     if FIELDS[key] is str:
         return text
-    if FIELDS[key] is tuple and not text.startswith(("(", "[")):
+    if FIELDS[key] == tuple[str, ...] and not text.startswith(("(", "[")):
         return tuple(part for part in text.split(",") if part)
+    if FIELDS[key] == tuple[int, ...] and not text.startswith(("(", "[")):
+        text = f"({text},)" if text else "()"
     if FIELDS[key] is bool:
         text = {"true": "True", "false": "False", "yes": "True", "no": "False", "1": "True", "0": "False"}.get(text.lower(), text)
     try:
@@ -180,11 +192,12 @@ def cast(key, value):
         return int(value)
     if kind is float and number:
         return float(value)
-    if kind is tuple and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+    if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, (tuple, list)) and all(type(v) is get_args(kind)[0] for v in value):
         return tuple(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", tuple: "names with commas between"}
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
+             tuple[str, ...]: "names with commas between", tuple[int, ...]: "whole numbers with commas between"}
     raise UserError(f"{key} must be {names[kind]}, got {value!r}")
 
 
@@ -223,7 +236,11 @@ def check(cfg):
     need(mora or cfg.groups == "strided", f"method {cfg.method} takes no groups, got {cfg.groups!r}; groups are mora's")
     need(cfg.method == "lora" or not cfg.alpha, f"method {cfg.method} takes no alpha, got {cfg.alpha}; MoRA's scale is 1")
     need(adapts or not cfg.dropout, f"method {cfg.method} takes no dropout, got {cfg.dropout}: it is on the adapters' input")
-    need(adapts or not cfg.restart_every, f"method {cfg.method} has no update to restart, got restart_every {cfg.restart_every}")
+    need(adapts or not (cfg.restart_every or cfg.restart_steps),
+         f"method {cfg.method} has no update to restart, got restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}")
+    need(not (cfg.restart_every and cfg.restart_steps), f"restart_every {cfg.restart_every} and restart_steps {cfg.restart_steps}: give one of them")
+    need(list(cfg.restart_steps) == sorted({step for step in cfg.restart_steps if step > 0}), f"restart_steps must rise from 1, got {cfg.restart_steps}")
+    need(0 <= cfg.restart_keep <= 1, f"restart_keep must lie between 0 and 1, got {cfg.restart_keep}")
 
 
 def accumulation(cfg, processes):

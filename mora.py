@@ -281,20 +281,32 @@ def merge(model):
     return model
 
 
-def restart(model, optimizer, cycle, seed=0):
+def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge, start the update again with the maps of `cycle` (1, 2, ...), forget its optimizer state: ReLoRA and ReMoRA.
 
     The function is unchanged. LoRA's A is drawn again and B = 0; MoRA's M = 0 and its groups move. Of the optimizer only the
-    adapters' states go, Adam's step count with them. Returns {"states": how many, "update_norm": the Frobenius norm of all
-    that was merged}. Raises RuntimeError if some adapter tensor had no state: it was not being trained.
+    adapters' states go, Adam's step count with them; keep > 0 instead prunes their first moments to this part, the largest.
+    Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of all that was merged}. Raises
+    RuntimeError if some adapter tensor had no state: it was not being trained.
     """
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
+    if states != len(parameters):
+        raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is every adapter in the optimizer, "
+                           "and has it taken a step?")
     layers = adapted_layers(model)
     norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
     for name, layer in layers:
         layer.update.start(cycle, generator(seed, cycle, name))
-    parameters = [parameter for _, parameter in adapter_parameters(model)]
-    states = sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
-    if states != len(parameters):
-        raise RuntimeError(f"restart dropped {states} optimizer states for {len(parameters)} adapter tensors: "
-                           "is every adapter in the optimizer, and has it taken a step?")
+    for parameter in parameters:
+        if keep:
+            _prune(optimizer.state[parameter]["exp_avg"], keep)
+        else:
+            del optimizer.state[parameter]
     return {"states": states, "update_norm": norm}
+
+
+def _prune(moment, keep):
+    """Zero all but the largest entries. The second moment stays: zeroing it too would make Adam's next step 3.16 times too large."""
+    smallest = moment.abs().flatten().topk(moment.numel() - max(1, round(keep * moment.numel())), largest=False).indices
+    moment.view(-1)[smallest] = 0

@@ -37,11 +37,11 @@ def learning_rate(step, cfg):
         progress = (at - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
         return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
 
-    since = step % cfg.restart_every if cfg.restart_every else step
+    _, restarted = cfg.cycle(step)
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    if cfg.restart_every and step >= cfg.restart_every and since < cfg.restart_warmup:
-        return cfg.lr * (since + 1) / cfg.restart_warmup * cosine(step - since + cfg.restart_warmup)
+    if restarted and step - restarted < cfg.restart_warmup:
+        return cfg.lr * (step - restarted + 1) / cfg.restart_warmup * cosine(restarted + cfg.restart_warmup)
     return cfg.lr * cosine(step)
 
 
@@ -110,7 +110,7 @@ def check_run_folder(cfg, rank):
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
     before = checkpoint.read_json(newest / "state.json")["config"]
-    fixed = {*cfg.model(), *cfg.adapter(), "method", "data", "seq_len", "batch_size", "restart_every"} - {"max_position_embeddings"}
+    fixed = {*cfg.model(), *cfg.adapter(), "method", "data", "seq_len", "batch_size", "restart_every", "restart_steps"} - {"max_position_embeddings"}
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed) if before[key] != now[key]]
     if changed:
@@ -187,11 +187,11 @@ def train(cfg):
             break
 
         # ReLoRA, ReMoRA: a cycle is over, its update joins the weights
-        if cfg.restart_every and step // cfg.restart_every > cycle:
-            cycle = step // cfg.restart_every
-            report = mora.restart(model, optimizer, cycle, cfg.seed)
-            log(step, f"restart {cycle}: merged an update of norm {report['update_norm']:.4g}, dropped {report['states']} optimizer states",
-                restart=cycle, **report)
+        if cfg.cycle(step)[0] > cycle:
+            cycle = cfg.cycle(step)[0]
+            report = mora.restart(model, optimizer, cycle, cfg.seed, cfg.restart_keep)
+            log(step, f"restart {cycle}: merged an update of norm {report['update_norm']:.4g}, {'pruned' if cfg.restart_keep else 'dropped'} "
+                f"{report['states']} optimizer states", restart=cycle, **report)
         clock += time.time() - pause
 
         # one step at this step's learning rate
@@ -267,14 +267,17 @@ class Log:
         print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in differences(cfg).items())}")
         print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on {head['processes']} x {head['device']}, {head['dtype']}; a step is "
               f"{cfg.batch_size} x {cfg.seq_len} = {head['tokens_per_step']:,} tokens in {head['accumulate']} x {head['micro_batch']} sequences a process")
-        if cfg.log_to == "wandb":
-            import wandb
-            wandb.init(project="mora", name=out.name, config=head["config"], dir=cfg.out)
-            self.also = wandb.log
-        elif cfg.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(cfg.out)
-            self.also = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+        try:
+            if cfg.log_to == "wandb":
+                import wandb
+                wandb.init(project="mora", name=out.name, config=head["config"], dir=cfg.out)
+                self.also = wandb.log
+            elif cfg.log_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(cfg.out)
+                self.also = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+        except ImportError:
+            raise UserError(f"log_to={cfg.log_to} needs a package that is not installed: pip install {cfg.log_to}")
 
     def __call__(self, step, line, **values):
         if self.speaks:

@@ -6,7 +6,6 @@ the head. Prepare the data with `python data.py text wiki wiki-train.*.json.gz -
 data = "data/wiki"
 seq_len = 512
 batch_size = 128
-micro_batch = 128
 
 hidden_size = 512
 intermediate_size = 1376

@@ -53,6 +53,10 @@ def test_files_import_files_and_the_command_line_wins(tmp_path):
     ("", ["--method=lora", "--operator=rotate"], "lora takes no operator, got 'rotate'"),
     ("", ["--operator=rotat"], "did you mean rotate"),
     ("", ["--method=full", "--restart_every=5"], "no update to restart"),
+    ("", ["--restart_every=5", "--restart_steps=7,9"], "give one of them"),
+    ("", ["--restart_steps=9,7"], "restart_steps must rise"),
+    ("", ["--restart_steps=a"], "whole numbers with commas between, got"),
+    ("targets = 'q_proj'", [], "names with commas between, got 'q_proj'"),
     ("", ["--alpha=5"], "mora takes no alpha"),
     ("", ["--num_key_value_heads=3"], "heads 8 must be a multiple of num_key_value_heads 3"),
     ("", ["--hidden_size=60"], "hidden_size 60"),
@@ -64,6 +68,12 @@ def test_mistakes_are_one_clear_line(tmp_path, text, words, says):
     with pytest.raises(UserError, match=says.replace("(", r"\(")) as caught:
         load([write(tmp_path, text), *words], None)
     assert "\n" not in str(caught.value)
+
+
+def test_restarts_by_period_and_by_list_are_counted_alike():
+    every, listed = Config(restart_every=7), Config(restart_steps=(7, 14, 21))
+    assert [every.cycle(step) for step in range(28)] == [listed.cycle(step) for step in range(28)]
+    assert [listed.cycle(step) for step in (0, 6, 7, 20, 21, 100)] == [(0, 0), (0, 0), (1, 7), (2, 14), (3, 21), (3, 21)]
 
 
 def test_unknown_file_suggests():

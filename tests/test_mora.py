@@ -206,6 +206,21 @@ def test_restart_preserves_function_and_drops_exactly_the_adapter_states(method,
     assert all(float(optimizer.state[p]["step"]) == 1 for _, p in mora.adapter_parameters(model))
 
 
+def test_restart_may_keep_or_prune_the_states():
+    for keep in (1.0, 0.3):
+        model = adapted("mora", {"operator": "truncate"})
+        M = model["q_proj"].update.M
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        train(model, optimizer, 3)
+        before = {key: value.clone() for key, value in optimizer.state[M].items()}
+        mora.restart(model, optimizer, cycle=1, keep=keep)
+        after = optimizer.state[M]
+        kept = after["exp_avg"] != 0
+        assert kept.sum() == pytest.approx(keep * M.numel(), abs=0.5) and torch.equal(after["exp_avg"][kept], before["exp_avg"][kept])
+        assert before["exp_avg"].abs()[~kept].max() <= before["exp_avg"].abs()[kept].min() if keep < 1 else True
+        assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"]) and after["step"] == before["step"] and M.abs().sum() == 0
+
+
 def test_restart_raises_for_an_adapter_that_was_not_trained():
     model = adapted("lora", {})
     optimizer = torch.optim.AdamW([model["q_proj"].update.A, model["q_proj"].update.B])

@@ -45,6 +45,7 @@ METHODS = {
     "rotate": ["--operator=rotate", "--tie_word_embeddings=true"],
     "remora": ["--groups=permute", "--restart_every=7", "--restart_warmup=2"],
     "relora": ["--method=lora", "--restart_every=10"],
+    "pruned": ["--restart_steps=3,12", "--restart_keep=0.5"],
     "frozen": ["--method=frozen"],
 }
 
