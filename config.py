@@ -25,7 +25,7 @@ GROUPS = ("strided", "contiguous", "alternate", "permute")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {
     "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS,
-    "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"), "base_dtype": ("float32", "bfloat16"),
     "compile": ("auto", "on", "off"), "log_to": ("", "wandb", "tensorboard"),
 }
 
@@ -87,6 +87,7 @@ class Config:
     # machine
     device: str = "auto"            # cuda, then mps, then cpu
     dtype: str = "auto"             # of the computation, parameters are float32: bfloat16 on cuda, else float32
+    base_dtype: str = "float32"     # of the frozen weights; bfloat16 halves their memory, adapters then run two paths
     compile: str = "auto"           # torch.compile each block: on for cuda, else off
 
     def cycle(self, step):
@@ -235,6 +236,8 @@ def check(cfg):
     need(mora or not cfg.operator, f"method {cfg.method} takes no operator, got {cfg.operator!r}; operators are mora's")
     need(mora or cfg.groups == "strided", f"method {cfg.method} takes no groups, got {cfg.groups!r}; groups are mora's")
     need(cfg.method == "lora" or not cfg.alpha, f"method {cfg.method} takes no alpha, got {cfg.alpha}; MoRA's scale is 1")
+    need(cfg.method != "full" or cfg.base_dtype == "float32", f"method full freezes nothing, so base_dtype must be float32, got {cfg.base_dtype}")
+    need(not (cfg.restart_every or cfg.restart_steps) or cfg.base_dtype == "float32", "restarts merge small updates, which base_dtype bfloat16 would round away: take float32")
     need(adapts or not cfg.dropout, f"method {cfg.method} takes no dropout, got {cfg.dropout}: it is on the adapters' input")
     need(adapts or not (cfg.restart_every or cfg.restart_steps),
          f"method {cfg.method} has no update to restart, got restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}")

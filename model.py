@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loss import cross_entropy, padded, softmax_gradient
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -135,7 +137,7 @@ class Llama(nn.Module):
         """Weights are drawn from N(0, 0.02) with a generator of its own (seed), or left as torch draws them (None)."""
         super().__init__()
         self.cfg = cfg
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
         self.model = Body(cfg)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is not None:
@@ -147,7 +149,8 @@ class Llama(nn.Module):
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V) in float32 of ids (B, T), or with targets (B, T) their mean cross-entropy in nats.
 
-        A target of -100 does not count. `cache` (see new_cache) holds what came before ids, and is extended by them: whole
+        A target of -100 does not count. The product with the vocabulary is padded for speed, the parameter is not (loss.padded): a
+        token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds what came before ids, and is extended by them: whole
         sequences when it is empty, one token at a time afterwards.
         """
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
@@ -155,20 +158,17 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[i] if cache is not None else None)
-        logits = self.head(self.model.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-
-    def head(self, x):
-        """(..., D) -> logits (..., V), float32.
-
-        Matrix units want multiples of 64 (50257 -> 50304), so the product is padded, but the parameter is not: a token that
-        does not exist has no logit, no share of the softmax, and no row in a checkpoint.
-        """
+        x = self.model.norm(x)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        padded = F.pad(weight.to(x.dtype), (0, 0, 0, -len(weight) % 64))
-        return F.linear(x, padded)[..., :len(weight)].float()
+        if targets is None:
+            return F.linear(x, padded(weight, x.dtype))[..., :len(weight)].float()
+        return cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.loss_kernel)
+
+    def compile_parts(self):
+        """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all."""
+        for block in self.model.layers:
+            block.compile(dynamic=False)
+        self.loss_kernel = torch.compile(softmax_gradient, dynamic=False)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""

@@ -41,6 +41,23 @@ def contiguous_order(features, width):
     return start + torch.arange(features) // width
 
 
+ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products want rows that are multiples of it
+
+
+class Permute(torch.autograd.Function):
+    """x[..., order], whose gradient is a gather too: indexing's own would scatter with atomic additions, slowly and in any order."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x[..., order]
+
+    @staticmethod
+    def backward(ctx, dy):
+        order, inverse = ctx.saved_tensors
+        return Permute.apply(dy, inverse, order), None, None
+
+
 class Fold(nn.Module):
     """A linear map without parameters from n features to `blocks` blocks of `width`, and its adjoint.
 
@@ -75,7 +92,7 @@ class Fold(nn.Module):
     def forward(self, x):
         """(..., n) -> (..., blocks, width)"""
         if self.order is not None:
-            x = x[..., self.order]
+            x = Permute.apply(x, self.order, self.inverse)
         x = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used)).unflatten(-1, (self.pieces, self.width))
         if self.rotates:
             x = self.rotate(x, 1)
@@ -89,7 +106,7 @@ class Fold(nn.Module):
         if self.rotates:
             h = self.rotate(h, -1)
         x = F.pad(h.flatten(-2)[..., :self.used], (0, self.features - self.used))
-        return x if self.inverse is None else x[..., self.inverse]
+        return x if self.inverse is None else Permute.apply(x, self.inverse, self.order)
 
     def rotate(self, x, sign):
         """Rotate pairs (j, j + width/2) of piece p by sign * p * 10000^(-2j/width): eq. 10, its pairs reordered."""
@@ -130,6 +147,16 @@ class Square(nn.Module):
     def forward(self, x):
         return self.fold_out.adjoint(F.linear(self.fold_in(x), self.M.to(x.dtype)))
 
+    def compress(self, x):
+        """All that the gradient of M needs of x: F_in x, (tokens * m, r^ rounded up to whole 16 bytes), rows that matrix units like."""
+        return F.pad(self.fold_in(x), (0, -self.M.shape[0] % ALIGNED)).flatten(0, -2)
+
+    def gradients(self, compressed, dy):
+        """(dM,) = sum over tokens and blocks of F_out(dy) F_in(x)^T."""
+        folded = F.pad(self.fold_out(dy), (0, -self.M.shape[0] % ALIGNED)).flatten(0, -2)
+        width = self.M.shape[0]
+        return (folded.T @ compressed)[:width, :width].to(self.M.dtype),
+
     def delta(self):
         """dW = F_out^T kron(I_m, M) F_in, (out, in): only adjoints, so a gather (eq. 3)."""
         blocks, width = self.fold_in.blocks, self.fold_in.width
@@ -157,25 +184,65 @@ class LowRank(nn.Module):
     def forward(self, x):
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
+    def compress(self, x):
+        """The gradient of A needs x itself: (tokens, in)."""
+        return x.flatten(0, -2)
+
+    def gradients(self, x, dy):
+        """(dA, dB) = (scale B^T dy x^T, scale dy (A x)^T), summed over tokens."""
+        dy = dy.flatten(0, -2) * self.scale
+        dA = (dy @ self.B.to(dy.dtype)).T @ x
+        dB = dy.T @ (x @ self.A.to(x.dtype).T)
+        return dA.to(self.A.dtype), dB.to(self.B.dtype)
+
     def delta(self):
         """dW = scale B A, (out, in)."""
         return self.B @ self.A * self.scale
 
 
+class MergedLinear(torch.autograd.Function):
+    """y = (W + dW) x: one product forward and one for dx; the update's gradients come from the compressed operands alone.
+
+    W is frozen, so no product of W's size gives a weight gradient: that is what makes adapters faster than full rank. Saved are
+    the merged weight and update.compress(x): for MoRA r^ numbers a token, never x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, update, *parameters):
+        merged = (weight + update.delta()).to(x.dtype)
+        ctx.update = update
+        ctx.save_for_backward(update.compress(x), merged)
+        return F.linear(x, merged)
+
+    @staticmethod
+    def backward(ctx, dy):
+        compressed, merged = ctx.saved_tensors
+        return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
+
+
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer and its update: y = W x + U(x), with W in `.weight` (out, in) under its old name."""
+    """A frozen linear layer and its update: y = W x + U(x), with W in `.weight` (out, in) under its old name.
+
+    With a float32 weight the two are merged for the product (MergedLinear). A weight in bfloat16 would round small updates away, and
+    dropout acts on the update's input alone: these take two paths.
+    """
 
     def __init__(self, linear, update, dropout=0.0):
         super().__init__()
         self.linear = (linear,)  # in a tuple: kept to be given back by merge, but not a submodule
         self.weight, self.bias = linear.weight, linear.bias
         self.update, self.dropout = update, dropout
+        self.merges = True  # False: two paths always, to compare
 
     def forward(self, x):
-        """(..., in) -> (..., out), computed in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)
-        return y + self.update(F.dropout(x, self.dropout, self.training))
+        """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.merges and not self.dropout and self.weight.dtype in (torch.float32, torch.float64):
+            y = MergedLinear.apply(x, self.weight, self.update, *self.update.parameters())
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) + self.update(F.dropout(x, self.dropout, self.training))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def delta(self):
         """The matrix of the update, (out, in)."""
@@ -246,6 +313,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             oversized.append(name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, AdaptedLinear(linear, update, dropout))
+    if dropout:
+        warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers run two paths, slower than merged")
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square with more entries than the "
                       "weight it updates: full-rank training of them would cost less")

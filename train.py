@@ -125,12 +125,15 @@ def prepare_model(cfg, model, device, cycle):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
             raise UserError(error)
+    if cfg.base_dtype == "bfloat16":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
-        for block in model.model.layers:  # blocks are alike: one compilation serves all
-            block.compile(dynamic=False)
+        model.compile_parts()
     return build_optimizer(cfg, model, device)
 
 

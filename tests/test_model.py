@@ -75,8 +75,6 @@ def test_padding_the_vocabulary_adds_no_token():
     model = ours(2, False, vocab=65)  # 128 rows in the product
     ids = torch.randint(65, (2, 5))
     assert model(ids).shape == (2, 5, 65) and model.lm_head.weight.shape == (65, 32)
-    hidden = torch.randn(2, 5, 32)
-    torch.testing.assert_close(model.head(hidden), hidden @ model.lm_head.weight.T)
     # a checkpoint may have more rows than its tokenizer has tokens: those are never drawn
     with torch.no_grad():
         model.lm_head.weight[60:] = 100 * model.lm_head.weight[3]

@@ -1,0 +1,71 @@
+"""The loss head: mean cross-entropy of x @ weight^T, chunk by chunk, so that the logits of all tokens never exist at once.
+
+At a vocabulary of 50,000 the float32 logits of one step outweigh a small model. Here a chunk's logits are turned into its gradients
+at once, in the forward pass: nothing is kept and nothing computed twice. N tokens, D hidden size, V vocabulary.
+"""
+import torch
+from torch.nn import functional as F
+
+CHUNK = 4096  # tokens: at a vocabulary of 50k, 400 MB of bfloat16 logits
+
+
+def padded(weight, dtype):
+    """(V, D) -> (V rounded up to a multiple of 64, D) in dtype: matrix units want it (50257 -> 50304), the parameter does not change."""
+    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % 64))
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax_gradient(logits, targets, vocab_size, scale):
+    """(sum of the chunk's losses, scale * its gradient in the logits' dtype); columns from vocab_size on are no tokens."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    wide = at_least_float32(logits).masked_fill(columns >= vocab_size, -torch.inf)
+    log_sum = wide.logsumexp(dim=-1)
+    counts = targets != -100
+    picked = wide.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    loss = torch.where(counts, log_sum - picked, 0.0).sum()
+    weight = torch.where(counts, scale, 0.0)[:, None]
+    gradient = ((wide - log_sum[:, None]).exp() - (columns == targets[:, None]).to(wide)) * weight
+    return loss, gradient.to(logits.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, kernel):
+        wants_dx, wants_dw = ctx.needs_input_grad[:2]
+        w = padded(weight, x.dtype)
+        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = (targets != -100).sum().to(loss.dtype).reciprocal()
+        dx = torch.empty_like(x) if wants_dx else None
+        dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
+        for x_part, targets_part, dx_part in zip(x.split(CHUNK), targets.split(CHUNK), dx.split(CHUNK) if wants_dx else x.split(CHUNK)):
+            part, gradient = kernel(x_part @ w.T, targets_part, len(weight), scale)
+            loss += part
+            if wants_dx:
+                torch.mm(gradient, w, out=dx_part)
+            if wants_dw:
+                dw += gradient.T @ x_part
+        ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx, factor):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss gives its gradients away once: call backward once, or compute the loss again")
+        (dx, dw), ctx.gradients = ctx.gradients, None
+        return dx.mul_(factor) if dx is not None else None, dw.mul_(factor) if dw is not None else None, None, None
+
+
+def cross_entropy(x, weight, targets, kernel=softmax_gradient):
+    """Mean loss in nats, float32, of hidden states x (N, D), head weight (V, D) and targets (N,); a target of -100 does not count.
+
+    kernel: softmax_gradient, or a compiled one.
+    """
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
+    w, count = padded(weight, x.dtype), (targets != -100).sum()
+    parts = [F.cross_entropy(at_least_float32((part @ w.T)[:, :len(weight)]), at, reduction="sum", ignore_index=-100)
+             for part, at in zip(x.split(CHUNK), targets.split(CHUNK))]
+    return torch.stack(parts).sum() / count
