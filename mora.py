@@ -73,8 +73,9 @@ class Fold(nn.Module):
         self.rotates, self.groups = rotates, groups
         moved = groups != "strided"
         # in buffers, so that a restart moves the groups in place and nothing is compiled again
-        self.register_buffer("order", torch.arange(features) if moved else None, persistent=False)
-        self.register_buffer("inverse", torch.arange(features) if moved else None, persistent=False)
+        # (int32: a gather reads an index for every number, and half the bytes are 4 % of a step at 250M)
+        self.register_buffer("order", torch.arange(features, dtype=torch.int32) if moved else None, persistent=False)
+        self.register_buffer("inverse", torch.arange(features, dtype=torch.int32) if moved else None, persistent=False)
 
     @torch.no_grad()
     def move(self, cycle, generator):
@@ -89,14 +90,14 @@ class Fold(nn.Module):
             self.order.copy_(order)
             self.inverse.copy_(order.argsort())
 
-    def forward(self, x):
-        """(..., n) -> (..., blocks, width)"""
+    def forward(self, x, aligned=1):
+        """(..., n) -> (..., blocks, width rounded up with zeros to a multiple of `aligned`)"""
         if self.order is not None:
             x = Permute.apply(x, self.order, self.inverse)
         x = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used)).unflatten(-1, (self.pieces, self.width))
         if self.rotates:
             x = self.rotate(x, 1)
-        x = F.pad(x, (0, 0, 0, -self.pieces % self.blocks))
+        x = F.pad(x, (0, -self.width % aligned, 0, -self.pieces % self.blocks))  # before the sum: one kernel does both
         return x.unflatten(-2, (-1, self.blocks)).sum(-3)
 
     def adjoint(self, h):
@@ -149,13 +150,12 @@ class Square(nn.Module):
 
     def compress(self, x):
         """All that the gradient of M needs of x: F_in x, (tokens * m, r^ rounded up to whole 16 bytes), rows that matrix units like."""
-        return F.pad(self.fold_in(x), (0, -self.M.shape[0] % ALIGNED)).flatten(0, -2)
+        return self.fold_in(x, ALIGNED).flatten(0, -2)
 
     def gradients(self, compressed, dy):
         """(dM,) = sum over tokens and blocks of F_out(dy) F_in(x)^T."""
-        folded = F.pad(self.fold_out(dy), (0, -self.M.shape[0] % ALIGNED)).flatten(0, -2)
         width = self.M.shape[0]
-        return (folded.T @ compressed)[:width, :width].to(self.M.dtype),
+        return (self.fold_out(dy, ALIGNED).flatten(0, -2).T @ compressed)[:width, :width].to(self.M.dtype),
 
     def delta(self):
         """dW = F_out^T kron(I_m, M) F_in, (out, in): only adjoints, so a gather (eq. 3)."""
@@ -204,19 +204,22 @@ class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx; the update's gradients come from the compressed operands alone.
 
     W is frozen, so no product of W's size gives a weight gradient: that is what makes adapters faster than full rank. Saved are
-    the merged weight and update.compress(x): for MoRA r^ numbers a token, never x.
+    the merged weight and update.compress(x): for MoRA r^ numbers a token, never x. Inside torch.compile x is named instead, and
+    compressed in the backward pass: the compiler finds x again in what the neighbouring layers keep, and fuses the fold into them.
     """
 
     @staticmethod
     def forward(ctx, x, weight, update, *parameters):
         merged = (weight + update.delta()).to(x.dtype)
-        ctx.update = update
-        ctx.save_for_backward(update.compress(x), merged)
-        return F.linear(x, merged)
+        y = F.linear(x, merged)
+        ctx.update, ctx.late = update, torch.compiler.is_compiling()
+        ctx.save_for_backward(x if ctx.late else update.compress(x), merged)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         compressed, merged = ctx.saved_tensors
+        compressed = ctx.update.compress(compressed) if ctx.late else compressed
         return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
 
 
