@@ -241,10 +241,12 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.merges and not self.dropout and self.weight.dtype in (torch.float32, torch.float64):
+        if not self.merges or self.dropout or self.weight.dtype not in (torch.float32, torch.float64):
+            y = F.linear(x, self.weight.to(x.dtype)) + self.update(F.dropout(x, self.dropout, self.training))
+        elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, self.weight, self.update, *self.update.parameters())
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) + self.update(F.dropout(x, self.dropout, self.training))
+            y = F.linear(x, (self.weight + self.delta()).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def delta(self):
