@@ -119,7 +119,8 @@ def plot_losses(named, file):
     figure, axes = pyplot().subplots(figsize=(8, 5))
     for label, curves in named.items():
         line, = axes.plot(*zip(*curves["loss"]), label=label, linewidth=1)
-        axes.plot(*zip(*curves["val_loss"]), "o", color=line.get_color(), markersize=4)
+        if curves["val_loss"]:
+            axes.plot(*zip(*curves["val_loss"]), "o", color=line.get_color(), markersize=4)
     axes.set(xlabel="step", ylabel="loss, nats a token (dots: validation)")
     _save(figure, (axes,), file)
 
@@ -135,7 +136,7 @@ def plot_schedule(cfg, file):
 def _save(figure, axes, file):
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[-1].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     print(f"wrote {file}")

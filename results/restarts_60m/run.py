@@ -32,7 +32,8 @@ METHODS = {
     "remora_permute": ["--method=mora", "--groups=permute", "--restart_every=200"],
     "full": ["--method=full"],
 }
-RUNS = [(method, lr) for lr in (4e-3, 2e-3, 8e-3) for method in METHODS if method != "full"] + [("full", lr) for lr in (2e-3, 1e-3, 4e-3)]
+RUNS = [(method, lr) for lr in (4e-3, 2e-3) for method in METHODS if method != "full"] + [("lora", 8e-3), ("relora", 8e-3)]
+RUNS += [(method, 1e-3) for method in ("lora", "mora", "remora_permute", "remora_alternate", "relora")] + [("full", lr) for lr in (2e-3, 1e-3)]
 
 
 def spectra(run, file):
@@ -59,23 +60,30 @@ def one(method, lr, out):
     return record, folder
 
 
+def collect(jobs, out, timeout):
+    """Write the spectra that are there, or wait for them."""
+    found = {}
+    for label, file, folder, job in jobs:
+        if timeout or job.poll() is not None:
+            job.wait(timeout or 1)
+            found[label] = torch.load(file)
+            shutil.rmtree(folder, ignore_errors=True)
+    torch.save(found, out / "spectra.pt")
+
+
 def main(out, limit, skip):
     began, longest, jobs = time.time(), 0, []
     for method, lr in RUNS[skip:]:
-        if time.time() - began + longest + 25 > limit:
+        if time.time() - began + longest + 12 > limit:
             break
         record, folder = one(method, lr, out)
+        collect(jobs, out, timeout=0)
         longest = max(longest, record["seconds"]) if not jobs else record["seconds"] + 5
         if "stopped" not in record:
             file = folder.with_suffix(".pt")
             jobs.append((f"{method} {lr:g}", file, folder, subprocess.Popen([sys.executable, __file__, "spectra", str(folder), str(file)],
                                                                               env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "6"})))
-    found = {}
-    for label, file, folder, job in jobs:
-        job.wait(timeout=60)
-        found[label] = torch.load(file)
-        shutil.rmtree(folder)
-    torch.save(found, out / "spectra.pt")
+    collect(jobs, out, timeout=60)
     for line in (out / "runs.jsonl").read_text().splitlines():
         record = json.loads(line)
         print(f"{record['method']:18} lr {record['lr']:g}  ppl {record['ppl']}  {record['seconds']:.0f} s")
