@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import traceback
 import types
 from dataclasses import dataclass
@@ -281,8 +282,10 @@ def command_line(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # most mistakes are everybody's: torchrun ends this process before it repeats what rank 0 has said
+            time.sleep(3)
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)

@@ -36,6 +36,8 @@ def merge_checkpoint(source, target=None, dtype=torch.float32):
         raise UserError(f"{target} is not empty: remove it, or name another target")
 
     merged = mora.merge(checkpoint.load(path)[0])
+    for _, layer in mora.adapted_layers(model):
+        layer.merges = False  # W x + U(x), by the operator's own maps: what the written sum W + dW must equal
     difference, scale = largest_logit_difference(model, merged)
     if not difference <= 1e-3 * max(1.0, scale):
         raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): nothing was written; is {path} damaged?")

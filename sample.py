@@ -10,6 +10,7 @@ import time
 import torch
 
 import checkpoint
+import mora
 from config import UserError, command_line
 from data import tokenizer as get_tokenizer
 
@@ -52,6 +53,7 @@ def main(argv):
     if not (args.tokenizer or name):
         raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, or bytes)")
     encoding = get_tokenizer(args.tokenizer or name)
+    model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     prompt = encoding.encode_ordinary(args.prompt)

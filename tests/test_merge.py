@@ -38,6 +38,8 @@ def test_merged_directory_loads_in_transformers(run, corpus, method, capsys):
     adapted, _, path = checkpoint.load(out)
     assert json.loads((path / "state.json").read_text())["cycle"] == (3 if "--restart_every=6" in method else 0)
     other, ids = transformers_model(out / "merged"), torch.randint(257, (2, 40))
+    for _, layer in mora.adapted_layers(adapted):
+        layer.merges = False  # two paths, so that the comparison is not of W + dW with itself
     with torch.no_grad():
         difference = (adapted(ids) - other(ids).logits).abs().max()
     assert difference < 1e-4 and printed < 1e-4
