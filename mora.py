@@ -235,7 +235,7 @@ class AdaptedLinear(nn.Module):
         self.linear = (linear,)  # in a tuple: kept to be given back by merge, but not a submodule
         self.weight, self.bias = linear.weight, linear.bias
         self.update, self.dropout = update, dropout
-        self.merges = True  # False: two paths always, to compare
+        self.merges = hasattr(update, "gradients")  # set it to False for two paths always, to compare
 
     def forward(self, x):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""

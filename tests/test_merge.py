@@ -166,3 +166,20 @@ def test_readme_python_runs():
     exec(rest, names)
     torch.testing.assert_close(names["model"](ids, labels=ids).loss, after, rtol=0, atol=1e-5)
     assert not mora.adapted_layers(names["model"])
+
+
+def test_readmes_new_method_obeys_the_laws():
+    block = re.search(r"```python\n(class Diagonal.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    names = {"nn": torch.nn, "F": torch.nn.functional, "torch": torch}
+    exec(block, names)
+    for k, d in ((5, 7), (7, 5)):
+        linear, update, x = torch.nn.Linear(k, d), names["Diagonal"](k, d), torch.randn(3, k)
+        update.start(0, None)
+        layer = mora.AdaptedLinear(linear, update)
+        assert torch.equal(layer(x), linear(x))
+        torch.nn.init.normal_(update.d)
+        torch.testing.assert_close(update(torch.eye(k)).T, layer.delta())
+        before = layer(x)
+        layer.merge_()
+        update.start(1, None)
+        torch.testing.assert_close(layer(x), before)

@@ -50,6 +50,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bitwise_identical(run, method):
     whole = run(*METHODS[method])
