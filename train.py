@@ -173,14 +173,15 @@ def train(cfg):
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     log = Log(cfg, rank, header(cfg, model, device, world, micro, accumulate, start))
-    window, stop, clock = [], stop_on_signal(), time.time()
+    window, clock = [], time.time()
+    asked, stopping = stop_on_signal(), False
 
     # one round more than there are steps, so that the last save and evaluation are the ordinary ones
     for step in range(start, cfg.steps + 1):
         done, pause = step == cfg.steps, time.time()
-        if step > start and (step % cfg.save_every == 0 or done or stop.is_set()) and rank == 0:
+        if step > start and (step % cfg.save_every == 0 or done or stopping) and rank == 0:
             checkpoint.save(cfg, step, cycle, model, optimizer, tokens.tokenizer)
-        if stop.is_set():
+        if stopping:
             break
         if step % cfg.eval_every == 0 or done:
             scores = perplexity(model, val_tokens, cfg.seq_len, micro, rank, world, cfg.eval_tokens)
@@ -210,26 +211,24 @@ def train(cfg):
 
         # look at the numbers now and then, and always before they are saved; all ranks see the same and stop together
         now = step + 1
-        if now % cfg.log_every == 0 or now % cfg.save_every == 0 or now == cfg.steps or world == 1 and stop.is_set():
-            losses, norms = agreed(window, stop, world)
+        if now % cfg.log_every == 0 or now % cfg.save_every == 0 or now == cfg.steps or world == 1 and asked.is_set():
+            losses, norms, stopping = agreed(window, asked.is_set(), world)
             stop_if_not_finite(losses, norms, now, cfg)
             speed = len(losses) * cfg.batch_size * cfg.seq_len / (time.time() - clock)
             left = (cfg.steps - now) * cfg.batch_size * cfg.seq_len / speed
             log(now, f"loss {sum(losses) / len(losses):.4f}   lr {learning_rate(step, cfg):.2e}   norm {norms[-1]:.2f}   {speed:,.0f} tokens/s   {duration(left)} left",
                 loss=sum(losses) / len(losses), lr=learning_rate(step, cfg), grad_norm=norms[-1], tokens_per_s=speed)
             window, clock = [], time.time()
-    log.close(step, stop.is_set())
+    log.close(step, stopping)
 
 
-def agreed(window, stop, world):
-    """(losses, gradient norms) of the steps in the window as means over ranks; sets `stop` everywhere if it is set anywhere."""
-    numbers = torch.cat((torch.stack(window).T.flatten(), torch.full_like(window[0][:1], float(stop.is_set()))))
+def agreed(window, asked, world):
+    """(losses, gradient norms, stop?) of the steps in the window: means over ranks, and whether any rank was asked to stop. All ranks get the same."""
+    numbers = torch.cat((torch.stack(window).T.flatten(), torch.full_like(window[0][:1], float(asked))))
     if world > 1:
         dist.all_reduce(numbers)
     *numbers, stopping = (numbers / world).tolist()
-    if stopping:
-        stop.set()
-    return numbers[:len(window)], numbers[len(window):]
+    return numbers[:len(window)], numbers[len(window):], stopping > 0
 
 
 def stop_on_signal():

@@ -91,7 +91,13 @@ def test_ctrl_c_saves_before_it_stops(run, config):
 
 # train.py, with every rank's tensors (buffers too: the groups) left in a file at each evaluation
 SPY = """
-import os, sys, torch, train
+import os, signal, sys, torch, train
+learning_rate = train.learning_rate
+def interrupt(step, cfg):  # on one rank only, as when a cluster takes a node away
+    if str(step) == os.environ.get("INTERRUPT") and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(step, cfg)
+train.learning_rate = interrupt
 perplexity = train.perplexity
 def spy(model, *args):
     torch.save({**model.state_dict(), **dict(model.named_buffers())}, f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
@@ -101,20 +107,31 @@ train.main(sys.argv[1:2] + sys.argv[3:])
 """
 
 
+def torchrun(config, *overrides, **environment):
+    folder = config.parent
+    (folder / "spy.py").write_text(SPY)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "spy.py"), str(config), str(folder), *overrides],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
+
+
 @pytest.mark.parametrize("method", ("remora", "relora"))
 def test_two_processes_equal_one(run, config, method):
     """The same losses to float32 rounding, across two restarts; and ranks that agree bit for bit."""
-    one, two, folder = run(*METHODS[method], "--restart_every=7"), config.parent / "two", config.parent
-    (folder / "spy.py").write_text(SPY)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "spy.py"), str(config), str(folder),
-                    *METHODS[method], "--restart_every=7", f"--out={two}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    one, two = run(*METHODS[method], "--restart_every=7"), config.parent / "two"
+    done = torchrun(config, *METHODS[method], "--restart_every=7", f"--out={two}")
+    assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "grad_norm"):
         assert records(two, key) == pytest.approx(records(one, key), rel=1e-5), key
-    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(config.parent / f"rank{rank}.pt") for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
     assert any(key.endswith("fold_in.order") for key in ranks[0]) == (method == "remora")
     assert records(two, "restart") == {7: 1, 14: 2}
+
+
+def test_a_signal_to_one_rank_stops_all_together(config):
+    out = config.parent / "stopped"
+    done = torchrun(config, f"--out={out}", "--log_every=4", "--steps=1000", INTERRUPT="5")
+    assert "stopped and saved at step 8" in done.stdout and [step.name for step in checkpoint.steps_of(out)] == ["step-00000008"]
 
 
 def test_accumulation_equals_big_batch(run):
