@@ -21,6 +21,7 @@ from model import Llama, LlamaConfig
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # keys of its rope scaling
 
 
 def write_hugging_face(folder, weights, cfg, tokenizer):
@@ -35,30 +36,44 @@ def write_hugging_face(folder, weights, cfg, tokenizer):
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
-        "tokenizer": tokenizer, **{key: getattr(cfg, key) for key in SHAPE}})
+        "tokenizer": tokenizer, **{key: getattr(cfg, key) for key in SHAPE},
+        "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **cfg.rope_scaling}})
+
+
+def llama_config(config, where):
+    """LlamaConfig of a Hugging Face config.json (a dict), old or new style; raises UserError with the key that is not implemented.
+
+    RoPE's keys lie at the top with `rope_scaling` beside them (transformers 4) or together in `rope_parameters` (transformers 5).
+    """
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    only = (("model_type", config.get("model_type"), ("llama",)), ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
+            ("attention_bias", config.get("attention_bias", False), (False,)), ("mlp_bias", config.get("mlp_bias", False), (False,)),
+            ("quantization_config", config.get("quantization_config"), (None,)), ("rope_type", rope_type, ("default", "llama3")))
+    for key, value, known in only:
+        if value not in known:
+            raise UserError(f"{where}: {key} {value!r} is not implemented, only {' and '.join(map(repr, known))}")
+    values = {key: config[key] for key in SHAPE if config.get(key) is not None}
+    values["rope_theta"] = rope.get("rope_theta", 10000.0)
+    values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    try:
+        if rope_type == "llama3":
+            values["rope_scaling"] = {key: rope[key] for key in LLAMA3}
+        cfg = LlamaConfig(**values)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where} lacks a key: {error}")
+    if (config.get("head_dim") or cfg.head_dim) != cfg.head_dim:
+        raise UserError(f"{where}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads = {cfg.head_dim}")
+    return cfg
 
 
 def read_hugging_face(folder):
-    """(Llama in float32, tokenizer's name or None) of a Hugging Face directory; raises UserError for what is not implemented."""
+    """(Llama in float32, tokenizer's name or None) of a Hugging Face directory, its weights in one file or in several with an index."""
     config = read_json(folder / "config.json")
-    rope = config.get("rope_parameters") or {}
-    kinds = {"model_type": config.get("model_type"), "hidden_act": config.get("hidden_act", "silu"),
-             "attention_bias": config.get("attention_bias", False), "mlp_bias": config.get("mlp_bias", False),
-             "rope_scaling": config.get("rope_scaling"), "rope_type": rope.get("rope_type", "default")}
-    known = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_type": "default"}
-    for key, value in kinds.items():
-        if value != known[key]:
-            raise UserError(f"{folder / 'config.json'}: {key} {value!r} is not implemented, only {known[key]!r}")
-    values = {key: config[key] for key in SHAPE if key in config} | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
-    values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    try:
-        cfg = LlamaConfig(**values)
-    except TypeError as error:
-        raise UserError(f"{folder / 'config.json'} lacks a key: {error}")
-    if config.get("head_dim", cfg.head_dim) != cfg.head_dim:
-        raise UserError(f"{folder / 'config.json'}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads = {cfg.head_dim}")
-    model = Llama(cfg)
-    load_weights(model, folder / "model.safetensors")
+    model = Llama(llama_config(config, folder / "config.json"))
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    load_weights(model, *(folder / name for name in names))
     return model, config.get("tokenizer")
 
 
@@ -70,6 +85,8 @@ def load_weights(model, *files):
             weights |= load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} can not be read: {error}")
+    if model.cfg.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -120,7 +137,7 @@ def load(path):
     path = Path(path)
     if steps_of(path):
         path = steps_of(path)[-1]
-    if (path / "config.json").exists() and (path / "model.safetensors").exists():
+    if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
         return *read_hugging_face(path), path
     if not (path / "base").is_dir():
         what = "holds no checkpoint: expected step-00000000/, base/, or config.json and model.safetensors" if path.exists() else "does not exist"

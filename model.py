@@ -28,6 +28,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    rope_scaling: dict | None = None  # LLaMA-3's, under the names of config.json; None: plain RoPE
 
     @property
     def head_dim(self):
@@ -56,12 +57,21 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rope(start, length, head_dim, theta, device):
+def rope(start, length, cfg, device):
     """Cosines and sines of the rotary angles of positions start ... start + length - 1: two (length, Dh), float32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim)
+    if cfg.rope_scaling:
+        frequencies = stretch(frequencies, **cfg.rope_scaling)
     angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def stretch(frequencies, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """LLaMA-3's rope scaling: slow frequencies are divided by `factor`, fast ones stay, those between are blended."""
+    turns = frequencies * original_max_position_embeddings / (2 * torch.pi)  # full turns within the original context
+    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (share + (1 - share) / factor)
 
 
 def rotate(x, cos, sin):
@@ -154,7 +164,7 @@ class Llama(nn.Module):
         sequences when it is empty, one token at a time afterwards.
         """
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
-        cos, sin = rope(past, ids.shape[1], self.cfg.head_dim, self.cfg.rope_theta, ids.device)
+        cos, sin = rope(past, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[i] if cache is not None else None)

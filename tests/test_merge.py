@@ -95,9 +95,9 @@ def test_a_damaged_checkpoint_is_named(run):
         checkpoint.load(out)
     config = weights.with_name("config.json")
     weights.write_bytes(good)
-    for key, value in (("attention_bias", True), ("model_type", "gpt2"), ("rope_scaling", {"factor": 2})):
+    for key, value in (("attention_bias", True), ("model_type", "gpt2"), ("rope_type", {"rope_type": "linear", "factor": 2}), ("mlp_bias", True), ("quantization_config", {})):
         values = checkpoint.read_json(config)
-        config.write_text(json.dumps(values | {key: value}))
+        config.write_text(json.dumps(values | {"rope_scaling" if key == "rope_type" else key: value}))
         with pytest.raises(UserError, match=key):
             checkpoint.load(out)
         config.write_text(json.dumps(values))
