@@ -80,6 +80,8 @@ def build_model(cfg, tokens):
         raise UserError(f"{path} speaks {tokenizer}, {cfg.data} is written in {tokens.tokenizer}: prepare the data again with --tokenizer={tokenizer}")
     if tokens.vocab_size > model.cfg.vocab_size:
         raise UserError(f"{cfg.data} has a vocabulary of {tokens.vocab_size}, {path} knows {model.cfg.vocab_size} tokens")
+    if not tokenizer and os.environ.get("RANK", "0") == "0":
+        print(f"note: {path} does not say which tokenizer it speaks; {cfg.data} is written in {tokens.tokenizer}")
     model = mora.merge(model) if mora.adapted_layers(model) else model
     shape = {key: value for key, value in dataclasses.asdict(model.cfg).items() if hasattr(cfg, key)}
     return dataclasses.replace(cfg, **shape), model
