@@ -35,6 +35,14 @@ class Tokens:
                     if crc != shard["crc32"]:
                         raise UserError(f"{self.folder / shard['file']} is corrupt (checksum {crc}, expected {shard['crc32']}): {self._advice()}")
 
+    def must_suit(self, model, tok, where):
+        """Raise UserError if a model, or the tokenizer it speaks (None: unknown), can not be used with these tokens."""
+        if tok and tok.name != self.tokenizer:
+            raise UserError(f"{where} speaks {tok.name}, {self.folder} is written in {self.tokenizer}: prepare the text again, "
+                            f"with --tokenizer={where if tok.name.startswith('tokenizer.json:') else tok.name}")
+        if self.vocab_size > model.cfg.vocab_size:
+            raise UserError(f"{self.folder} has a vocabulary of {self.vocab_size}, {where} knows {model.cfg.vocab_size} tokens")
+
     def _advice(self):
         return f"remove {self.folder} and prepare it again"
 

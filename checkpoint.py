@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mora
+import tokenizer
 from config import UserError, write_json
-from data import tokenizer as get_tokenizer
 from model import Llama, LlamaConfig
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -24,19 +24,20 @@ SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # keys of its rope scaling
 
 
-def write_hugging_face(folder, weights, cfg, tokenizer):
+def write_hugging_face(folder, weights, cfg, tok):
     """A directory that transformers loads: {name: tensor} as model.safetensors, LlamaConfig as config.json.
 
-    tokenizer, a name that data.tokenizer knows, is one key more, which transformers ignores.
+    tok (see tokenizer.load; None: unknown) is named in one key more, which transformers ignores.
     """
-    end_of_text = get_tokenizer(tokenizer).eot_token if tokenizer else None
     folder.mkdir(parents=True, exist_ok=True)
+    if tok:
+        tok.keep(folder)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
-        "tokenizer": tokenizer, **{key: getattr(cfg, key) for key in SHAPE},
+        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim, "bos_token_id": tok and tok.start[0], "eos_token_id": tok and tok.end,
+        "tokenizer": tok and tok.name, **{key: getattr(cfg, key) for key in SHAPE},
         "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **cfg.rope_scaling}})
 
 
@@ -68,13 +69,15 @@ def llama_config(config, where):
 
 
 def read_hugging_face(folder):
-    """(Llama in float32, tokenizer's name or None) of a Hugging Face directory, its weights in one file or in several with an index."""
+    """(Llama in float32, tokenizer or None) of a Hugging Face directory, its weights in one file or in several with an index."""
     config = read_json(folder / "config.json")
     model = Llama(llama_config(config, folder / "config.json"))
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     load_weights(model, *(folder / name for name in names))
-    return model, config.get("tokenizer")
+    if config.get("tokenizer"):
+        return model, tokenizer.load(config["tokenizer"], folder)
+    return model, tokenizer.load(str(folder)) if (folder / "tokenizer.json").exists() else None
 
 
 def load_weights(model, *files):
@@ -93,13 +96,13 @@ def load_weights(model, *files):
         raise UserError(f"{', '.join(map(str, files))}: the weights do not fit the model: {' '.join(str(error).split())}")
 
 
-def save(cfg, step, cycle, model, optimizer, tokenizer):
+def save(cfg, step, cycle, model, optimizer, tok):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep (0: keep all)."""
     final, beside = Path(cfg.out) / f"step-{step:08d}", Path(cfg.out) / f".writing-step-{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
     weights = model.state_dict()
     updates = {name: weights.pop(name).cpu().contiguous() for name, _ in mora.adapter_parameters(model)}
-    write_hugging_face(beside / "base", weights, model.cfg, tokenizer)
+    write_hugging_face(beside / "base", weights, model.cfg, tok)
     if cfg.adapter():
         (beside / "adapter").mkdir()
         write_json(beside / "adapter" / "adapter_config.json", {**cfg.adapter(), "cycle": cycle})
@@ -130,7 +133,7 @@ def resume(path, model, optimizer):
 
 
 def load(path):
-    """(model in float32, tokenizer's name or None, its folder) of a run, of one of its steps, or of a Hugging Face directory.
+    """(model in float32, tokenizer or None, its folder) of a run, of one of its steps, or of a Hugging Face directory.
 
     A checkpoint with an update comes back adapted.
     """
@@ -142,11 +145,11 @@ def load(path):
     if not (path / "base").is_dir():
         what = "holds no checkpoint: expected step-00000000/, base/, or config.json and model.safetensors" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}")
-    model, tokenizer = read_hugging_face(path / "base")
+    model, tok = read_hugging_face(path / "base")
     if (path / "adapter").is_dir():
         mora.adapt(model, **read_json(path / "adapter" / "adapter_config.json"))
         load_weights(model, path / "base" / "model.safetensors", path / "adapter" / "adapter_model.safetensors")
-    return model, tokenizer, path
+    return model, tok, path
 
 
 def read_json(path):

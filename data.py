@@ -18,12 +18,12 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
+import tokenizer
 from config import UserError, command_line, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; also how much a kill can cost
@@ -31,41 +31,14 @@ CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
 BUILDERS = {".json.gz": "json", ".json": "json", ".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizers
-
-@cache
-def tokenizer(name):
-    """A tiktoken Encoding by name: any of tiktoken's, or "bytes" (256 bytes and end-of-text)."""
-    if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(f"unknown tokenizer {name!r}: take bytes, {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:  # requests' exceptions are OSErrors
-        raise UserError(f"tokenizer {name} could not be downloaded ({type(error).__name__}): run once with a network, or point "
-                        "TIKTOKEN_CACHE_DIR at a cache of tiktoken's that holds it")
-
-
-def encode(encoding, texts):
+def encode(tok, texts):
     """The documents' ids, each followed by end-of-text: (ids uint32, ends of the documents in ids, their sizes in bytes)."""
-    parts = []
-    for text in texts:
-        try:
-            parts.append(encoding.encode_to_numpy(text, disallowed_special=()))
-        except UnicodeEncodeError:  # a lone surrogate, as "\ud800" in JSON
-            parts.append(encoding.encode_to_numpy(_mend(text), disallowed_special=()))
+    parts = [tok.encode(text) for text in texts]
     ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
-    ids = np.full(ends[-1] if len(ends) else 0, encoding.eot_token, dtype=np.uint32)
+    ids = np.full(ends[-1] if len(ends) else 0, tok.end, dtype=np.uint32)
     for part, end in zip(parts, ends):
         ids[end - 1 - len(part):end - 1] = part
     return ids, ends, np.array([len(text.encode("utf-8", "replace")) for text in texts], dtype=np.int64)
-
-
-def _mend(text):
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,14 +146,13 @@ class SplitWriter:
         self.open = None
 
 
-def prepare(folder, request, stages, limits=None):
+def prepare(folder, tok, request, stages, limits=None):
     """Write a corpus as shards and a manifest, or go on where the same request was killed; returns the manifest.
 
-    request: JSON-able, names the corpus: equal requests give equal shards. stages: [(texts, assign)], where texts() yields lists
+    tok: see tokenizer.load. request: a JSON-able dict that names the corpus: equal requests give equal shards. stages: [(texts, assign)], where texts() yields lists
     of documents and assign(list, first index) -> {split: documents}. limits: {split: tokens}, 0 for all.
     """
-    folder, limits = Path(folder), limits or {}
-    encoding = tokenizer(request["tokenizer"])
+    folder, limits, request = Path(folder), limits or {}, request | {"tokenizer": tok.name}
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
         if manifest["request"] != request:
@@ -188,10 +160,11 @@ def prepare(folder, request, stages, limits=None):
         print(f"{folder} is prepared already: {summary(manifest)}")
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
+    tok.keep(folder)
     for stray in folder.glob("*.tmp"):
         stray.unlink()
 
-    dtype = "uint16" if encoding.n_vocab <= 2 ** 16 else "uint32"
+    dtype = "uint16" if tok.size <= 2 ** 16 else "uint32"
     fresh = {"request": request, "stage": 0, "documents": 0, "seconds": 0.0, "splits": {
         split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for split in ("train", "val")}}
     progress_file = folder / "progress.json"
@@ -206,7 +179,7 @@ def prepare(folder, request, stages, limits=None):
         for stage in range(progress["stage"], len(stages)):
             texts, assign = stages[stage]
             skip = progress["documents"] if stage == progress["stage"] else 0
-            jobs = ((first + len(chunk), pool.submit(_encode_chunk, encoding, assign, chunk, first))
+            jobs = ((first + len(chunk), pool.submit(_encode_chunk, tok, assign, chunk, first))
                     for first, chunk in _skipping(texts(), skip))
             for documents, parts in _in_order(jobs, ahead=4 * os.cpu_count()):
                 for split, part in parts.items():
@@ -226,7 +199,7 @@ def prepare(folder, request, stages, limits=None):
         raise UserError(f"the corpus is empty: {request['source']} gave no text")
     seconds = spent + time.time() - started
     size = sum(totals["bytes"] for totals in progress["splits"].values())
-    manifest = {"request": request, "tokenizer": request["tokenizer"], "vocab_size": encoding.n_vocab, "dtype": dtype,
+    manifest = {"request": request, "tokenizer": tok.name, "vocab_size": tok.size, "dtype": dtype,
                 "splits": progress["splits"], "seconds": round(seconds, 3), "mb_per_s": round(size / 1e6 / seconds, 3)}
     write_json(folder / "manifest.json", manifest)
     progress_file.unlink(missing_ok=True)
@@ -234,8 +207,8 @@ def prepare(folder, request, stages, limits=None):
     return manifest
 
 
-def _encode_chunk(encoding, assign, texts, first):
-    return {split: encode(encoding, [t for t in part if t]) for split, part in assign(texts, first).items()}
+def _encode_chunk(tok, assign, texts, first):
+    return {split: encode(tok, [t for t in part if t]) for split, part in assign(texts, first).items()}
 
 
 def _skipping(chunks, skip):
@@ -289,7 +262,7 @@ def summary(manifest):
 
 def prepare_stdlib(folder="data/stdlib"):
     version = ".".join(map(str, sys.version_info[:3]))
-    return prepare(folder, {"source": f"Python {version} standard library", "tokenizer": "bytes"}, [(stdlib_texts, every_100th)])
+    return prepare(folder, tokenizer.load("bytes"), {"source": f"Python {version} standard library"}, [(stdlib_texts, every_100th)])
 
 
 def prepare_files(name, train, val, key, tokenizer_name):
@@ -303,12 +276,12 @@ def prepare_files(name, train, val, key, tokenizer_name):
     sizes = {split: [[path.name, path.stat().st_size] for path in paths] for split, paths in (("train", train), ("val", val))}
     stages = [(partial(file_texts, train, key), all_to("train") if val else every_100th)] if train else []
     stages += [(partial(file_texts, val, key), all_to("val"))] if val else []
-    return prepare(f"data/{name}", {"source": sizes, "key": key, "tokenizer": tokenizer_name}, stages)
+    return prepare(f"data/{name}", tokenizer.load(tokenizer_name), {"source": sizes, "key": key}, stages)
 
 
 def prepare_c4(train_tokens, val_tokens, tokenizer_name):
-    request = {"source": "allenai/c4 en", "tokenizer": tokenizer_name, "train_tokens": train_tokens, "val_tokens": val_tokens}
-    return prepare("data/c4", request, [(partial(c4_texts, "validation"), all_to("val")), (partial(c4_texts, "train"), all_to("train"))],
+    request = {"source": "allenai/c4 en", "train_tokens": train_tokens, "val_tokens": val_tokens}
+    return prepare("data/c4", tokenizer.load(tokenizer_name), request, [(partial(c4_texts, "validation"), all_to("val")), (partial(c4_texts, "train"), all_to("train"))],
                    {"train": train_tokens, "val": val_tokens})
 
 
@@ -325,7 +298,7 @@ def main(argv):
     text.add_argument("--val", nargs="+", type=Path, default=[])
     text.add_argument("--key", default="text", help="of the text in .json and .parquet")
     for command in (c4, text):
-        command.add_argument("--tokenizer", default="gpt2", help="tiktoken's name, or bytes")
+        command.add_argument("--tokenizer", default="gpt2", help="tiktoken's name, bytes, or a folder with a tokenizer.json")
     check.add_argument("name")
     args = parser.parse_args(argv)
     if args.command == "stdlib":

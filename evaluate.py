@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import checkpoint
 from batches import Tokens, every_token_once
-from config import UserError, command_line
+from config import command_line
 
 
 @torch.no_grad()
@@ -50,12 +50,9 @@ def main(argv):
     parser.add_argument("--tokens", type=int, default=0, help="stop after so many; default: the whole split")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     args = parser.parse_args(argv)
-    model, tokenizer, path = checkpoint.load(args.checkpoint)
+    model, tok, path = checkpoint.load(args.checkpoint)
     tokens = Tokens(args.data, args.split)
-    if tokenizer and tokenizer != tokens.tokenizer:
-        raise UserError(f"{path} speaks {tokenizer}, {args.data} is written in {tokens.tokenizer}: prepare the text again with --tokenizer={tokenizer}")
-    if tokens.vocab_size > model.cfg.vocab_size:
-        raise UserError(f"{args.data} has a vocabulary of {tokens.vocab_size}, {path} knows {model.cfg.vocab_size} tokens")
+    tokens.must_suit(model, tok, path)
     model.compute_dtype = getattr(torch, args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = perplexity(model, tokens, args.seq_len or model.cfg.max_position_embeddings, args.batch, limit=args.tokens)

@@ -27,7 +27,7 @@ def largest_logit_difference(model, other, length=64):
 
 def merge_checkpoint(source, target=None, dtype=torch.float32):
     """Write the merged model of a run or a step; returns (target, largest difference of the logits before it is cast to dtype)."""
-    model, tokenizer, path = checkpoint.load(source)
+    model, tok, path = checkpoint.load(source)
     if not mora.adapted_layers(model):
         raise UserError(f"{path} holds no adapters: there is nothing to merge" +
                         (f"; {path / 'base'} is a Hugging Face directory already" if (path / "base").is_dir() else ""))
@@ -43,7 +43,9 @@ def merge_checkpoint(source, target=None, dtype=torch.float32):
         raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): nothing was written; is {path} damaged?")
     beside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    checkpoint.write_hugging_face(beside, {n: w.to(dtype) for n, w in merged.state_dict().items()}, merged.cfg, tokenizer)
+    checkpoint.write_hugging_face(beside, {n: w.to(dtype) for n, w in merged.state_dict().items()}, merged.cfg, tok)
+    if tok:
+        tok.export(beside)
     os.replace(beside, target)
     return target, difference
 

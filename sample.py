@@ -4,15 +4,14 @@
     python sample.py out/tiny_mora/merged --prompt="def " --temperature=0.7 --max_new_tokens=300
 """
 import argparse
-import codecs
 import time
 
 import torch
 
 import checkpoint
 import mora
+import tokenizer
 from config import UserError, command_line
-from data import tokenizer as get_tokenizer
 
 
 @torch.no_grad()
@@ -45,24 +44,24 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=200, help="draw among so many likeliest tokens, 0 for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="tiktoken's name or bytes, for a directory that does not say")
+    parser.add_argument("--tokenizer", help="tiktoken's name, bytes, or a folder with a tokenizer.json, for a directory that does not say")
     args = parser.parse_args(argv)
     if args.temperature < 0 or args.top_k < 0:
         raise UserError(f"temperature {args.temperature} and top_k {args.top_k} must not be negative")
-    model, name, path = checkpoint.load(args.checkpoint)
-    if not (args.tokenizer or name):
-        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, or bytes)")
-    encoding = get_tokenizer(args.tokenizer or name)
+    model, tok, path = checkpoint.load(args.checkpoint)
+    tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
+    if not tok:
+        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, bytes, or a folder with a tokenizer.json)")
     model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    prompt = encoding.encode_ordinary(args.prompt)
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    prompt = tok.encode(args.prompt).tolist()
+    prompt = prompt if prompt[:1] == tok.start[:1] else tok.start + prompt
+    text = tok.decoder()
     print(args.prompt, end="", flush=True)
     start, count = time.time(), 0
-    for token in generate(model, [encoding.eot_token] + prompt, encoding.n_vocab, args.max_new_tokens, args.temperature, args.top_k,
-                          encoding.eot_token, torch.Generator().manual_seed(args.seed)):
-        print(text.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    for token in generate(model, prompt, tok.size, args.max_new_tokens, args.temperature, args.top_k, tok.end, torch.Generator().manual_seed(args.seed)):
+        print(text(token), end="", flush=True)
         count += 1
     print(f"\n[{count} tokens, {count / (time.time() - start):.0f} tokens/s]")
 

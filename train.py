@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import mora
+import tokenizer
 from batches import Batches, Tokens
 from config import UserError, accumulation, command_line, differences, load, write_json
 from evaluate import perplexity
@@ -75,12 +76,9 @@ def build_model(cfg, tokens):
     """(cfg, model without adapters): random weights by seed, or those of init_from, whose shape then replaces the config's."""
     if not cfg.init_from:
         return cfg, Llama(LlamaConfig(vocab_size=tokens.vocab_size, **cfg.model()), seed=cfg.seed)
-    model, tokenizer, path = checkpoint.load(cfg.init_from)
-    if tokenizer and tokenizer != tokens.tokenizer:
-        raise UserError(f"{path} speaks {tokenizer}, {cfg.data} is written in {tokens.tokenizer}: prepare the data again with --tokenizer={tokenizer}")
-    if tokens.vocab_size > model.cfg.vocab_size:
-        raise UserError(f"{cfg.data} has a vocabulary of {tokens.vocab_size}, {path} knows {model.cfg.vocab_size} tokens")
-    if not tokenizer and os.environ.get("RANK", "0") == "0":
+    model, tok, path = checkpoint.load(cfg.init_from)
+    tokens.must_suit(model, tok, path)
+    if not tok and os.environ.get("RANK", "0") == "0":
         print(f"note: {path} does not say which tokenizer it speaks; {cfg.data} is written in {tokens.tokenizer}")
     model = mora.merge(model) if mora.adapted_layers(model) else model
     shape = {key: value for key, value in dataclasses.asdict(model.cfg).items() if hasattr(cfg, key)}
@@ -163,6 +161,7 @@ def train(cfg):
     rank, world, device = distributed(cfg)
     micro, accumulate = accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
+    tok = tokenizer.load(tokens.tokenizer, tokens.folder)
     batches = Batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro, device, rank, world)
 
     # the model, new or as the newest checkpoint left it
@@ -182,7 +181,7 @@ def train(cfg):
     for step in range(start, cfg.steps + 1):
         done, pause = step == cfg.steps, time.time()
         if step > start and (step % cfg.save_every == 0 or done or stopping) and rank == 0:
-            checkpoint.save(cfg, step, cycle, model, optimizer, tokens.tokenizer)
+            checkpoint.save(cfg, step, cycle, model, optimizer, tok)
         if stopping:
             break
         if step % cfg.eval_every == 0 or done:

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(2)
 
 import data
+import tokenizer
 import train
 
 TINY = """
@@ -28,7 +29,7 @@ def texts(count=200):
 def corpus(tmp_path_factory):
     """A small corpus of bytes, every 100th document validation."""
     folder = tmp_path_factory.mktemp("data") / "small"
-    data.prepare(folder, {"source": "test", "tokenizer": "bytes"}, [(texts, data.every_100th)])
+    data.prepare(folder, tokenizer.load("bytes"), {"source": "test"}, [(texts, data.every_100th)])
     return folder
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import data
+import tokenizer
 from batches import Batches, Tokens, every_token_once
 from config import UserError
 
@@ -13,15 +14,7 @@ MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩
 
 
 def prepare(folder, texts, request="test", **options):
-    return data.prepare(folder, {"source": request, "tokenizer": "bytes"}, [(texts, data.every_100th)], **options)
-
-
-def test_bytes_are_tokens():
-    encoding = data.tokenizer("bytes")
-    for text in MIXED:
-        ids = encoding.encode_ordinary(text)
-        assert ids == list(text.encode()) and encoding.decode(ids) == text
-    assert encoding.eot_token == 256 and encoding.n_vocab == 257
+    return data.prepare(folder, tokenizer.load("bytes"), {"source": request}, [(texts, data.every_100th)], **options)
 
 
 def test_documents_come_back(tmp_path):
@@ -88,7 +81,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path, monkeypatch, k
 
 def test_a_token_limit_ends_with_a_whole_document(tmp_path):
     chunks = lambda: iter([["x" * 9] * 40] * 100)
-    manifest = data.prepare(tmp_path / "d", {"source": "s", "tokenizer": "bytes"}, [(chunks, data.all_to("train"))], {"train": 1234})
+    manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, [(chunks, data.all_to("train"))], {"train": 1234})
     assert manifest["splits"]["train"]["tokens"] == 1240 and manifest["splits"]["train"]["documents"] == 124
 
 
@@ -152,7 +145,7 @@ def test_evaluation_counts_every_token_once(corpus, world, limit):
 
 
 def test_ids_are_the_tokenizers_with_end_of_text_between():
-    encoding = data.tokenizer("bytes")
-    ids, ends, sizes = data.encode(encoding, MIXED)
-    assert ids.tolist() == [i for text in MIXED for i in encoding.encode_ordinary(text) + [256]]
+    tok = tokenizer.load("bytes")
+    ids, ends, sizes = data.encode(tok, MIXED)
+    assert ids.tolist() == [i for text in MIXED for i in tok.encoding.encode_ordinary(text) + [256]]
     assert ends.tolist() == np.cumsum([len(t.encode()) + 1 for t in MIXED]).tolist() and sizes.sum() == sum(len(t.encode()) for t in MIXED)

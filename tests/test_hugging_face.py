@@ -6,6 +6,7 @@ import torch
 
 import checkpoint
 import evaluate
+import tokenizer
 from config import UserError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
@@ -53,7 +54,7 @@ def test_sharded_weights_and_what_we_write_back(tmp_path):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     assert_same(tmp_path / "hf", model)
     ours = checkpoint.load(tmp_path / "hf")[0]
-    checkpoint.write_hugging_face(tmp_path / "again", ours.state_dict(), ours.cfg, "bytes")
+    checkpoint.write_hugging_face(tmp_path / "again", ours.state_dict(), ours.cfg, tokenizer.load("bytes"))
     assert checkpoint.load(tmp_path / "again")[0].cfg == ours.cfg
     from transformers import LlamaForCausalLM
     assert_same(tmp_path / "again", LlamaForCausalLM.from_pretrained(tmp_path / "again").eval())

@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
+import tokenizer
 
 files = [Path(name) for name in sys.argv[1:]]
-encoding = data.tokenizer("gpt2")
+encoding = tokenizer.load("gpt2").encoding
 documents = [text for texts in data.file_texts(files, "text") for text in texts]
 size = sum(len(text.encode()) for text in documents) / 1e6
 ours, theirs = [], []
