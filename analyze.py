@@ -50,7 +50,8 @@ def spectra(after, before):
     found = {kind: [] for kind in KINDS}
     for name, weight in after.items():
         if name not in before or before[name].shape != weight.shape:
-            raise UserError(f"{name} is {tuple(weight.shape)} in one checkpoint and {tuple(before[name].shape) if name in before else 'missing'} in the other")
+            other = tuple(before[name].shape) if name in before else "missing"
+            raise UserError(f"{name} is {tuple(weight.shape)} in one checkpoint and {other} in the other")
         delta = weight.to(device) - before[name].to(device)
         tall = delta if delta.shape[0] >= delta.shape[1] else delta.T  # LAPACK takes half the time
         found[name.split(".")[-2]].append(torch.linalg.svdvals(tall).cpu())
@@ -63,7 +64,8 @@ def measures(values):
     energy = values.square().cumsum(0) / values.square().sum().clamp(min=1e-30)
     largest = values[0].item()
     return {"singular_above_0.1": int((values > 0.1).sum()), "rank": int((values > 1e-3 * largest).sum()) if largest else 0,
-            "stable_rank": float(values.square().sum() / largest ** 2) if largest else 0.0, "energy_90": int((energy < 0.9).sum()) + 1, "largest": largest}
+            "stable_rank": float(values.square().sum() / largest ** 2) if largest else 0.0,
+            "energy_90": int((energy < 0.9).sum()) + 1, "largest": largest}
 
 
 def mean_measures(found):
@@ -105,7 +107,8 @@ def plot_spectra(named, file):
     for i, (label, found) in enumerate(named.items()):
         means = mean_measures(found)
         kinds = [kind for kind in KINDS if kind in means]
-        bars.bar([x + i * 0.8 / len(named) for x in range(len(kinds))], [means[kind]["singular_above_0.1"] for kind in kinds], 0.8 / len(named), label=label)
+        width = 0.8 / len(named)
+        bars.bar([x + i * width for x in range(len(kinds))], [means[kind]["singular_above_0.1"] for kind in kinds], width, label=label)
         squares = [values.square() / values.square().sum().clamp(min=1e-30) for layers in found.values() for values in layers]
         length = min(len(square) for square in squares)
         curves.plot(range(1, length + 1), torch.stack([square[:length] for square in squares]).mean(0).cumsum(0), label=label)
@@ -166,7 +169,8 @@ def main(argv):
         named[path] = spectra(after, weights(args.since)[0] if args.since else first_weights(folder))
         print(f"{path}\n{'':10} {'above 0.1':>10} {'rank':>8} {'stable rank':>12} {'90 % energy':>12} {'largest':>9}")
         for kind, row in mean_measures(named[path]).items():
-            print(f"{kind:10} {row['singular_above_0.1']:10.1f} {row['rank']:8.1f} {row['stable_rank']:12.2f} {row['energy_90']:12.1f} {row['largest']:9.3f}")
+            print(f"{kind:10} {row['singular_above_0.1']:10.1f} {row['rank']:8.1f} {row['stable_rank']:12.2f} {row['energy_90']:12.1f} "
+                  f"{row['largest']:9.3f}")
     plot_spectra(named, args.png)
 
 

@@ -33,7 +33,8 @@ class Tokens:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for shard, crc in zip(shards, pool.map(_crc32, self.shards)):
                     if crc != shard["crc32"]:
-                        raise UserError(f"{self.folder / shard['file']} is corrupt (checksum {crc}, expected {shard['crc32']}): {self._advice()}")
+                        raise UserError(f"{self.folder / shard['file']} is corrupt (checksum {crc}, expected {shard['crc32']}): "
+                                        f"{self._advice()}")
 
     def must_suit(self, model, tok, where):
         """Raise UserError if a model, or the tokenizer it speaks (None: unknown), can not be used with these tokens."""
@@ -112,7 +113,8 @@ class Batches:
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """(inputs, targets) over the whole split in order, each (batch, seq_len) int64: every token but the first is a target once.
 
-    What lies past the end is filled with targets of -100, so that shapes never change. Ranks take turns. limit: stop after so many tokens, 0 for all.
+    What lies past the end is filled with targets of -100, so that shapes never change. Ranks take turns. limit: stop after so
+    many tokens, 0 for all.
     """
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)

@@ -6,8 +6,9 @@
     python bench.py --shape=7b --methods=mora,lora         fine-tuning shape: r = 8 rotate, bfloat16 base, adapters alone train
     python bench.py --json=FILE                            also as flat names to numbers
 
-A fresh process a method; random tokens; the median of repeated blocks of steps after a warm-up. Steps are train.py's: forward, backward, clipping,
-AdamW. MFU is (FLOPs that the method must do) / time / (rate of an 8192-cubed matrix product in the same dtype, measured here, random data).
+A fresh process a method; random tokens; the median of repeated blocks of steps after a warm-up. Steps are train.py's: forward,
+backward, clipping, AdamW. MFU is (FLOPs that the method must do) / time / (rate of an 8192-cubed matrix product in the same dtype,
+measured here on random data).
 """
 import argparse
 import json
@@ -122,7 +123,8 @@ def measure(args):
     flops = needed_flops(model, cfg)
     result = {"tokens_per_s": tokens / statistics.median(times), "slowest_over_fastest": max(times) / min(times),
               "mfu": flops * tokens / world / statistics.median(times) / rate, "gemm_tflops": rate / 1e12,
-              "trainable_parameters": sum(p.numel() for p in trainable), "reduced_mb_a_step": sum(p.numel() for p in trainable) * 4 / 1e6 if world > 1 else 0.0}
+              "trainable_parameters": sum(p.numel() for p in trainable),
+              "reduced_mb_a_step": sum(p.numel() for p in trainable) * 4 / 1e6 if world > 1 else 0.0}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:
@@ -139,9 +141,9 @@ def restart(model):
 
 def child(args, name):
     """Run one method in a process of its own; returns its numbers, or None if it fails (out of memory, say)."""
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"] if args.processes > 1 else [])
-    command += [__file__, f"--child={name}", f"--shape={args.shape}", f"--steps={args.steps}", f"--repeats={args.repeats}", f"--rank={args.rank}",
-                f"--seq_len={args.seq_len}", f"--batch={args.batch}"] + ["--quick"] * args.quick
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+    passed = [f"--{key}={getattr(args, key)}" for key in ("shape", "steps", "repeats", "rank", "seq_len", "batch")]
+    command = [sys.executable] + torchrun * (args.processes > 1) + [__file__, f"--child={name}", *passed] + ["--quick"] * args.quick
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8")})
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
@@ -177,7 +179,8 @@ def main(argv):
         raise UserError(f"unknown method {unknown[0]!r}: take of {', '.join(METHODS)}")
 
     numbers, full = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}, None
-    print(f"{args.shape}, {args.processes} x {torch.cuda.get_device_name() if gpu else 'cpu'}, torch {torch.__version__}, {args.seq_len} tokens a sequence\n"
+    machine = f"{args.processes} x {torch.cuda.get_device_name() if gpu else 'cpu'}"
+    print(f"{args.shape}, {machine}, torch {torch.__version__}, {args.seq_len} tokens a sequence\n"
           f"{'method':16} {'tokens/s':>10} {'to full':>8} {'MFU':>6} {'peak GiB':>9} {'trainable':>14} {'restart ms':>10}")
     for name in names:
         row = child(args, name)
@@ -185,7 +188,8 @@ def main(argv):
             continue
         full = row["tokens_per_s"] if name == "full" else full
         print(f"{name:16} {row['tokens_per_s']:10,.0f} {row['tokens_per_s'] / full if full else float('nan'):8.3f} {row['mfu']:6.3f} "
-              f"{row.get('peak_gib', float('nan')):9.2f} {row['trainable_parameters']:14,} {row.get('restart_ms', float('nan')):10.1f}", flush=True)
+              f"{row.get('peak_gib', float('nan')):9.2f} {row['trainable_parameters']:14,} {row.get('restart_ms', float('nan')):10.1f}",
+              flush=True)
         prefix = f"ddp{args.processes}." if args.processes > 1 else ""
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
     if args.json:

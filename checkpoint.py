@@ -36,7 +36,8 @@ def write_hugging_face(folder, weights, cfg, tok):
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim, "bos_token_id": tok and tok.start[0], "eos_token_id": tok and tok.end,
+        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim,
+        "bos_token_id": tok and tok.start[0], "eos_token_id": tok and tok.end,
         "tokenizer": tok and tok.name, **{key: getattr(cfg, key) for key in SHAPE},
         "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **cfg.rope_scaling}})
 

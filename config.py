@@ -237,13 +237,16 @@ def check(cfg):
     need(mora or not cfg.operator, f"method {cfg.method} takes no operator, got {cfg.operator!r}; operators are mora's")
     need(mora or cfg.groups == "strided", f"method {cfg.method} takes no groups, got {cfg.groups!r}; groups are mora's")
     need(cfg.method == "lora" or not cfg.alpha, f"method {cfg.method} takes no alpha, got {cfg.alpha}; MoRA's scale is 1")
-    need(cfg.method != "full" or cfg.base_dtype == "float32", f"method full freezes nothing, so base_dtype must be float32, got {cfg.base_dtype}")
-    need(not (cfg.restart_every or cfg.restart_steps) or cfg.base_dtype == "float32", "restarts merge small updates, which base_dtype bfloat16 would round away: take float32")
+    restarts, half = bool(cfg.restart_every or cfg.restart_steps), cfg.base_dtype == "bfloat16"
+    need(cfg.method != "full" or not half, f"method full freezes nothing, so base_dtype must be float32, got {cfg.base_dtype}")
+    need(not (restarts and half), "restarts merge small updates, which base_dtype bfloat16 would round away: take float32")
     need(adapts or not cfg.dropout, f"method {cfg.method} takes no dropout, got {cfg.dropout}: it is on the adapters' input")
-    need(adapts or not (cfg.restart_every or cfg.restart_steps),
+    need(adapts or not restarts,
          f"method {cfg.method} has no update to restart, got restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}")
-    need(not (cfg.restart_every and cfg.restart_steps), f"restart_every {cfg.restart_every} and restart_steps {cfg.restart_steps}: give one of them")
-    need(list(cfg.restart_steps) == sorted({step for step in cfg.restart_steps if step > 0}), f"restart_steps must rise from 1, got {cfg.restart_steps}")
+    need(not (cfg.restart_every and cfg.restart_steps),
+         f"restart_every {cfg.restart_every} and restart_steps {cfg.restart_steps}: give one of them")
+    need(list(cfg.restart_steps) == sorted({step for step in cfg.restart_steps if step > 0}),
+         f"restart_steps must rise from 1, got {cfg.restart_steps}")
     need(0 <= cfg.restart_keep <= 1, f"restart_keep must lie between 0 and 1, got {cfg.restart_keep}")
 
 

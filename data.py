@@ -149,8 +149,9 @@ class SplitWriter:
 def prepare(folder, tok, request, stages, limits=None):
     """Write a corpus as shards and a manifest, or go on where the same request was killed; returns the manifest.
 
-    tok: see tokenizer.load. request: a JSON-able dict that names the corpus: equal requests give equal shards. stages: [(texts, assign)], where texts() yields lists
-    of documents and assign(list, first index) -> {split: documents}. limits: {split: tokens}, 0 for all.
+    tok: see tokenizer.load. request: a JSON-able dict that names the corpus: equal requests give equal shards.
+    stages: [(texts, assign)], where texts() yields lists of documents and assign(list, index of its first) -> {split: documents}.
+    limits: {split: tokens}, 0 for all.
     """
     folder, limits, request = Path(folder), limits or {}, request | {"tokenizer": tok.name}
     if (folder / "manifest.json").exists():
@@ -281,8 +282,8 @@ def prepare_files(name, train, val, key, tokenizer_name):
 
 def prepare_c4(train_tokens, val_tokens, tokenizer_name):
     request = {"source": "allenai/c4 en", "train_tokens": train_tokens, "val_tokens": val_tokens}
-    return prepare("data/c4", tokenizer.load(tokenizer_name), request, [(partial(c4_texts, "validation"), all_to("val")), (partial(c4_texts, "train"), all_to("train"))],
-                   {"train": train_tokens, "val": val_tokens})
+    stages = [(partial(c4_texts, "validation"), all_to("val")), (partial(c4_texts, "train"), all_to("train"))]
+    return prepare("data/c4", tokenizer.load(tokenizer_name), request, stages, {"train": train_tokens, "val": val_tokens})
 
 
 def main(argv):

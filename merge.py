@@ -40,7 +40,8 @@ def merge_checkpoint(source, target=None, dtype=torch.float32):
         layer.merges = False  # W x + U(x), by the operator's own maps: what the written sum W + dW must equal
     difference, scale = largest_logit_difference(model, merged)
     if not difference <= 1e-3 * max(1.0, scale):
-        raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): nothing was written; is {path} damaged?")
+        raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): nothing was written; "
+                        f"is {path} damaged?")
     beside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(beside, ignore_errors=True)
     checkpoint.write_hugging_face(beside, {n: w.to(dtype) for n, w in merged.state_dict().items()}, merged.cfg, tok)

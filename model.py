@@ -160,8 +160,8 @@ class Llama(nn.Module):
         """Logits (B, T, V) in float32 of ids (B, T), or with targets (B, T) their mean cross-entropy in nats.
 
         A target of -100 does not count. The product with the vocabulary is padded for speed, the parameter is not (loss.padded): a
-        token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds what came before ids, and is extended by them: whole
-        sequences when it is empty, one token at a time afterwards.
+        token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds
+        what came before ids, and is extended by them: whole sequences when it is empty, one token at a time afterwards.
         """
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         cos, sin = rope(past, ids.shape[1], self.cfg, ids.device)

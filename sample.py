@@ -51,7 +51,8 @@ def main(argv):
     model, tok, path = checkpoint.load(args.checkpoint)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
     if not tok:
-        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, bytes, or a folder with a tokenizer.json)")
+        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, bytes, or a "
+                        "folder with a tokenizer.json)")
     model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -60,7 +61,8 @@ def main(argv):
     text = tok.decoder()
     print(args.prompt, end="", flush=True)
     start, count = time.time(), 0
-    for token in generate(model, prompt, tok.size, args.max_new_tokens, args.temperature, args.top_k, tok.end, torch.Generator().manual_seed(args.seed)):
+    generator = torch.Generator().manual_seed(args.seed)
+    for token in generate(model, prompt, tok.size, args.max_new_tokens, args.temperature, args.top_k, tok.end, generator):
         print(text(token), end="", flush=True)
         count += 1
     print(f"\n[{count} tokens, {count / (time.time() - start):.0f} tokens/s]")

@@ -3,8 +3,8 @@
     load("gpt2"), load("bytes"), load("path/of/a/directory")
 
 All have: name (equal names, equal ids), size (ids are below it), end (the end-of-text id), start (ids that open a document),
-encode(text) -> uint32 array, decoder() -> a function id -> text that may hold a part of a character back, keep(folder) (so that load(name, folder)
-finds it again) and export(folder) (the files that transformers and vLLM read).
+encode(text) -> uint32 array, decoder() -> a function id -> text that may hold a part of a character back, keep(folder) (so that
+load(name, folder) finds it again) and export(folder) (the files that transformers and vLLM read).
 """
 import codecs
 import hashlib
@@ -35,7 +35,8 @@ def load(name, folder=None):
     if (Path(name) / "tokenizer.json").exists():
         return Json(Path(name))
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"unknown tokenizer {name!r}: take bytes, {', '.join(tiktoken.list_encoding_names())}, or a folder with a tokenizer.json")
+        raise UserError(f"unknown tokenizer {name!r}: take bytes, {', '.join(tiktoken.list_encoding_names())}, or a folder with "
+                        "a tokenizer.json")
     try:
         return Tiktoken(tiktoken.get_encoding(name))
     except OSError as error:  # requests' exceptions are OSErrors
@@ -67,18 +68,20 @@ class Tiktoken:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         letters = byte_letters()
         spell = lambda token: "".join(letters[byte] for byte in token)
-        ranks = self.encoding._mergeable_ranks
-        merges = [tuple(map(spell, merged_parts(ranks, token, rank))) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
+        by_id = lambda ids: sorted(ids.items(), key=lambda item: item[1])
+        ranks, special = self.encoding._mergeable_ranks, by_id(self.encoding._special_tokens)
+        merges = [tuple(map(spell, merged_parts(ranks, token, rank))) for token, rank in by_id(ranks) if len(token) > 1]
         tokenizer = Tokenizer(models.BPE(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(self.encoding._pat_str), "isolated"),
                                                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in sorted(self.encoding._special_tokens.items(), key=lambda item: item[1])])
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in special])
         end = self.encoding.decode([self.end])
         if tokenizer.token_to_id(end) != self.end:
             raise UserError(f"tokenizer {self.name} leaves gaps between its ids, which tokenizer.json can not say")
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "clean_up_tokenization_spaces": False})
+        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+                                                            "clean_up_tokenization_spaces": False})
 
 
 class Json:

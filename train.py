@@ -53,7 +53,8 @@ def distributed(cfg):
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     if kind == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are here; lower --nproc_per_node, or --device=cpu")
+        raise UserError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are here; lower --nproc_per_node, or "
+                        "take --device=cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -110,7 +111,8 @@ def check_run_folder(cfg, rank):
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
     before = checkpoint.read_json(newest / "state.json")["config"]
-    fixed = {*cfg.model(), *cfg.adapter(), "method", "data", "seq_len", "batch_size", "restart_every", "restart_steps"} - {"max_position_embeddings"}
+    fixed = {*cfg.model(), *cfg.adapter(), "method", "seed", "data", "seq_len", "batch_size", "restart_every", "restart_steps"}
+    fixed.discard("max_position_embeddings")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed) if before[key] != now[key]]
     if changed:
@@ -154,7 +156,8 @@ def stop_if_not_finite(losses, norms, step, cfg):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             good = (checkpoint.steps_of(cfg.out) or ["none yet"])[-1]
             raise UserError(f"step {i}: loss {loss}, gradient norm {norm}. Stopped; the last good checkpoint is {good}. "
-                            f"Go on from it with --resume and a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a smaller --grad_clip ({cfg.grad_clip:g})")
+                            f"Go on from it with --resume and a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a "
+                            f"smaller --grad_clip ({cfg.grad_clip:g})")
 
 
 def train(cfg):
@@ -217,14 +220,18 @@ def train(cfg):
             stop_if_not_finite(losses, norms, now, cfg)
             speed = len(losses) * cfg.batch_size * cfg.seq_len / (time.time() - clock)
             left = (cfg.steps - now) * cfg.batch_size * cfg.seq_len / speed
-            log(now, f"loss {sum(losses) / len(losses):.4f}   lr {learning_rate(step, cfg):.2e}   norm {norms[-1]:.2f}   {speed:,.0f} tokens/s   {duration(left)} left",
-                loss=sum(losses) / len(losses), lr=learning_rate(step, cfg), grad_norm=norms[-1], tokens_per_s=speed)
+            mean, lr = sum(losses) / len(losses), learning_rate(step, cfg)
+            log(now, f"loss {mean:.4f}   lr {lr:.2e}   norm {norms[-1]:.2f}   {speed:,.0f} tokens/s   {duration(left)} left",
+                loss=mean, lr=lr, grad_norm=norms[-1], tokens_per_s=speed)
             window, clock = [], time.time()
     log.close(step, stopping)
 
 
 def agreed(window, asked, world):
-    """(losses, gradient norms, stop?) of the steps in the window: means over ranks, and whether any rank was asked to stop. All ranks get the same."""
+    """(losses, gradient norms, stop?) of the steps in the window: means over ranks, and whether any rank was asked to stop.
+
+    All ranks get the same.
+    """
     numbers = torch.cat((torch.stack(window).T.flatten(), torch.full_like(window[0][:1], float(asked))))
     if world > 1:
         dist.all_reduce(numbers)
@@ -251,8 +258,8 @@ def header(cfg, model, device, world, micro, accumulate, start):
     return {"config": dataclasses.asdict(cfg), "start": start, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "torch": torch.__version__, "python": platform.python_version(), "processes": world, "micro_batch": micro, "accumulate": accumulate,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
-            "dtype": str(model.compute_dtype).removeprefix("torch."), "trainable_parameters": count(p for p in model.parameters() if p.requires_grad),
-            "parameters": count(model.parameters()), "tokens_per_step": cfg.batch_size * cfg.seq_len}
+            "dtype": str(model.compute_dtype).removeprefix("torch."),
+            "trainable_parameters": count(p for p in model.parameters() if p.requires_grad), "parameters": count(model.parameters()), "tokens_per_step": cfg.batch_size * cfg.seq_len}
 
 
 class Log:
@@ -268,8 +275,9 @@ class Log:
         self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
         print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in differences(cfg).items())}")
-        print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on {head['processes']} x {head['device']}, {head['dtype']}; a step is "
-              f"{cfg.batch_size} x {cfg.seq_len} = {head['tokens_per_step']:,} tokens in {head['accumulate']} x {head['micro_batch']} sequences a process")
+        print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on {head['processes']} x {head['device']}, "
+              f"{head['dtype']}; a step is {cfg.batch_size} x {cfg.seq_len} = {head['tokens_per_step']:,} tokens in "
+              f"{head['accumulate']} x {head['micro_batch']} sequences a process")
         try:
             if cfg.log_to == "wandb":
                 import wandb
@@ -300,8 +308,8 @@ class Log:
         adapted = self.cfg.method in ("lora", "mora")
         model = f"{self.cfg.out}/merged" if adapted else self.cfg.out
         print("\ndone; next:")
-        print(f"  python merge.py {self.cfg.out}\n" * adapted + f'  python sample.py {model} --prompt="def "' * (Path(self.cfg.data).name == "stdlib")
-              + f'  python sample.py {model} --prompt="The"' * (Path(self.cfg.data).name != "stdlib"))
+        prompt = "def " if Path(self.cfg.data).name == "stdlib" else "The"
+        print(f"  python merge.py {self.cfg.out}\n" * adapted + f'  python sample.py {model} --prompt="{prompt}"')
 
 
 def main(argv):
