@@ -259,7 +259,8 @@ def header(cfg, model, device, world, micro, accumulate, start):
             "torch": torch.__version__, "python": platform.python_version(), "processes": world, "micro_batch": micro, "accumulate": accumulate,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
             "dtype": str(model.compute_dtype).removeprefix("torch."),
-            "trainable_parameters": count(p for p in model.parameters() if p.requires_grad), "parameters": count(model.parameters()), "tokens_per_step": cfg.batch_size * cfg.seq_len}
+            "trainable_parameters": count(p for p in model.parameters() if p.requires_grad),
+            "parameters": count(model.parameters()), "tokens_per_step": cfg.batch_size * cfg.seq_len}
 
 
 class Log:
