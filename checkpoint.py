@@ -100,7 +100,8 @@ def load_weights(model, *files):
 def save(cfg, step, cycle, model, optimizer, tok):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep (0: keep all)."""
     final, beside = Path(cfg.out) / f"step-{step:08d}", Path(cfg.out) / f".writing-step-{step:08d}"
-    shutil.rmtree(beside, ignore_errors=True)
+    for stray in Path(cfg.out).glob(".*ing-step-*"):  # what a kill left half written or half removed
+        shutil.rmtree(stray)
     weights = model.state_dict()
     updates = {name: weights.pop(name).cpu().contiguous() for name, _ in mora.adapter_parameters(model)}
     write_hugging_face(beside / "base", weights, model.cfg, tok)

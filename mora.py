@@ -204,22 +204,20 @@ class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx; the update's gradients come from the compressed operands alone.
 
     W is frozen, so no product of W's size gives a weight gradient: that is what makes adapters faster than full rank. Saved are
-    the merged weight and update.compress(x): for MoRA r^ numbers a token, never x. Inside torch.compile x is named instead, and
-    compressed in the backward pass: the compiler finds x again in what the neighbouring layers keep, and fuses the fold into them.
+    the merged weight and update.compress(x): for MoRA r^ numbers a block and token, never x.
     """
 
     @staticmethod
     def forward(ctx, x, weight, update, *parameters):
         merged = (weight + update.delta()).to(x.dtype)
         y = F.linear(x, merged)
-        ctx.update, ctx.late = update, torch.compiler.is_compiling()
-        ctx.save_for_backward(x if ctx.late else update.compress(x), merged)
+        ctx.update = update
+        ctx.save_for_backward(update.compress(x), merged)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         compressed, merged = ctx.saved_tensors
-        compressed = ctx.update.compress(compressed) if ctx.late else compressed
         return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
 
 

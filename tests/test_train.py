@@ -151,7 +151,9 @@ def test_the_frozen_weights_stay_and_the_rest_moves(run):
         assert torch.equal(a[name], b[name]) == ("_proj" in name), name
 
 
-def test_only_the_newest_are_kept_and_nothing_half_written(run):
+def test_only_the_newest_are_kept_and_nothing_half_written(run, config):
+    (config.parent / "run" / ".writing-step-00000003" / "base").mkdir(parents=True)
+    (config.parent / "run" / ".removing-step-00000001").mkdir()
     out = run("--save_every=3", "--keep=2")
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "log.jsonl", "step-00000018", "step-00000020"]
 

@@ -6,7 +6,7 @@ SHAPE:METHOD[:cudnn=0][:bits=32][:chunk=N][:al=N][:rec=1][:top=N]: attention wit
 recomputed in backward, print so many kernels. profile_3.txt was made with permutations of runs of 8 (run=32: of 32), since given up.
 """
 import sys, time, gc, torch; sys.path.insert(0, '.')
-import bench, mora, loss
+import mora, loss
 from bench import *
 def block(n):
     for _ in range(n):
