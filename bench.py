@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import mora
-from config import Config, UserError, command_line
+from config import Config, UserError, command_line, write_json
 from model import Llama, LlamaConfig
 from train import data_parallel, distributed, next_step, prepare_model
 
@@ -32,7 +32,7 @@ SHAPES = {
     "60m": (512, 1376, 8, 8, 50304, 128),
     "250m": (768, 2560, 24, 16, 50304, 64),
     "1.3b": (2048, 5504, 24, 32, 50304, 32),
-    "7b": (4096, 11008, 32, 32, 32000, 4),
+    "7b": (4096, 11008, 32, 32, 32000, 16),
 }
 METHODS = {
     "full": dict(method="full"),
@@ -134,9 +134,10 @@ def measure(args):
 
 def restart(model):
     """What a restart does to a model, without an optimizer's states."""
-    for name, layer in mora.adapted_layers(model):
+    layers = mora.adapted_layers(model)
+    for _, layer in layers:
         layer.merge_()
-        layer.update.start(2, mora.generator(0, 2, name))
+    mora.start(layers, seed=0, cycle=2)
 
 
 def child(args, name):
@@ -192,8 +193,8 @@ def main(argv):
               flush=True)
         prefix = f"ddp{args.processes}." if args.processes > 1 else ""
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
-    if args.json:
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        if args.json:
+            write_json(args.json, numbers)
 
 
 if __name__ == "__main__":

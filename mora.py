@@ -23,100 +23,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fold import ALIGNED, Fold
+
 
 def r_hat(rank, in_features, out_features, even=False):
     """The width of the square matrix that costs no more than LoRA of this rank: floor(sqrt(rank (in + out))), section 4."""
     width = math.isqrt(rank * (in_features + out_features))
     return width - width % 2 if even else width
-
-
-def contiguous_order(features, width):
-    """The permutation that puts neighbours into one group: position p*width + i holds the p-th member of group i.
-
-    Appendix B's second kind. The first `features mod width` groups have one member more.
-    """
-    small, more = divmod(features, width)
-    group = torch.arange(features) % width
-    start = group * small + group.clamp(max=more)
-    return start + torch.arange(features) // width
-
-
-ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products want rows that are multiples of it
-
-
-class Permute(torch.autograd.Function):
-    """x[..., order], whose gradient is a gather too: indexing's own would scatter with atomic additions, slowly and in any order."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return x[..., order]
-
-    @staticmethod
-    def backward(ctx, dy):
-        order, inverse = ctx.saved_tensors
-        return Permute.apply(dy, inverse, order), None, None
-
-
-class Fold(nn.Module):
-    """A linear map without parameters from n features to `blocks` blocks of `width`, and its adjoint.
-
-    Permute the features, cut them into pieces of `width` (the last one padded with zeros), rotate piece p by p * theta if
-    asked, add piece p to block p mod blocks. compress is the fold of the inputs, decompress the adjoint of the fold of the
-    outputs. With fewer `pieces` than the features fill, the rest is ignored (truncate).
-    """
-
-    def __init__(self, features, width, blocks, pieces, rotates=False, groups="strided"):
-        super().__init__()
-        self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
-        self.used = min(features, pieces * width)
-        self.rotates, self.groups = rotates, groups
-        moved = groups != "strided"
-        # in buffers, so that a restart moves the groups in place and nothing is compiled again
-        # (int32: a gather reads an index for every number, and half the bytes are 4 % of a step at 250M)
-        self.register_buffer("order", torch.arange(features, dtype=torch.int32) if moved else None, persistent=False)
-        self.register_buffer("inverse", torch.arange(features, dtype=torch.int32) if moved else None, persistent=False)
-
-    @torch.no_grad()
-    def move(self, cycle, generator):
-        """Take the permutation of this cycle (0, 1, ...)."""
-        if self.groups == "permute":
-            order = torch.randperm(self.features, generator=generator)
-        elif self.groups == "contiguous" or self.groups == "alternate" and cycle % 2:
-            order = contiguous_order(self.features, self.width)
-        else:
-            order = torch.arange(self.features)
-        if self.order is not None:
-            self.order.copy_(order)
-            self.inverse.copy_(order.argsort())
-
-    def forward(self, x, aligned=1):
-        """(..., n) -> (..., blocks, width rounded up with zeros to a multiple of `aligned`)"""
-        if self.order is not None:
-            x = Permute.apply(x, self.order, self.inverse)
-        x = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used)).unflatten(-1, (self.pieces, self.width))
-        if self.rotates:
-            x = self.rotate(x, 1)
-        x = F.pad(x, (0, -self.width % aligned, 0, -self.pieces % self.blocks))  # before the sum: one kernel does both
-        return x.unflatten(-2, (-1, self.blocks)).sum(-3)
-
-    def adjoint(self, h):
-        """(..., blocks, width) -> (..., n)"""
-        repeats = -(-self.pieces // self.blocks)
-        h = h.unsqueeze(-3).expand(*h.shape[:-2], repeats, *h.shape[-2:]).flatten(-3, -2)[..., :self.pieces, :]
-        if self.rotates:
-            h = self.rotate(h, -1)
-        x = F.pad(h.flatten(-2)[..., :self.used], (0, self.features - self.used))
-        return x if self.inverse is None else Permute.apply(x, self.inverse, self.order)
-
-    def rotate(self, x, sign):
-        """Rotate pairs (j, j + width/2) of piece p by sign * p * 10000^(-2j/width): eq. 10, its pairs reordered."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        theta = 10000.0 ** (-torch.arange(0, self.width, 2, device=x.device, dtype=wide) / self.width)
-        angles = sign * torch.arange(self.pieces, device=x.device, dtype=wide)[:, None] * theta
-        cos, sin = angles.cos(), angles.sin()
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Square(nn.Module):
@@ -134,19 +47,21 @@ class Square(nn.Module):
             raise ValueError(f"rank {rank} leaves no matrix to train for a layer {in_features} -> {out_features}")
         pieces_in, pieces_out = (1 if operator == "truncate" else -(-n // width) for n in (in_features, out_features))
         blocks = 1 if operator == "share" else min(pieces_in, pieces_out)
-        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups).to(device)
-        self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups).to(device)
         self.M = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups, self.M.dtype).to(device)
+        self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups).to(device)
 
     @torch.no_grad()
-    def start(self, cycle, generator):
-        """M = 0, and the groups of this cycle."""
+    def start(self, cycle, generator, siblings):
+        """M = 0, and the groups of this cycle: those of the inputs are drawn alike by all layers that read the same input."""
         self.M.zero_()
-        self.fold_in.move(cycle, generator)
+        self.fold_in.move(cycle, siblings)
         self.fold_out.move(cycle, generator)
 
     def forward(self, x):
-        return self.fold_out.adjoint(F.linear(self.fold_in(x), self.M.to(x.dtype)))
+        pad = -len(self.M) % ALIGNED
+        h = F.linear(self.fold_in(x, ALIGNED), F.pad(self.M.to(x.dtype), (0, pad, 0, pad)))
+        return self.fold_out.adjoint(h[..., :len(self.M)])
 
     def compress(self, x):
         """All that the gradient of M needs of x: F_in x, (tokens * m, r^ rounded up to whole 16 bytes), rows that matrix units like."""
@@ -159,10 +74,12 @@ class Square(nn.Module):
 
     def delta(self):
         """dW = F_out^T kron(I_m, M) F_in, (out, in): only adjoints, so a gather (eq. 3)."""
-        blocks, width = self.fold_in.blocks, self.fold_in.width
-        kron = torch.kron(torch.eye(blocks, device=self.M.device, dtype=self.M.dtype), self.M)
-        rows = self.fold_in.adjoint(kron.unflatten(1, (blocks, width)))         # kron F_in: (m r^, in)
-        return self.fold_out.adjoint(rows.T.unflatten(1, (blocks, width))).T    # F_out^T (kron F_in): (out, in)
+        blocks = self.fold_in.blocks
+        columns = self.fold_in.adjoint(self.M.unsqueeze(1).expand(-1, blocks, -1)).T[:, None]  # (in, 1, r^): of M R_p, piece by piece
+        if blocks > 1:  # an input meets the outputs of its block alone
+            mine = self.fold_in.block(columns.device)[:, None] == torch.arange(blocks, device=columns.device)
+            columns = columns * mine[..., None]
+        return self.fold_out.adjoint(columns).T
 
 
 class LowRank(nn.Module):
@@ -175,7 +92,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
 
     @torch.no_grad()
-    def start(self, cycle, generator):
+    def start(self, cycle, generator, siblings):
         """A uniform with the variance of Kaiming's rule, B = 0."""
         bound = self.A.shape[1] ** -0.5
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
@@ -263,8 +180,15 @@ class AdaptedLinear(nn.Module):
 
 
 def generator(seed, cycle, name):
-    """The random numbers of one layer in one cycle: the same on every rank, and after a resume."""
+    """The random numbers of one name in one cycle: the same on every rank, and after a resume."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
+
+
+def start(layers, seed, cycle):
+    """Start the updates of [(name, AdaptedLinear)] with the draws of this seed and cycle."""
+    for name, layer in layers:
+        siblings = f"{name.rpartition('.')[0]} {layer.weight.shape[1]}"
+        layer.update.start(cycle, generator(seed, cycle, name), generator(seed, cycle, siblings))
 
 
 def adapted_layers(model):
@@ -302,7 +226,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     found = _matches(model, targets)
     for parameter in model.parameters():
         parameter.requires_grad_(train_rest and parameter.requires_grad)
-    oversized = []
+    oversized, folds = [], {}
     for name, linear in found.items():
         for parameter in linear.parameters():
             parameter.requires_grad_(False)
@@ -311,11 +235,12 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         shape = dict(in_features=linear.in_features, out_features=linear.out_features, rank=rank, device=linear.weight.device,
                      dtype=torch.promote_types(linear.weight.dtype, torch.float32))
         update = LowRank(**shape, alpha=alpha) if method == "lora" else Square(**shape, operator=operator, groups=groups)
-        update.start(cycle, generator(seed, cycle, name))
-        if method == "mora" and update.M.numel() > linear.weight.numel():
-            oversized.append(name)
         parent, _, child = name.rpartition(".")
+        if method == "mora":  # one fold for q, k, v and one for gate, up: the compiler then compresses their input once
+            update.fold_in = folds.setdefault((parent, *linear.weight.shape), update.fold_in)
+            oversized += [name] if update.M.numel() > linear.weight.numel() else []
         setattr(model.get_submodule(parent), child, AdaptedLinear(linear, update, dropout))
+    start(adapted_layers(model), seed, cycle)
     if dropout:
         warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers run two paths, slower than merged")
     if oversized:
@@ -368,8 +293,7 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
                            "and has it taken a step?")
     layers = adapted_layers(model)
     norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
-    for name, layer in layers:
-        layer.update.start(cycle, generator(seed, cycle, name))
+    start(layers, seed, cycle)
     for parameter in parameters:
         if keep:
             _prune(optimizer.state[parameter]["exp_avg"], keep)

@@ -107,7 +107,7 @@ def test_compiles_without_graph_breaks_and_regroups_without_recompiling(kind):
     adapted = layer(kind, (48, 64, 4), torch.float32)
     compiled, x = torch.compile(adapted, fullgraph=True, backend="aot_eager"), torch.randn(6, 48)
     for cycle in (1, 2):
-        adapted.update.start(cycle, mora.generator(0, cycle, "q"))
+        adapted.update.start(cycle, mora.generator(0, cycle, "q"), mora.generator(0, cycle, "in"))
         for parameter in adapted.update.parameters():
             nn.init.normal_(parameter)
         with torch._dynamo.config.patch(error_on_recompile=cycle == 2):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mora
+from fold import contiguous_order
 
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 # (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, pieces that outnumber the other side's
@@ -18,7 +19,7 @@ GROUPS = ("strided", "contiguous", "alternate", "permute")
 
 def square(k, d, rank, operator, groups="permute", cycle=1):
     update = mora.Square(k, d, rank, operator, groups, dtype=torch.float64)
-    update.start(cycle, mora.generator(0, cycle, "layer"))
+    update.start(cycle, mora.generator(0, cycle, "layer"), mora.generator(0, cycle, "inputs"))
     with torch.no_grad():
         update.M.copy_(torch.randn(update.M.shape, dtype=torch.float64))
     return update
@@ -89,7 +90,7 @@ def test_operators_are_the_papers():
 
 def test_contiguous_groups_are_appendix_b():
     for features, width in ((12, 4), (14, 4), (7, 3), (5, 9)):
-        order = mora.contiguous_order(features, width)
+        order = contiguous_order(features, width)
         assert sorted(order.tolist()) == list(range(features))
         small, more = divmod(features, width)
         groups = [[int(order[q]) for q in range(g, features, width)] for g in range(min(width, features))]
