@@ -45,7 +45,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += part
             if wants_dx:
                 torch.mm(gradient, w, out=dx_part)
-            if wants_dw:
+            if wants_dw and dw.is_cuda and dw.dtype != w.dtype:  # the sum over chunks in the product itself, in float32
+                torch.addmm(dw, gradient.T, x_part, out_dtype=dw.dtype, out=dw)
+            elif wants_dw:
                 dw += gradient.T @ x_part
         ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
         return loss * scale
