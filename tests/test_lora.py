@@ -110,6 +110,12 @@ def test_a_frozen_A_does_not_move_and_spares_x():
     assert sum(t.numel() for t in saved if 1000 in t.shape) == 1000 * 4
 
 
+def test_a_frozen_A_stays_in_float32_on_a_bfloat16_base(run):
+    step = run("--method=lora", "--lora_A=frozen", "--base_dtype=bfloat16", "--steps=1") / "step-00000001"
+    update, base = load_file(step / "adapter" / "adapter_model.safetensors"), load_file(step / "base" / "model.safetensors")
+    assert {tensor.dtype for tensor in update.values()} == {torch.float32} and base["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("rank, width", [(4, 30), (30, 4), (5, 5)])
 def test_an_orthogonal_A_is_orthonormal_and_drawn_by_cycle(rank, width):
     A = []
