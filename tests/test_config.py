@@ -64,6 +64,7 @@ def test_files_import_files_and_the_command_line_wins(tmp_path):
     ("", ["--method=lora", "--rslora"], "give it an alpha"),
     ("", ["--method=lora", "--lora_A=orthogonl"], "did you mean orthogonal"),
     ("", ["--method=frozen", "--dora"], "frozen takes no dora"),
+    ("", ["--dora", "--base_dtype=bfloat16"], "dora rescales rows by a little"),
     ("", ["--targets=q_proj,lm_head"], "may not name lm_head"),
     ("", ["--num_key_value_heads=3"], "heads 8 must be a multiple of num_key_value_heads 3"),
     ("", ["--hidden_size=60"], "hidden_size 60"),

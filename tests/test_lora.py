@@ -94,8 +94,9 @@ def test_dora_restarts_even_with_a_negative_magnitude():
     torch.testing.assert_close(adapted(x), before)
 
 
-def test_dora_compiles_without_graph_breaks():
-    adapted, x = layer("dora", (48, 64, 4), torch.float32), torch.randn(6, 48)
+@pytest.mark.parametrize("variant", ("dora, share", "frozen A"))
+def test_compiles_without_graph_breaks(variant):
+    adapted, x = layer(variant, (48, 64, 4), torch.float32), torch.randn(6, 48)
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     for a, b in zip(results(adapted, x), results(compiled, x)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
