@@ -119,20 +119,22 @@ def attach(model, folder):
     """Adapt a plain model with the adapter of a folder, in place; returns it. Raises UserError for layers that do not fit."""
     config, layers = read(folder)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
-    for name, tensors in layers.items():
+    for name in layers:
         if name not in linears:
             raise UserError(f"{folder} adapts {name}, which is no linear layer of the base model's blocks: is it of another base model?")
         try:
-            update = update_of(config, name, linears[name])
+            mora.replace(model, name, mora.AdaptedLinear(linears[name], update_of(config, name, linears[name])))
         except ValueError as error:
             raise UserError(f"{folder}: {name}: {error}")
-        parameters = {key.removeprefix("inner."): parameter for key, parameter in update.named_parameters()}
-        shapes, needed = ({key: tuple(t.shape) for key, t in some.items()} for some in (tensors, parameters))
+    if config["peft_type"] == "MORA":
+        mora.start(mora.adapted_layers(model), config["seed"], config["cycle"])  # the groups of its cycle
+    for name, layer in mora.adapted_layers(model):
+        parameters = {key.removeprefix("inner."): parameter for key, parameter in layer.update.named_parameters()}
+        shapes, needed = ({key: tuple(t.shape) for key, t in some.items()} for some in (layers[name], parameters))
         if shapes != needed:
             raise UserError(f"{folder}: {name} has {as_text(shapes)}, but here it takes {as_text(needed)}: is it of another base model?")
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
-        mora.replace(model, name, mora.AdaptedLinear(linears[name], update))
+            parameter.copy_(layers[name][key])
     return model
 
 
@@ -141,7 +143,7 @@ def as_text(shapes):
 
 
 def update_of(config, name, linear):
-    """The update that a config describes for one layer, its fixed maps in place, its parameters still to be filled."""
+    """The update that a config describes for one layer, still to be filled."""
     shape = dict(in_features=linear.in_features, out_features=linear.out_features, device=linear.weight.device,
                  dtype=torch.promote_types(linear.weight.dtype, torch.float32))
     rank = pattern(config, "rank_pattern", name, config["r"])
@@ -152,7 +154,6 @@ def update_of(config, name, linear):
         update = LowRank(**shape, rank=rank, alpha=alpha, rslora=bool(config.get("use_rslora")))
     else:
         update = mora.Square(**shape, rank=rank, operator=config["operator"], groups=config["groups"])
-        update.start(config["cycle"], mora.generator(config["seed"], config["cycle"], name))
     return Rescaled(linear, update) if config.get("use_dora") else update
 
 

@@ -26,9 +26,10 @@ GROUPS = ("strided", "contiguous", "alternate", "permute")
 KINDS_OF_A = ("uniform", "orthogonal", "frozen")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {
-    "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS, "lora_A": KINDS_OF_A,
+    "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS,
     "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"), "base_dtype": ("float32", "bfloat16"),
     "compile": ("auto", "on", "off"), "log_to": ("", "wandb", "tensorboard"),
+    "lora_A": KINDS_OF_A,
 }
 
 

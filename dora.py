@@ -21,9 +21,9 @@ class Rescaled(nn.Module):
         self.magnitude = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device, dtype=wide))
 
     @torch.no_grad()
-    def start(self, cycle, generator):
+    def start(self, cycle, *generators):
         """The inner update starts, and m is what the rows are: U = 0."""
-        self.inner.start(cycle, generator)
+        self.inner.start(cycle, *generators)
         self.magnitude.copy_(norms(self.whole()))
 
     def whole(self):

@@ -235,6 +235,12 @@ def generator(seed, cycle, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
 
 
+def start(layers, seed, cycle):
+    """Start the updates of [(name, AdaptedLinear)] with the draws of this seed and cycle."""
+    for name, layer in layers:
+        layer.update.start(cycle, generator(seed, cycle, name))
+
+
 def adapted_layers(model):
     """[(name, AdaptedLinear)] in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
@@ -292,9 +298,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
                   Square(**shape, operator=operator, groups=groups))
         if method == "mora" and update.M.numel() > linear.weight.numel():
             oversized.append(name)
-        update = Rescaled(linear, update) if dora else update
-        update.start(cycle, generator(seed, cycle, name))
-        replace(model, name, AdaptedLinear(linear, update, dropout))
+        replace(model, name, AdaptedLinear(linear, Rescaled(linear, update) if dora else update, dropout))
+    start(adapted_layers(model), seed, cycle)
     if dropout:
         warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers run two paths, slower than merged")
     if oversized:
@@ -346,8 +351,7 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
                            "and has it taken a step?")
     layers = adapted_layers(model)
     norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
-    for name, layer in layers:
-        layer.update.start(cycle, generator(seed, cycle, name))
+    start(layers, seed, cycle)
     for parameter in parameters:
         if keep:
             _prune(optimizer.state[parameter]["exp_avg"], keep)

@@ -69,7 +69,7 @@ def test_dora_is_its_definition(update):
 
 def test_dora_in_bfloat16_lets_small_changes_of_the_magnitude_through():
     adapted, x = layer("dora", (64, 64, 4), torch.float32), torch.randn(2000, 64).bfloat16()
-    adapted.update.start(1, mora.generator(0, 1, "q"))
+    mora.start([("q", adapted)], seed=0, cycle=1)
     adapted.bias.data.zero_()
     before = adapted(x).detach().float()
     adapted.update.magnitude.data *= 1 + 1e-3  # bfloat16 has no number between 1 and 1.0078
@@ -90,7 +90,7 @@ def test_dora_restarts_even_with_a_negative_magnitude():
     assert (adapted.update.magnitude < 0).any()
     before = adapted(x)
     adapted.merge_()
-    adapted.update.start(2, mora.generator(0, 2, "q"))
+    mora.start([("q", adapted)], seed=0, cycle=2)
     torch.testing.assert_close(adapted(x), before)
 
 
@@ -122,7 +122,7 @@ def test_an_orthogonal_A_is_orthonormal_and_drawn_by_cycle(rank, width):
     A = []
     for cycle in (0, 0, 1):
         update = LowRank(width, 7, rank, lora_A="orthogonal", dtype=torch.float64)
-        update.start(cycle, mora.generator(0, cycle, "layer"))
+        mora.start([("layer", mora.AdaptedLinear(nn.Linear(width, 7), update))], seed=0, cycle=cycle)
         A.append(update.A.detach())
     product = A[0] @ A[0].T if rank <= width else A[0].T @ A[0]
     torch.testing.assert_close(product, torch.eye(min(rank, width), dtype=torch.float64))
