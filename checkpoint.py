@@ -1,22 +1,22 @@
 """Checkpoints: directories of safetensors and JSON. Weights are never pickled; a directory appears whole or not at all.
 
     out/<run>/step-00002000/base/       a Hugging Face directory: the weights without the update
-    out/<run>/step-00002000/adapter/    the update and what mora.adapt needs to make room for it
+    out/<run>/step-00002000/adapter/    the update, as adapters.py has it: what peft loads, if it is LoRA or DoRA
     out/<run>/step-00002000/            optimizer.pt, state.json
 """
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+import adapters
 import mora
 import tokenizer
-from config import UserError, write_json
+from adapters import read_tensors
+from config import UserError, read_json, write_json
 from model import Llama, LlamaConfig
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -73,28 +73,28 @@ def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory, its weights in one file or in several with an index."""
     config = read_json(folder / "config.json")
     model = Llama(llama_config(config, folder / "config.json"))
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    load_weights(model, *(folder / name for name in names))
+    load_weights(model, base_weights(folder), folder)
     if config.get("tokenizer"):
         return model, tokenizer.load(config["tokenizer"], folder)
     return model, tokenizer.load(str(folder)) if (folder / "tokenizer.json").exists() else None
 
 
-def load_weights(model, *files):
-    """Copy the tensors of safetensors files into a model; together they must be all it has, and no more."""
-    weights = {}
-    for file in files:
-        try:
-            weights |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} can not be read: {error}")
+def base_weights(folder):
+    """{name: tensor} of a Hugging Face directory."""
+    index, weights = folder / "model.safetensors.index.json", {}
+    for name in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
+        weights |= read_tensors(folder / name)
+    return weights
+
+
+def load_weights(model, weights, where):
+    """Copy {name: tensor} into a model; they must be all it has, and no more."""
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{', '.join(map(str, files))}: the weights do not fit the model: {' '.join(str(error).split())}")
+        raise UserError(f"{where}: the weights do not fit the model: {' '.join(str(error).split())}")
 
 
 def save(cfg, step, cycle, model, optimizer, tok):
@@ -103,12 +103,10 @@ def save(cfg, step, cycle, model, optimizer, tok):
     for stray in Path(cfg.out).glob(".*ing-step-*"):  # what a kill left half written or half removed
         shutil.rmtree(stray)
     weights = model.state_dict()
-    updates = {name: weights.pop(name).cpu().contiguous() for name, _ in mora.adapter_parameters(model)}
+    updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     write_hugging_face(beside / "base", weights, model.cfg, tok)
-    if cfg.adapter():
-        (beside / "adapter").mkdir()
-        write_json(beside / "adapter" / "adapter_config.json", {**cfg.adapter(), "cycle": cycle})
-        save_file(updates, beside / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    if updates:
+        adapters.write(beside / "adapter", updates, cycle=cycle, base="../base", **cfg.adapter())
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
     os.replace(beside, final)
@@ -125,8 +123,10 @@ def steps_of(run):
 
 def resume(path, model, optimizer):
     """Load a checkpoint of the same shape and method into a model and its optimizer, in place; returns its state.json."""
-    adapter = path / "adapter" / "adapter_model.safetensors"
-    load_weights(model, path / "base" / "model.safetensors", *([adapter] if adapter.exists() else []))
+    weights = base_weights(path / "base")
+    if (path / "adapter").is_dir():
+        weights |= adapters.weights(path / "adapter")
+    load_weights(model, weights, path)
     try:
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError) as error:
@@ -134,28 +134,24 @@ def resume(path, model, optimizer):
     return read_json(path / "state.json")
 
 
-def load(path):
-    """(model in float32, tokenizer or None, its folder) of a run, of one of its steps, or of a Hugging Face directory.
+def load(path, base=None):
+    """(model in float32, tokenizer or None, its folder) of a run, of one of its steps, of a Hugging Face directory, or of an adapter folder.
 
-    A checkpoint with an update comes back adapted.
+    A checkpoint with an update comes back adapted, and so does an adapter folder, on `base`, a Hugging Face directory (None: the one
+    that it names).
     """
     path = Path(path)
     if steps_of(path):
         path = steps_of(path)[-1]
+    if (path / "adapter_config.json").exists():
+        model, tok = read_hugging_face(adapters.base_of(path, base))
+        return adapters.attach(model, path), tok, path
+    if base:
+        raise UserError(f"{path} is no adapter folder (it holds no adapter_config.json), so it takes no base, got {base}")
     if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
         return *read_hugging_face(path), path
     if not (path / "base").is_dir():
-        what = "holds no checkpoint: expected step-00000000/, base/, or config.json and model.safetensors" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}")
+        what = "holds no checkpoint: expected step-00000000/, base/, adapter_config.json, or config.json and model.safetensors"
+        raise UserError(f"{path} {what if path.exists() else 'does not exist'}")
     model, tok = read_hugging_face(path / "base")
-    if (path / "adapter").is_dir():
-        mora.adapt(model, **read_json(path / "adapter" / "adapter_config.json"))
-        load_weights(model, path / "base" / "model.safetensors", path / "adapter" / "adapter_model.safetensors")
-    return model, tok, path
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can not be read: {error}")
+    return adapters.attach(model, path / "adapter") if (path / "adapter").is_dir() else model, tok, path

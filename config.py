@@ -23,11 +23,13 @@ from typing import get_args
 METHODS = ("full", "frozen", "lora", "mora")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 GROUPS = ("strided", "contiguous", "alternate", "permute")
+KINDS_OF_A = ("uniform", "orthogonal", "frozen")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {
     "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS,
     "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"), "base_dtype": ("float32", "bfloat16"),
     "compile": ("auto", "on", "off"), "log_to": ("", "wandb", "tensorboard"),
+    "lora_A": KINDS_OF_A,
 }
 
 
@@ -62,6 +64,10 @@ class Config:
     operator: str = ""              # mora only: truncate, share, decouple, rotate; empty: share
     groups: str = "strided"         # mora only: strided, contiguous, alternate, permute
     alpha: float = 0.0              # lora only: the update is scaled by alpha / rank; 0: scale 1
+    rslora: bool = False            # lora only: scaled by alpha / sqrt(rank) instead (rsLoRA)
+    lora_A: str = "uniform"         # lora only: how A starts: uniform, orthogonal, frozen (orthogonal and not trained) (AsyLoRA)
+    lora_plus_ratio: float = 1.0    # lora only: B learns so many times faster than A (LoRA+)
+    dora: bool = False              # lora, mora: the rows of W + dW are rescaled to trained magnitudes (DoRA)
     dropout: float = 0.0            # on the adapters' input
     targets: tuple[str, ...] = PROJECTIONS    # names of the linear layers that are adapted
     train_rest: bool = True         # embeddings, norms and head train too (pretraining); False: adapters alone
@@ -111,8 +117,8 @@ class Config:
         if self.method == "full":
             return {}
         names = ("method", "targets", "train_rest", "seed")
-        names += ("rank", "dropout") if self.method in ("lora", "mora") else ()
-        names += ("alpha",) if self.method == "lora" else ()
+        names += ("rank", "dora", "dropout") if self.method in ("lora", "mora") else ()
+        names += ("alpha", "rslora", "lora_A") if self.method == "lora" else ()
         names += ("operator", "groups") if self.method == "mora" else ()
         return {name: getattr(self, name) for name in names}
 
@@ -236,8 +242,15 @@ def check(cfg):
     need(not adapts or cfg.targets, f"targets names no layer: method {cfg.method} has nothing to adapt")
     need(mora or not cfg.operator, f"method {cfg.method} takes no operator, got {cfg.operator!r}; operators are mora's")
     need(mora or cfg.groups == "strided", f"method {cfg.method} takes no groups, got {cfg.groups!r}; groups are mora's")
-    need(cfg.method == "lora" or not cfg.alpha, f"method {cfg.method} takes no alpha, got {cfg.alpha}; MoRA's scale is 1")
+    for key in ("alpha", "rslora", "lora_A", "lora_plus_ratio"):
+        need(cfg.method == "lora" or getattr(cfg, key) == getattr(Config, key),
+             f"method {cfg.method} takes no {key}, got {getattr(cfg, key)!r}; it is LoRA's" + "; MoRA's scale is 1" * (key == "alpha"))
+    need(cfg.alpha or not cfg.rslora, "rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+    need(cfg.lora_plus_ratio > 0, f"lora_plus_ratio must be above 0, got {cfg.lora_plus_ratio}")
     restarts, half = bool(cfg.restart_every or cfg.restart_steps), cfg.base_dtype == "bfloat16"
+    need(adapts or not cfg.dora, f"method {cfg.method} takes no dora: it rescales what lora and mora adapt")
+    need(not (cfg.dora and half), "dora rescales rows by a little, which base_dtype bfloat16 would round away: take float32")
+    need("lm_head" not in cfg.targets, "targets may not name lm_head: the loss reads its weight alone, so an update of it would never train")
     need(cfg.method != "full" or not half, f"method full freezes nothing, so base_dtype must be float32, got {cfg.base_dtype}")
     need(not (restarts and half), "restarts merge small updates, which base_dtype bfloat16 would round away: take float32")
     need(adapts or not cfg.dropout, f"method {cfg.method} takes no dropout, got {cfg.dropout}: it is on the adapters' input")
@@ -266,6 +279,13 @@ def accumulation(cfg, processes):
 def differences(cfg, base=Config()):
     """{key: value} of what differs from the defaults (or from another config)."""
     return {key: getattr(cfg, key) for key in FIELDS if getattr(cfg, key) != getattr(base, key)}
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can not be read: {error}")
 
 
 def write_json(path, value):

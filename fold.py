@@ -64,7 +64,7 @@ class Fold(nn.Module):
         super().__init__()
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
-        self.groups, moved = groups, groups != "strided"
+        self.groups, self.drawn, moved = groups, None, groups != "strided"
         # in buffers, so that a restart moves the groups in place and nothing is compiled again
         # (int32: a gather reads an index for every number, and half the bytes are 4 % of a step at 250M)
         self.register_buffer("order", torch.arange(features, dtype=torch.int32) if moved else None, persistent=False)
@@ -74,15 +74,19 @@ class Fold(nn.Module):
     @torch.no_grad()
     def move(self, cycle, generator):
         """Take the permutation of this cycle (0, 1, ...)."""
+        if self.order is None or self.drawn == (cycle, generator.initial_seed()):  # nothing moves, or a sibling has moved it
+            return
+        self.drawn = cycle, generator.initial_seed()
         if self.groups == "permute":
             order = rolled_order(self.features, self.width, generator)
         elif self.groups == "contiguous" or self.groups == "alternate" and cycle % 2:
             order = contiguous_order(self.features, self.width)
         else:
             order = torch.arange(self.features)
-        if self.order is not None:
-            self.order.copy_(order)
-            self.inverse.copy_(order.argsort())
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(self.features)
+        self.order.copy_(order)
+        self.inverse.copy_(inverse)
 
     def forward(self, x, aligned=1):
         """(..., n) -> (..., blocks, width rounded up with zeros to a multiple of `aligned`)"""

@@ -1,7 +1,8 @@
-"""A checkpoint with an update -> a plain Hugging Face directory.
+"""A checkpoint with an update, or an adapter folder -> a plain Hugging Face directory.
 
     python merge.py out/tiny_mora                 the newest checkpoint of a run -> out/tiny_mora/merged
     python merge.py out/tiny_mora/step-00000400 TARGET --dtype=bfloat16
+    python merge.py ADAPTER TARGET --base=MODEL   a folder with adapter_config.json, of peft or of MoRA's authors, and its base model
 
 The sum W + dW is made in float32 and compared with the adapted model before anything is written.
 """
@@ -25,9 +26,10 @@ def largest_logit_difference(model, other, length=64):
     return (logits - other(ids)).abs().max().item(), logits.abs().max().item()
 
 
-def merge_checkpoint(source, target=None, dtype=torch.float32):
-    """Write the merged model of a run or a step; returns (target, largest difference of the logits before it is cast to dtype)."""
-    model, tok, path = checkpoint.load(source)
+def merge_checkpoint(source, target=None, dtype=torch.float32, base=None):
+    """Write the merged model of a run, a step or an adapter folder (on `base`); returns (target, largest difference of the logits before
+    it is cast to dtype)."""
+    model, tok, path = checkpoint.load(source, base)
     if not mora.adapted_layers(model):
         raise UserError(f"{path} holds no adapters: there is nothing to merge" +
                         (f"; {path / 'base'} is a Hugging Face directory already" if (path / "base").is_dir() else ""))
@@ -35,7 +37,7 @@ def merge_checkpoint(source, target=None, dtype=torch.float32):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty: remove it, or name another target")
 
-    merged = mora.merge(checkpoint.load(path)[0])
+    merged = mora.merge(checkpoint.load(path, base)[0])
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # W x + U(x), by the operator's own maps: what the written sum W + dW must equal
     difference, scale = largest_logit_difference(model, merged)
@@ -53,11 +55,12 @@ def merge_checkpoint(source, target=None, dtype=torch.float32):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, or one of its steps")
-    parser.add_argument("target", nargs="?", help="an empty or new folder; default: merged, in the run's folder")
+    parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
+    parser.add_argument("target", nargs="?", help="an empty or new folder; default: merged, in the run's folder or beside the adapter's")
+    parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; default: the one that it names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the written weights")
     args = parser.parse_args(argv)
-    target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype))
+    target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype), args.base)
     print(f"merged into {target}: a Hugging Face directory; largest difference of the logits {difference:.2g}")
 
 

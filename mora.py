@@ -1,4 +1,4 @@
-"""LoRA and MoRA as a small algebra; stands alone, adapts any torch module.
+"""LoRA and MoRA as a small algebra; stands alone (with lora.py and dora.py), adapts any torch module.
 
     adapted layer:  y = (W + dW) x      dW = U is linear in x, zero at the start, and the only thing that trains
 
@@ -23,7 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dora import Rescaled
 from fold import ALIGNED, Fold
+from lora import LowRank
 
 
 def r_hat(rank, in_features, out_features, even=False):
@@ -80,41 +82,6 @@ class Square(nn.Module):
             mine = self.fold_in.block(columns.device)[:, None] == torch.arange(blocks, device=columns.device)
             columns = columns * mine[..., None]
         return self.fold_out.adjoint(columns).T
-
-
-class LowRank(nn.Module):
-    """LoRA: U = (alpha / rank) B A, eq. 1. alpha 0 means scale 1."""
-
-    def __init__(self, in_features, out_features, rank, alpha=0.0, device=None, dtype=None):
-        super().__init__()
-        self.scale = alpha / rank if alpha else 1.0
-        self.A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-
-    @torch.no_grad()
-    def start(self, cycle, generator, siblings):
-        """A uniform with the variance of Kaiming's rule, B = 0."""
-        bound = self.A.shape[1] ** -0.5
-        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
-        self.B.zero_()
-
-    def forward(self, x):
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
-
-    def compress(self, x):
-        """The gradient of A needs x itself: (tokens, in)."""
-        return x.flatten(0, -2)
-
-    def gradients(self, x, dy):
-        """(dA, dB) = (scale B^T dy x^T, scale dy (A x)^T), summed over tokens."""
-        dy = dy.flatten(0, -2) * self.scale
-        dA = (dy @ self.B.to(dy.dtype)).T @ x
-        dB = dy.T @ (x @ self.A.to(x.dtype).T)
-        return dA.to(self.A.dtype), dB.to(self.B.dtype)
-
-    def delta(self):
-        """dW = scale B A, (out, in)."""
-        return self.B @ self.A * self.scale
 
 
 class MergedLinear(torch.autograd.Function):
@@ -197,29 +164,39 @@ def adapted_layers(model):
 
 
 def adapter_parameters(model):
-    """[(name, parameter)] of the updates alone."""
+    """[(name, parameter)] of the updates alone, a frozen A included."""
     return [(f"{name}.update.{key}", p) for name, layer in adapted_layers(model) for key, p in layer.update.named_parameters()]
 
 
-def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, dropout=0.0,
-          targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), train_rest=False,
+def replace(model, name, module):
+    """Put a module in the place of the one of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False, lora_A="uniform", dora=False,
+          dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), train_rest=False,
           seed=0, cycle=0):
     """Replace the named nn.Linear layers of any torch module by adapted ones, in place; returns the model.
 
-    method: "mora", "lora", or "frozen" (the layers are frozen and get no update). targets: last parts of module names.
+    method: "mora", "lora", or "frozen" (the layers are frozen and get no update). operator, groups: MoRA's; alpha, rslora, lora_A:
+    LoRA's (see LowRank); dora: for both (see Rescaled). targets: last parts of module names.
     train_rest: leave the other parameters trainable (pretraining) or freeze them (fine-tuning). The adapters' parameters are
     float32 (float64 if the weight is) on the weight's device. Raises ValueError for an unknown name, an operator that the
     method does not take, a target that matches no nn.Linear, and a model that is adapted already.
     """
     for value, choices, what in ((method, ("lora", "mora", "frozen"), "method"),
                                  (operator, ("truncate", "share", "decouple", "rotate"), "operator"),
-                                 (groups, ("strided", "contiguous", "alternate", "permute"), "groups")):
+                                 (groups, ("strided", "contiguous", "alternate", "permute"), "groups"),
+                                 (lora_A, ("uniform", "orthogonal", "frozen"), "lora_A")):
         if value not in choices:
             raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if method == "mora" and alpha:
-        raise ValueError(f"MoRA's scale is 1: it takes no alpha, got {alpha}")
+    if method != "lora" and (alpha or rslora or lora_A != "uniform"):
+        raise ValueError(f"alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): method {method} got {alpha}, {rslora}, {lora_A!r}")
+    if rslora and not alpha:
+        raise ValueError("rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
 
@@ -234,12 +211,12 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             continue
         shape = dict(in_features=linear.in_features, out_features=linear.out_features, rank=rank, device=linear.weight.device,
                      dtype=torch.promote_types(linear.weight.dtype, torch.float32))
-        update = LowRank(**shape, alpha=alpha) if method == "lora" else Square(**shape, operator=operator, groups=groups)
-        parent, _, child = name.rpartition(".")
+        update = (LowRank(**shape, alpha=alpha, rslora=rslora, lora_A=lora_A) if method == "lora" else
+                  Square(**shape, operator=operator, groups=groups))
         if method == "mora":  # one fold for q, k, v and one for gate, up: the compiler then compresses their input once
-            update.fold_in = folds.setdefault((parent, *linear.weight.shape), update.fold_in)
+            update.fold_in = folds.setdefault((name.rpartition(".")[0], *linear.weight.shape), update.fold_in)
             oversized += [name] if update.M.numel() > linear.weight.numel() else []
-        setattr(model.get_submodule(parent), child, AdaptedLinear(linear, update, dropout))
+        replace(model, name, AdaptedLinear(linear, Rescaled(linear, update) if dora else update, dropout))
     start(adapted_layers(model), seed, cycle)
     if dropout:
         warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers run two paths, slower than merged")
@@ -273,20 +250,19 @@ def merge(model):
         raise ValueError("the model has no adapted layers to merge")
     for name, layer in layers:
         layer.merge_()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.linear[0])
+        replace(model, name, layer.linear[0])
     return model
 
 
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge, start the update again with the maps of `cycle` (1, 2, ...), forget its optimizer state: ReLoRA and ReMoRA.
 
-    The function is unchanged. LoRA's A is drawn again and B = 0; MoRA's M = 0 and its groups move. Of the optimizer only the
-    adapters' states go, Adam's step count with them; keep > 0 instead prunes their first moments to this part, the largest.
+    The function is unchanged. LoRA's A is drawn again and B = 0; MoRA's M = 0 and its groups move; DoRA's m stays. Of the
+    optimizer only the adapters' states go, Adam's step count with them; keep > 0 instead prunes their first moments to this part, the largest.
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of all that was merged}. Raises
     RuntimeError if some adapter tensor had no state: it was not being trained.
     """
-    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    parameters = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is every adapter in the optimizer, "

@@ -87,10 +87,12 @@ def build_model(cfg, tokens):
 
 
 def build_optimizer(cfg, model, device):
-    """AdamW over what trains; weight decay on matrices only."""
+    """AdamW over what trains; weight decay on matrices only. A group learns at `ratio` times the rate of the step: LoRA+'s is B's."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    faster = {p for name, p in mora.adapter_parameters(model) if name.endswith(".B") and cfg.lora_plus_ratio != 1}
+    groups = [{"params": [p for p in parameters if p.ndim >= 2 and p not in faster], "weight_decay": cfg.weight_decay, "ratio": 1.0},
+              {"params": [p for p in parameters if p in faster], "weight_decay": cfg.weight_decay, "ratio": cfg.lora_plus_ratio},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "ratio": 1.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
 
 
@@ -111,7 +113,8 @@ def check_run_folder(cfg, rank):
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
     before = checkpoint.read_json(newest / "state.json")["config"]
-    fixed = {*cfg.model(), *cfg.adapter(), "method", "seed", "data", "seq_len", "batch_size", "restart_every", "restart_steps"}
+    fixed = {*cfg.model(), *cfg.adapter(), "method", "seed", "data", "seq_len", "batch_size", "restart_every", "restart_steps",
+             "lora_plus_ratio"}
     fixed.discard("max_position_embeddings")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed) if before[key] != now[key]]
@@ -128,8 +131,9 @@ def prepare_model(cfg, model, device, cycle):
         except ValueError as error:
             raise UserError(error)
     if cfg.base_dtype == "bfloat16":
+        updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # a frozen A among them
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter not in updates:
                 parameter.data = parameter.data.bfloat16()
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
@@ -206,7 +210,7 @@ def train(cfg):
         if cfg.dropout:  # masks are a function of the step, so that a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = learning_rate(step, cfg) * group["ratio"]
         loss = next_step(parallel, batches(step), accumulate, device)
         norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
         optimizer.step()

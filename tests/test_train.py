@@ -47,6 +47,9 @@ METHODS = {
     "relora": ["--method=lora", "--restart_every=10"],
     "pruned": ["--restart_steps=3,12", "--restart_keep=0.5"],
     "frozen": ["--method=frozen"],
+    "lora+": ["--method=lora", "--lora_plus_ratio=4", "--dora=true", "--dropout=0.1"],
+    "asylora": ["--method=lora", "--lora_A=frozen", "--rslora=true", "--alpha=4", "--restart_every=7"],
+    "dora": ["--dora=true", "--groups=permute", "--restart_every=7"],
 }
 
 
@@ -168,8 +171,8 @@ def test_two_runs_do_not_mix(run):
     run("--steps=10")
     with pytest.raises(UserError, match="go on with --resume"):
         run("--steps=10")
-    with pytest.raises(UserError, match="rank was 2, now 4"):
-        run("--steps=20", "--resume", "--rank=4")
+    with pytest.raises(UserError, match="dora was False, now True; rank was 2, now 4"):
+        run("--steps=20", "--resume", "--rank=4", "--dora=true")
     assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
 
 

@@ -1,0 +1,154 @@
+"""LoRA's variants: what each changes, and that the fast product knows it."""
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import mora
+from lora import LowRank
+
+VARIANTS = {
+    "rslora": dict(method="lora", alpha=3.0, rslora=True, lora_A="orthogonal"),
+    "frozen A": dict(method="lora", alpha=3.0, lora_A="frozen"),
+    "dora": dict(method="lora", alpha=3.0, dora=True),
+    "dora, share": dict(operator="share", groups="permute", dora=True),
+    "dora, rotate": dict(operator="rotate", dora=True),
+}
+SHAPES = [(70, 50, 4), (50, 130, 3), (33, 33, 2)]
+
+
+def layer(variant, shape, dtype=torch.float64):
+    """One adapted layer with a bias, and with everything that trains away from where it starts."""
+    torch.manual_seed(0)
+    k, d, rank = shape
+    adapted = mora.adapt(nn.ModuleDict({"q": nn.Linear(k, d, dtype=dtype)}), rank=rank, targets=("q",), cycle=1, **VARIANTS[variant])["q"]
+    for parameter in trained(adapted):
+        nn.init.normal_(parameter)
+    return adapted
+
+
+def trained(adapted):
+    return [p for p in adapted.parameters() if p.requires_grad]
+
+
+def results(adapted, x, merges=True):
+    """[output, dx, gradients of all that trains]"""
+    adapted.merges, x = merges, x.detach().requires_grad_()
+    adapted.zero_grad()
+    y = adapted(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in trained(adapted))]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fast_linear_matches_two_paths(variant, shape):
+    adapted, x = layer(variant, shape), torch.randn(3, 4, shape[0], dtype=torch.float64)
+    merged = results(adapted, x)
+    for a, b in zip(merged, results(adapted, x, merges=False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(x), merged[0])
+        torch.testing.assert_close(F.linear(x, adapted.weight + adapted.delta(), adapted.bias), merged[0])
+
+
+@pytest.mark.parametrize("update", ("dora", "dora, share", "dora, rotate"))
+def test_dora_is_its_definition(update):
+    """diag(m / ||W + dW||) (W + dW) x + b, row by row, and no gradient through the norm."""
+    adapted, x = layer(update, (33, 20, 2)), torch.randn(5, 33, dtype=torch.float64)
+    whole = adapted.weight + adapted.update.inner.delta()
+    norms = torch.stack([row.square().sum().sqrt() for row in whole]).detach()
+    expected = torch.stack([x @ row * m / norm for row, m, norm in zip(whole, adapted.update.magnitude, norms)], dim=1) + adapted.bias
+    wanted = torch.autograd.grad(expected.square().sum(), trained(adapted))
+    y, _, *gradients = results(adapted, x)
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-9)
+
+
+def test_dora_in_bfloat16_lets_small_changes_of_the_magnitude_through():
+    adapted, x = layer("dora", (64, 64, 4), torch.float32), torch.randn(2000, 64).bfloat16()
+    mora.start([("q", adapted)], seed=0, cycle=1)
+    adapted.bias.data.zero_()
+    before = adapted(x).detach().float()
+    adapted.update.magnitude.data *= 1 + 1e-3  # bfloat16 has no number between 1 and 1.0078
+    seen = ((adapted(x).detach().float() - before) * before).sum() / before.square().sum()
+    assert float(seen) == pytest.approx(1e-3, rel=0.1)
+
+
+def test_dora_of_a_row_of_zeros_is_a_row_of_zeros():
+    linear = nn.Linear(6, 4, bias=False)
+    linear.weight.data[1] = 0
+    adapted = mora.adapt(nn.ModuleDict({"q": linear}), "lora", rank=2, dora=True, targets=("q",))["q"]
+    y, *gradients = results(adapted, torch.randn(3, 6))
+    assert (y[:, 1] == 0).all() and y.abs().sum() > 0 and all(g.isfinite().all() for g in gradients)
+
+
+def test_dora_restarts_even_with_a_negative_magnitude():
+    adapted, x = layer("dora", (33, 20, 2)), torch.randn(5, 33, dtype=torch.float64)
+    assert (adapted.update.magnitude < 0).any()
+    before = adapted(x)
+    adapted.merge_()
+    mora.start([("q", adapted)], seed=0, cycle=2)
+    torch.testing.assert_close(adapted(x), before)
+
+
+@pytest.mark.parametrize("variant", ("dora, share", "frozen A"))
+def test_compiles_without_graph_breaks(variant):
+    adapted, x = layer(variant, (48, 64, 4), torch.float32), torch.randn(6, 48)
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(adapted, x), results(compiled, x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_a_frozen_A_does_not_move_and_spares_x():
+    adapted, x, saved = layer("frozen A", (64, 96, 4)), torch.randn(1000, 64, dtype=torch.float64), []
+    names = dict(mora.adapter_parameters(nn.ModuleDict({"q": adapted})))
+    assert [name for name, p in names.items() if p.requires_grad] == ["q.update.B"] and "q.update.A" in names
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapted(x.requires_grad_())
+    assert sum(t.numel() for t in saved if 1000 in t.shape) == 1000 * 4
+
+
+def test_a_frozen_A_stays_in_float32_on_a_bfloat16_base(run):
+    step = run("--method=lora", "--lora_A=frozen", "--base_dtype=bfloat16", "--steps=1") / "step-00000001"
+    update, base = load_file(step / "adapter" / "adapter_model.safetensors"), load_file(step / "base" / "model.safetensors")
+    assert {tensor.dtype for tensor in update.values()} == {torch.float32} and base["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rank, width", [(4, 30), (30, 4), (5, 5)])
+def test_an_orthogonal_A_is_orthonormal_and_drawn_by_cycle(rank, width):
+    A = []
+    for cycle in (0, 0, 1):
+        update = LowRank(width, 7, rank, lora_A="orthogonal", dtype=torch.float64)
+        mora.start([("layer", mora.AdaptedLinear(nn.Linear(width, 7), update))], seed=0, cycle=cycle)
+        A.append(update.A.detach())
+    product = A[0] @ A[0].T if rank <= width else A[0].T @ A[0]
+    torch.testing.assert_close(product, torch.eye(min(rank, width), dtype=torch.float64))
+    assert torch.equal(A[0], A[1]) and not torch.equal(A[0], A[2]) and update.A.requires_grad
+
+
+def test_scales():
+    for options, scale in ((dict(), 1), (dict(alpha=8.0), 2), (dict(alpha=8.0, rslora=True), 4)):
+        update = LowRank(6, 5, rank=4, **options)
+        nn.init.normal_(update.A), nn.init.normal_(update.B)
+        torch.testing.assert_close(update.delta(), scale * update.B @ update.A)
+
+
+def test_lora_plus_moves_B_so_many_times_as_far(run):
+    """After one step of Adam, which is the rate times the gradient's sign; A does not move in it, since B = 0."""
+    options = ["--method=lora", "--train_rest=false", "--steps=1"]
+    plain = run(*options)
+    plus = run(*options, "--lora_plus_ratio=4", f"--out={plain.with_name('plus')}")
+    plain, plus = (load_file(path / "step-00000001" / "adapter" / "adapter_model.safetensors") for path in (plain, plus))
+    for name in plain:
+        torch.testing.assert_close(plus[name], plain[name] * (4 if "lora_B" in name else 1))
+
+
+def test_full_rank_training_goes_on_from_an_adapted_run(run):
+    """What the adapters froze trains again."""
+    first = run("--method=lora", "--train_rest=false", "--steps=10")
+    second = run(f"--init_from={first}", f"--out={first.with_name('full')}", "--method=full", "--steps=10")
+    before, after = load_file(first / "step-00000010" / "base" / "model.safetensors"), load_file(second / "step-00000010" / "base" / "model.safetensors")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
