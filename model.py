@@ -163,19 +163,30 @@ class Llama(nn.Module):
         token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds
         what came before ids, and is extended by them: whole sequences when it is empty, one token at a time afterwards.
         """
+        x = self.hidden(ids, cache)
+        if targets is None:
+            return self.logits(x)
+        return cross_entropy(x.flatten(0, 1), self.head(), targets.flatten(), self.loss_kernel)
+
+    def hidden(self, ids, cache=None):
+        """What the head sees, (B, T, D)."""
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         cos, sin = rope(past, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[i] if cache is not None else None)
-        x = self.model.norm(x)
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if targets is None:
-            return F.linear(x, padded(weight, x.dtype))[..., :len(weight)].float()
-        return cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.loss_kernel)
+        return self.model.norm(x)
+
+    def logits(self, x):
+        """(..., D) -> (..., V), float32."""
+        return F.linear(x, padded(self.head(), x.dtype))[..., :self.cfg.vocab_size].float()
+
+    def head(self):
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all."""
+        torch._dynamo.config.recompile_limit = 64  # samples come in up to 16 lengths, with and without gradients; the default is 8
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(softmax_gradient, dynamic=False)
