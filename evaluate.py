@@ -52,7 +52,7 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / bytes_a_token, "tokens": int(count)}
 
 
-def answers(model, tok, samples, batch=256, limit=0, max_new_tokens=0):
+def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     """{"answers", "exact", ...}: a model's greedy answers to the prompts of a split, against the references; see the top of the file.
 
     A prompt is what comes before a sample's first learned token, the reference that answer. In a run it may be called between two
@@ -109,8 +109,8 @@ def main(argv):
     parser.add_argument("--answers", action="store_true", help="of samples: decode greedily and compare with the responses")
     parser.add_argument("--limit", type=int, default=0, help="answer the first so many samples; default: all")
     parser.add_argument("--max_new_tokens", type=int, default=0, help="of an answer; default: as the longest response")
-    parser.add_argument("--seq_len", type=int, default=0, help="window; default: what the model was trained on")
-    parser.add_argument("--batch", type=int, default=0, help="windows at once, default 16, or answers, default 256")
+    parser.add_argument("--seq_len", type=int, default=0, help="window; default: what the model was trained on, or the longest sample")
+    parser.add_argument("--batch", type=int, default=0, help="windows at once, default 16, or answers, default 512")
     parser.add_argument("--tokens", type=int, default=0, help="stop after so many; default: the whole split")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default float32, answers on a GPU bfloat16")
     args = parser.parse_args(argv)
@@ -125,9 +125,9 @@ def main(argv):
     if args.answers:
         model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        result = answers(model, tok, tokens, args.batch or 256, args.limit, args.max_new_tokens)
+        result = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
     else:
-        seq_len = args.seq_len or model.cfg.max_position_embeddings
+        seq_len = args.seq_len or (int(tokens.lengths.max()) if isinstance(tokens, Samples) else model.cfg.max_position_embeddings)
         result = perplexity(model, tokens, seq_len, args.batch or 16, limit=args.tokens)
     print(json.dumps({"checkpoint": str(path), "data": args.data, "split": args.split, **result}))
 

@@ -24,7 +24,7 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
         ids = torch.tensor([[token]], device=ids.device)
 
 
-def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=256):
+def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
     """The likeliest continuations of many prompts (lists of ids), each without `stop` and what follows it.
 
     Prompts of similar length go through together.

@@ -34,24 +34,24 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 TULU = "<|role|>\ncontent\n"  # of every message; an answer ends with end-of-text
 
-# name: (keys that must be there, key of the prompt, of the response, template)
+# name: (key of the prompt, of the response, template)
 FORMATS = {
-    "messages": (("messages",), "messages", "messages", TULU),
-    "alpaca": (("instruction", "output"), "instruction", "output", ALPACA),
-    "question": (("question", "answer"), "question", "answer", ALPACA),
-    "query": (("query", "response"), "query", "response", ALPACA),
-    "prompt": (("prompt", "response"), "prompt", "response", "{instruction}"),
+    "messages": ("messages", "messages", TULU),
+    "alpaca": ("instruction", "output", ALPACA),
+    "question": ("question", "answer", ALPACA),
+    "query": ("query", "response", ALPACA),
+    "prompt": ("prompt", "response", "{instruction}"),
 }
 HUB = {"tulu": ("allenai/tulu-v2-sft-mixture", "messages"), "metamath": ("meta-math/MetaMathQA", "query")}
 
 
 def format_of(row, where):
     """The name of a row's format, by its keys; raises UserError."""
-    for name, (keys, *_) in FORMATS.items():
-        if all(row.get(key) is not None for key in keys):
+    for name, (ask, answer, _) in FORMATS.items():
+        if row.get(ask) is not None and row.get(answer) is not None:
             return name
-    known = "; ".join(", ".join(keys) for keys, *_ in FORMATS.values())
-    raise UserError(f"{where}: the first row has the keys {', '.join(row)}, of which no sample can be made. Known are: {known}")
+    known = "; ".join(", ".join(dict.fromkeys(keys)) for *keys, _ in FORMATS.values())
+    raise UserError(f"{where}: the first row has the keys {', '.join(row) or '(there is none)'}, of which no sample can be made. Known are: {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def encode(tok, rows, style, seq_len=0, long="drop"):
 
 def pair(tok, row, style):
     """(ids, which of them are learned, bytes of the response) of a row with one prompt and one response."""
-    _, ask, answer, template = FORMATS[style]
+    ask, answer, template = FORMATS[style]
     fields = {"instruction": row.get(ask), "input": (style == "alpaca" and row.get("input")) or "", "response": row.get(answer)}
     for key, name in (("instruction", ask), ("input", "input"), ("response", answer)):
         if not isinstance(fields[key], str):
@@ -126,17 +126,18 @@ def templated(tok, messages, answers):
 def turns(tok, parts, ids, by_template=False):
     """(ids, which of them are learned, bytes of the answers) of [(text, is it an answer?)], after the ids that open a document.
 
-    An answer ends with end-of-text, which is learned. A chat template writes it itself; what it writes after it (a line break) is not learned.
+    An answer ends with end-of-text, which is learned. A chat template writes it itself, or the last answer alone gets it; what the
+    template writes after it (a line break) is not learned.
     """
     learned, size = [False] * len(ids), 0
-    for text, answer in parts:
+    for at, (text, answer) in enumerate(parts):
         part = (tok.encode_template(text) if by_template else tok.encode_part(text)).tolist()
         if not answer:
             ids, learned = ids + part, learned + [False] * len(part)
             continue
-        if not by_template or tok.end not in part:
+        if not by_template or tok.end not in part and at == len(parts) - 1:
             part.append(tok.end)
-        last = len(part) - part[::-1].index(tok.end)
+        last = len(part) - part[::-1].index(tok.end) if tok.end in part else len(part)
         ids, learned, size = ids + part, learned + [True] * last + [False] * (len(part) - last), size + len(text.encode("utf-8", "replace"))
     stop = len(ids) - (learned[::-1].index(True) if True in learned else 0)
     return ids[:stop], learned[:stop], size
@@ -145,10 +146,7 @@ def turns(tok, parts, ids, by_template=False):
 @lru_cache
 def compiled(template):
     """A chat template as transformers compiles it, in jinja2's sandbox."""
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError("chat templates need a package that is not installed: pip install jinja2")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
         raise UserError(f"the chat template refuses a chat: {message}")
@@ -159,7 +157,11 @@ def compiled(template):
 
 def render(tok, messages, ask):
     """The text of some messages; ask: and of what opens an answer."""
-    return compiled(tok.chat).render(messages=messages, add_generation_prompt=ask, **tok.words)
+    from jinja2 import TemplateError
+    try:
+        return compiled(tok.chat).render(messages=messages, add_generation_prompt=ask, **tok.words)
+    except TemplateError as error:
+        raise UserError(f"the chat template of {tok.folder} can not write {str(messages)[:200]}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def prepare(folder, tokenizer_name, request, stages, style="", seq_len=0, long="
     """Samples as shards, as data.prepare; style: a name in FORMATS, or empty: as the first row says."""
     tok = tokenizer.load(tokenizer_name)
     style = style or format_of(next((rows[0] for read, _ in stages for rows in read() if rows), {}), folder)
-    template = tok.chat if style == "messages" and tok.chat else FORMATS[style][3]
+    template = tok.chat if style == "messages" and tok.chat else FORMATS[style][2]
     facts = {"kind": "samples", "format": request.get("format", style), "template": template}
     facts |= {"template_with_input": ALPACA_INPUT} if style == "alpaca" else {}
     return data.prepare(folder, tok, request | {"seq_len": seq_len, "long": long}, stages, facts=facts,

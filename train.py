@@ -3,6 +3,7 @@
     torchrun train.py                                                  the tiny MoRA model of configs/tiny_mora.py, 3 minutes on a laptop
     torchrun train.py configs/250m_mora.py --lr=1e-3                   one GPU, or plain `python train.py ...`
     torchrun --nproc_per_node=8 train.py configs/250m_mora.py          8 GPUs, the same experiment
+    torchrun train.py configs/gsm8k_mora_r8.py --init_from=PATH        fine-tuning on prompts and responses (sft.py)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py configs/1.3b_mora.py
 
 `--resume` goes on from the newest checkpoint of the run; `--help` lists the keys.

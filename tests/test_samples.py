@@ -164,6 +164,9 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     assert len({len(answer) for answer in alone}) > 3 and max(map(len, alone)) == 40 and min(map(len, alone)) < 12
     for batch in (1, 7, 23):
         assert generate.greedy(model, prompts, 250, 40, stop, batch) == alone
+    model.compile_parts()  # as in a run on a GPU: generating compiles nothing
+    torch._dynamo.utils.counters.clear()
+    assert generate.greedy(model, prompts, 250, 40, stop) == alone and not torch._dynamo.utils.counters["frames"]
 
 
 def test_pairs_are_learned_by_heart_and_the_answers_say_so(run, tmp_path, monkeypatch, capsys):

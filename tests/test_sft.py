@@ -101,9 +101,16 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
     tok = chat_folder(tmp_path / "chat", "{% for message in messages %}{{ message['content'] if loop.last else 'x' }}|{% endfor %}")
     with pytest.raises(UserError, match="writes a message differently when others follow.*'One.'"):
         sample(tok, {"messages": CHAT})
-    tok = chat_folder(tmp_path / "other", "{{ raise_exception('no system message') }}")
-    with pytest.raises(UserError, match="refuses a chat: no system message"):
-        sample(tok, {"messages": CHAT})
+    for name, template, says in (("refuses", "{{ raise_exception('no system message') }}", "refuses a chat: no system message"), ("fails", "{{ messages[0].x.y }}", "can not write .*no attribute")):
+        with pytest.raises(UserError, match=says):
+            sample(chat_folder(tmp_path / name, template), {"messages": CHAT})
+
+
+def test_a_template_without_end_of_text_gets_one_at_the_end_alone(tmp_path):
+    tok = chat_folder(tmp_path / "chat", "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}")
+    ids, learned = sample(tok, {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 2})
+    assert bytes(ids[:-1]).decode().split() == ["u:1", "a:2", "u:1", "a:2"]
+    assert ids[-1] == tok.end and ids.count(tok.end) == 1 and learned[-1]
 
 
 def test_long_samples_are_dropped_or_truncated_and_counted():
