@@ -56,7 +56,7 @@ def continuations(model, prompts, vocab_size, max_new_tokens, stop):
     with torch.compiler.set_stance("force_eager"):  # the cache grows: every token would be a shape of its own
         for at in range(shortest, end):
             likeliest = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size].argmax(-1)
-            tokens = torch.where((at < given[rows]) | ended, ids[rows, at], likeliest)  # ended rows repeat `stop`
+            tokens = torch.where(at < given[rows], ids[rows, at], likeliest)
             ids[rows, at] = tokens
             ended |= (at >= given[rows]) & ((tokens == stop) | (at + 1 >= given[rows] + max_new_tokens))
             inputs = tokens[:, None]
@@ -65,7 +65,7 @@ def continuations(model, prompts, vocab_size, max_new_tokens, stop):
                     break
                 keep = (~ended).nonzero()[:, 0]
                 rows, ended, inputs = rows[keep], ended[keep], inputs[keep]
-                for layer in cache:
-                    layer |= {name: past[keep] for name, past in layer.items()}
+                for past in cache:
+                    past.keep(keep)
     answers = [row[length:length + max_new_tokens] for row, length in zip(ids.tolist(), lengths.tolist())]
     return [answer[:answer.index(stop)] if stop in answer else answer for answer in answers]

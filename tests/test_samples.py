@@ -150,6 +150,7 @@ def test_the_loss_is_the_mean_over_learned_tokens(pairs):
     assert result["bits_per_byte"] == pytest.approx(sum(losses) / np.log(2) / responses, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, when its compiler is imported
 def test_many_prompts_at_once_give_what_each_gives_alone():
     """Different lengths, batches that do not divide, rows that end early and are dropped; grouped-query attention."""
     torch.manual_seed(0)
