@@ -14,12 +14,16 @@ from data import read_manifest
 
 class Tokens:
     """One split as one long, memory-mapped sequence of token ids."""
+    kind, id_bits = "text", 0xffffffff
 
     def __init__(self, folder, split, verify=True):
         """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
         self.folder, self.split, manifest = Path(folder), split, read_manifest(folder)
         self.totals, self.vocab_size, self.tokenizer = manifest["splits"][split], manifest["vocab_size"], manifest["tokenizer"]
         shards, dtype = self.totals["shards"], np.dtype(manifest["dtype"])
+        self.manifest, found = manifest, manifest.get("kind", "text")
+        if found != self.kind:
+            raise UserError(f"{folder} holds {found}, {self.kind} is needed: `python data.py text` prepares text, `python data.py sft` samples")
         if not shards:
             raise UserError(f"{folder} has no {split} documents" + (": prepare it again with --val FILES" if split == "val" else ""))
         for shard in shards:
@@ -52,16 +56,20 @@ class Tokens:
 
     def read(self, start, count):
         """Ids start ... start + count - 1 as int64, across shards."""
+        ids = self.words(start, count).astype(np.int64) & self.id_bits
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"{self.folder}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}: {self._advice()}")
+        return ids
+
+    def words(self, start, count):
+        """The same as they are stored."""
         parts, shard = [], int(np.searchsorted(self.starts, start, "right")) - 1
         while count > 0:
             offset = start - self.starts[shard]
             part = self.shards[shard][offset:offset + count]
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
-        ids = np.concatenate(parts).astype(np.int64)
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.folder}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}: {self._advice()}")
-        return ids
+        return np.concatenate(parts)
 
 
 def _crc32(shard, block=2 ** 26):
@@ -71,21 +79,44 @@ def _crc32(shard, block=2 ** 26):
     return crc
 
 
-class Batches:
+class Ahead:
+    """batches(step) = self.load(step), and while that step computes, the next batch is loaded and copied to the device."""
+
+    def __init__(self, device):
+        self.device, self.pool, self.ahead = torch.device(device), ThreadPoolExecutor(1), {}
+
+    def to_device(self, ids):
+        if self.device.type == "cuda":
+            return ids.pin_memory().to(self.device, non_blocking=True)
+        return ids.to(self.device)
+
+    def __call__(self, step):
+        batch = self.ahead.pop(step).result() if step in self.ahead else self.load(step)
+        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
+        return batch
+
+
+class Batches(Ahead):
     """Training batches, a pure function of (seed, step): window by window, every window once an epoch, shuffled.
 
     Window i is tokens[i * seq_len : (i + 1) * seq_len], its targets lie one token further. Sequence i of a step is the same for
-    any number of processes; a process gets its own. While one step computes, the next batch is copied to the device.
+    any number of processes; a process gets its own.
     """
 
     def __init__(self, tokens, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
+        super().__init__(device)
         self.tokens, self.seed, self.seq_len, self.batch_size = tokens, seed, seq_len, batch_size
-        self.micro_batch, self.device, self.rank, self.world = micro_batch, torch.device(device), rank, world
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.windows = (len(tokens) - 1) // seq_len
         if self.windows < 1:
             raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than one window of seq_len {seq_len} + 1")
         self.order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.windows))
-        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+        self.steps_an_epoch, self.tokens_a_step = self.windows / batch_size, batch_size * seq_len
+        self.says = f"{batch_size} x {seq_len} = {self.tokens_a_step:,} tokens"
+
+    def size(self, step):
+        """Tokens of a step, over all processes."""
+        return self.tokens_a_step
 
     def window(self, index):
         """The index-th window of the run, an index that counts across epochs: (seq_len + 1,) ids."""
@@ -93,21 +124,13 @@ class Batches:
         return self.tokens.read(int(self.order(epoch)[position]) * self.seq_len, self.seq_len + 1)
 
     def load(self, step):
+        """(inputs, targets) of this step and rank, each (accumulation, micro_batch, seq_len) int64 on the device."""
         first = step * self.batch_size
         # rows of micro-step a on rank r: (a * world + r) * micro_batch onwards, so that ranks share a micro-step's neighbours
         rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)[:, self.rank]
         ids = torch.from_numpy(np.stack([self.window(first + row) for row in rows.ravel()])).unflatten(0, rows.shape)
-        if self.device.type == "cuda":
-            ids = ids.pin_memory().to(self.device, non_blocking=True)
-        else:
-            ids = ids.to(self.device)
+        ids = self.to_device(ids)
         return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
-
-    def __call__(self, step):
-        """(inputs, targets) of this step and rank, each (accumulation, micro_batch, seq_len) int64 on the device."""
-        batch = self.ahead.pop(step).result() if step in self.ahead else self.load(step)
-        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
-        return batch
 
 
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):

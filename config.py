@@ -26,7 +26,7 @@ GROUPS = ("strided", "contiguous", "alternate", "permute")
 KINDS_OF_A = ("uniform", "orthogonal", "frozen")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {
-    "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS,
+    "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS, "schedule": ("cosine", "linear"),
     "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"), "base_dtype": ("float32", "bfloat16"),
     "compile": ("auto", "on", "off"), "log_to": ("", "wandb", "tensorboard"),
     "lora_A": KINDS_OF_A,
@@ -45,8 +45,8 @@ class Config:
     resume: bool = False            # go on from the newest whole checkpoint in `out`
     init_from: str = ""             # start from the weights of this checkpoint or Hugging Face folder, not at random
     # data
-    data: str = "data/stdlib"       # folder of token shards, made by data.py
-    seq_len: int = 512              # tokens a sequence
+    data: str = "data/stdlib"       # folder of token shards, made by data.py: a text, or samples of prompts and responses
+    seq_len: int = 512              # tokens a sequence; of samples: at most
     batch_size: int = 64            # sequences a step, over all processes: the experiment does not depend on them
     micro_batch: int = 0            # sequences a process pushes through at once; 0: all it has; accumulation follows
     # model (names are Hugging Face's)
@@ -76,8 +76,10 @@ class Config:
     restart_keep: float = 0.0       # part of the adapters' first moments, the largest, that a restart leaves; 0: forget all
     # optimizer
     steps: int = 10000
+    epochs: float = 0.0             # passes over the training data, instead of steps
+    schedule: str = "cosine"        # of the learning rate after the warm-up: cosine, linear
     lr: float = 5e-4                # peak learning rate
-    min_lr_ratio: float = 0.1       # the cosine ends at this part of lr
+    min_lr_ratio: float = 0.1       # the schedule ends at this part of lr
     warmup: int = 500               # steps of linear warm-up
     restart_warmup: int = 50        # steps of linear warm-up after each restart
     weight_decay: float = 0.0       # on matrices, not on norms
@@ -143,6 +145,8 @@ def load(argv, default):
             if not equals and FIELDS[key] is not bool:
                 raise UserError(f"--{key} needs a value: --{key}={getattr(Config, key)}")
             values[key] = parse(key, text if equals else "true")
+            if key == "steps":
+                values.pop("epochs", None)
     values.setdefault("out", f"out/{path.stem}")
     cfg = Config(**values)
     if cfg.method == "mora" and not cfg.operator:
@@ -227,6 +231,7 @@ def check(cfg):
     for key in ("seed", "micro_batch", "num_key_value_heads", "warmup", "restart_warmup", "restart_every", "eval_tokens", "keep",
                 "alpha", "weight_decay", "grad_clip"):
         need(getattr(cfg, key) >= 0, f"{key} must not be negative, got {getattr(cfg, key)}")
+    need(0 <= cfg.epochs < float("inf"), f"epochs must not be negative, got {cfg.epochs}")
     need(cfg.lr > 0, f"lr must be above 0, got {cfg.lr}")
     need(0 <= cfg.min_lr_ratio <= 1, f"min_lr_ratio must lie between 0 and 1, got {cfg.min_lr_ratio}")
     need(0 <= cfg.dropout < 1, f"dropout must lie in [0, 1), got {cfg.dropout}")

@@ -80,6 +80,28 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+class Past:
+    """A layer's keys and values so far, (B, Hk, T, Dh) each, with room for more: appending one token copies that token alone."""
+    room = 128
+
+    def __init__(self):
+        self.length, self.both = 0, None
+
+    def append(self, k, v):
+        """All keys and all values, these being the last."""
+        start, self.length = self.length, self.length + k.shape[2]
+        if not start or self.length > self.both.shape[3]:
+            before, self.both = self.both, k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
+            if start:
+                self.both[:, :, :, :start] = before[:, :, :, :start]
+        self.both[0, :, :, start:self.length], self.both[1, :, :, start:self.length] = k, v
+        return self.both[:, :, :, :self.length]
+
+    def keep(self, rows):
+        """Forget all sequences but these."""
+        self.both = self.both[:, rows]
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -91,7 +113,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size)
 
     def forward(self, x, cos, sin, past=None):
-        """x (B, T, D) -> (B, T, D). `past`, a dict, is the layer's key/value cache: read, and extended by x."""
+        """x (B, T, D) -> (B, T, D). `past` is the layer's key/value cache: read, and extended by x."""
         def heads(y):  # (B, T, heads * Dh) -> (B, heads, T, Dh)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -99,8 +121,7 @@ class Attention(nn.Module):
         k = rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
         if past is not None:
-            k = past["k"] = torch.cat((past["k"], k), dim=2) if "k" in past else k
-            v = past["v"] = torch.cat((past["v"], v), dim=2) if "v" in past else v
+            k, v = past.append(k, v)
         # one new token sees all that is cached; a whole sequence sees what lies before each position
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -163,23 +184,33 @@ class Llama(nn.Module):
         token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds
         what came before ids, and is extended by them: whole sequences when it is empty, one token at a time afterwards.
         """
-        past = cache[0]["k"].shape[2] if cache and cache[0] else 0
-        cos, sin = rope(past, ids.shape[1], self.cfg, ids.device)
+        x = self.hidden(ids, cache)
+        if targets is None:
+            return self.logits(x)
+        return cross_entropy(x.flatten(0, 1), self.head(), targets.flatten(), self.loss_kernel)
+
+    def hidden(self, ids, cache=None):
+        """What the head sees, (B, T, D)."""
+        cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[i] if cache is not None else None)
-        x = self.model.norm(x)
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if targets is None:
-            return F.linear(x, padded(weight, x.dtype))[..., :len(weight)].float()
-        return cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.loss_kernel)
+        return self.model.norm(x)
+
+    def logits(self, x):
+        """(..., D) -> (..., V), float32."""
+        return F.linear(x, padded(self.head(), x.dtype))[..., :self.cfg.vocab_size].float()
+
+    def head(self):
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all."""
+        torch._dynamo.config.recompile_limit = 64  # samples come in up to 16 lengths, with and without gradients; the default is 8
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(softmax_gradient, dynamic=False)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""
-        return [{} for _ in self.model.layers]
+        return [Past() for _ in self.model.layers]

@@ -12,28 +12,7 @@ import checkpoint
 import mora
 import tokenizer
 from config import UserError, command_line
-
-
-@torch.no_grad()
-def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None):
-    """Yield one token id after another, drawn with a key/value cache.
-
-    vocab_size: ids from here on do not exist for the tokenizer and are never drawn. temperature 0: the likeliest token.
-    """
-    cache = model.new_cache()
-    ids = torch.tensor([ids], device=next(model.parameters()).device)
-    for _ in range(max_new_tokens):
-        logits = model(ids, cache=cache)[0, -1, :vocab_size].cpu()
-        if top_k:
-            logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = -torch.inf
-        if temperature:
-            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token == stop:
-            return
-        yield token
-        ids = torch.tensor([[token]], device=ids.device)
+from generate import generate
 
 
 def main(argv):

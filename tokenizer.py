@@ -3,8 +3,9 @@
     load("gpt2"), load("bytes"), load("path/of/a/directory")
 
 All have: name (equal names, equal ids), size (ids are below it), end (the end-of-text id), start (ids that open a document),
-encode(text) -> uint32 array, decoder() -> a function id -> text that may hold a part of a character back, keep(folder) (so that
-load(name, folder) finds it again) and export(folder) (the files that transformers and vLLM read).
+encode(text) -> uint32 array of a document, encode_part(text) -> of a text inside one, decode(ids) -> text, decoder() -> a function
+id -> text that may hold a part of a character back, keep(folder) (so that load(name, folder) finds it again), export(folder) (the
+files that transformers and vLLM read) and chat, the chat template as text, or None; encode_template(text) is for what it renders.
 """
 import codecs
 import hashlib
@@ -45,6 +46,8 @@ def load(name, folder=None):
 
 
 class Tiktoken:
+    chat = None
+
     def __init__(self, encoding):
         self.encoding, self.name, self.size, self.end = encoding, encoding.name, encoding.n_vocab, encoding.eot_token
         self.start = [self.end]
@@ -55,6 +58,11 @@ class Tiktoken:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # a lone surrogate, as "\ud800" in JSON
             return self.encoding.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=())
+
+    encode_part = encode
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
 
     def decoder(self):
         characters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
@@ -104,11 +112,29 @@ class Json:
         self.tokenizer.encode_special_tokens = True  # what looks like a special token is text too
         self.name, self.size = f"tokenizer.json:{hashlib.sha256(text).hexdigest()[:12]}", self.tokenizer.get_vocab_size()
         self.start = self.tokenizer.encode("").ids or [self.end]
+        self.with_specials = Tokenizer.from_str(text.decode())  # an object of its own: threads share both
+        file, inline = self.folder / "chat_template.jinja", config.get("chat_template")
+        if isinstance(inline, list):  # several templates, by name
+            inline = next((choice["template"] for choice in inline if choice["name"] == "default"), None)
+        self.chat = file.read_text() if file.exists() else inline
+        content = lambda token: token["content"] if isinstance(token, dict) else token or ""
+        self.words = {key: content(config.get(key)) for key in ("bos_token", "eos_token")}  # what a chat template may name
 
     def encode(self, text):
         """Ids of plain text, after the tokens that the tokenizer itself puts before a document (LLaMA's begin-of-text, say)."""
         ids = self.tokenizer.encode(text.encode("utf-8", "replace").decode()).ids
         return np.array(ids[:-1] if ids[-1:] == [self.end] else ids, dtype=np.uint32)
+
+    def encode_part(self, text):
+        """Ids of plain text with nothing before it."""
+        return np.array(self.tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_template(self, text):
+        """Ids of text in which the names of special tokens are these tokens, with nothing before it."""
+        return np.array(self.with_specials.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def decoder(self):
         from tokenizers.decoders import DecodeStream

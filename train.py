@@ -3,6 +3,7 @@
     torchrun train.py                                                  the tiny MoRA model of configs/tiny_mora.py, 3 minutes on a laptop
     torchrun train.py configs/250m_mora.py --lr=1e-3                   one GPU, or plain `python train.py ...`
     torchrun --nproc_per_node=8 train.py configs/250m_mora.py          8 GPUs, the same experiment
+    torchrun train.py configs/gsm8k_mora_r8.py --init_from=PATH        fine-tuning on prompts and responses (sft.py)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py configs/1.3b_mora.py
 
 `--resume` goes on from the newest checkpoint of the run; `--help` lists the keys.
@@ -26,24 +27,27 @@ import checkpoint
 import data
 import mora
 import tokenizer
-from batches import Batches, Tokens
+from batches import Batches
 from config import UserError, accumulation, command_line, differences, load, write_json
 from evaluate import perplexity
 from model import Llama, LlamaConfig
+from samples import SampleBatches, Samples, open_split
 
 
 def learning_rate(step, cfg):
-    """The rate of a step, a pure function: warm-up, then a cosine to min_lr_ratio * lr; after a restart, a short warm-up back to it."""
-    def cosine(at):
+    """The rate of a step, a pure function: warm-up, then a cosine or a line to min_lr_ratio * lr; after a restart, a short warm-up back to it."""
+    def long(at):
         progress = (at - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        if cfg.schedule == "linear":
+            return 1 - (1 - cfg.min_lr_ratio) * progress
         return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
 
     _, restarted = cfg.cycle(step)
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if restarted and step - restarted < cfg.restart_warmup:
-        return cfg.lr * (step - restarted + 1) / cfg.restart_warmup * cosine(restarted + cfg.restart_warmup)
-    return cfg.lr * cosine(step)
+        return cfg.lr * (step - restarted + 1) / cfg.restart_warmup * long(restarted + cfg.restart_warmup)
+    return cfg.lr * long(step)
 
 
 def distributed(cfg):
@@ -64,13 +68,13 @@ def distributed(cfg):
 
 
 def open_data(cfg, rank, world):
-    """The splits (train, val) as Tokens; the embedded corpus is prepared on the way."""
+    """The splits (train, val) as Tokens or Samples; the embedded corpus is prepared on the way."""
     folder = Path(cfg.data)
     if rank == 0 and folder.name == "stdlib" and not (folder / "manifest.json").exists():
         data.prepare_stdlib(folder)
     if world > 1:
         dist.barrier()
-    return [Tokens(folder, split, verify=rank == 0) for split in ("train", "val")]
+    return [open_split(folder, split, verify=rank == 0) for split in ("train", "val")]
 
 
 def build_model(cfg, tokens):
@@ -144,11 +148,14 @@ def prepare_model(cfg, model, device, cycle):
 
 
 def next_step(model, batch, accumulate, device):
-    """Forward and backward of one step's micro-batches; returns the mean loss of this process, a tensor."""
+    """Forward and backward of one step's micro-batches; returns the mean loss of this process, a tensor.
+
+    batch: (inputs, targets) by micro-batch, or (inputs, targets, weights): of a mean over tokens that are not equally many.
+    """
     loss = torch.zeros((), device=device)
-    for i, (inputs, targets) in enumerate(zip(*batch)):
+    for i, (inputs, targets, *weight) in enumerate(zip(*batch)):
         model.require_backward_grad_sync = i == accumulate - 1  # DDP: gradients meet once, in the last micro-step
-        part = model(inputs, targets) / accumulate
+        part = model(inputs, targets) * (weight[0] if weight else 1) / accumulate
         part.backward()
         loss += part.detach()
     return loss
@@ -169,7 +176,10 @@ def train(cfg):
     micro, accumulate = accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
     tok = tokenizer.load(tokens.tokenizer, tokens.folder)
-    batches = Batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro, device, rank, world)
+    make = SampleBatches if isinstance(tokens, Samples) else Batches
+    batches = make(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro, device, rank, world)
+    if cfg.epochs:
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
 
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
@@ -180,7 +190,7 @@ def train(cfg):
     parallel = data_parallel(model, device) if world > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
 
-    log = Log(cfg, rank, header(cfg, model, device, world, micro, accumulate, start))
+    log = Log(cfg, rank, header(cfg, model, device, world, micro, accumulate, start, batches))
     window, clock = [], time.time()
     asked, stopping = stop_on_signal(), False
 
@@ -222,13 +232,13 @@ def train(cfg):
         if now % cfg.log_every == 0 or now % cfg.save_every == 0 or now == cfg.steps or world == 1 and asked.is_set():
             losses, norms, stopping = agreed(window, asked.is_set(), world)
             stop_if_not_finite(losses, norms, now, cfg)
-            speed = len(losses) * cfg.batch_size * cfg.seq_len / (time.time() - clock)
-            left = (cfg.steps - now) * cfg.batch_size * cfg.seq_len / speed
+            spent = time.time() - clock
+            speed, left = sum(batches.size(now - 1 - i) for i in range(len(losses))) / spent, (cfg.steps - now) * spent / len(losses)
             mean, lr = sum(losses) / len(losses), learning_rate(step, cfg)
             log(now, f"loss {mean:.4f}   lr {lr:.2e}   norm {norms[-1]:.2f}   {speed:,.0f} tokens/s   {duration(left)} left",
                 loss=mean, lr=lr, grad_norm=norms[-1], tokens_per_s=speed)
             window, clock = [], time.time()
-    log.close(step, stopping)
+    log.close(step, stopping, tokens.kind)
 
 
 def agreed(window, asked, world):
@@ -256,7 +266,7 @@ def duration(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def header(cfg, model, device, world, micro, accumulate, start):
+def header(cfg, model, device, world, micro, accumulate, start, batches):
     """The first record of a run in log.jsonl: what ran where."""
     count = lambda parameters: sum(p.numel() for p in parameters)
     return {"config": dataclasses.asdict(cfg), "start": start, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -264,7 +274,7 @@ def header(cfg, model, device, world, micro, accumulate, start):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": count(p for p in model.parameters() if p.requires_grad),
-            "parameters": count(model.parameters()), "tokens_per_step": cfg.batch_size * cfg.seq_len}
+            "parameters": count(model.parameters()), "tokens_per_step": batches.tokens_a_step, "step_is": batches.says}
 
 
 class Log:
@@ -281,7 +291,7 @@ class Log:
         self.file.write(json.dumps(head) + "\n")
         print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in differences(cfg).items())}")
         print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on {head['processes']} x {head['device']}, "
-              f"{head['dtype']}; a step is {cfg.batch_size} x {cfg.seq_len} = {head['tokens_per_step']:,} tokens in "
+              f"{head['dtype']}; a step is {head['step_is']} in "
               f"{head['accumulate']} x {head['micro_batch']} sequences a process")
         try:
             if cfg.log_to == "wandb":
@@ -302,7 +312,7 @@ class Log:
             if self.also:
                 self.also(values, step=step)
 
-    def close(self, step, stopped):
+    def close(self, step, stopped, kind):
         """Say what comes next; a run that was stopped ends with exit status 130."""
         if not self.speaks:
             return
@@ -314,7 +324,8 @@ class Log:
         model = f"{self.cfg.out}/merged" if adapted else self.cfg.out
         print("\ndone; next:")
         prompt = "def " if Path(self.cfg.data).name == "stdlib" else "The"
-        print(f"  python merge.py {self.cfg.out}\n" * adapted + f'  python sample.py {model} --prompt="{prompt}"')
+        then = f"evaluate.py {model} {self.cfg.data} --answers" if kind == "samples" else f'sample.py {model} --prompt="{prompt}"'
+        print(f"  python merge.py {self.cfg.out}\n" * adapted + f"  python {then}")
 
 
 def main(argv):

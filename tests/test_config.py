@@ -32,6 +32,23 @@ def test_the_papers_ten_experiments_are_there():
             assert bool(cfg.restart_every) == method.startswith("re") and cfg.steps * cfg.batch_size * cfg.seq_len == 5_242_880_000
 
 
+def test_appendix_a_is_there():
+    """{data: (epochs, warm-up, schedule, {method: rates})}; every rate is one that the paper searched."""
+    maths = {"fft": (2e-5,), "lora_r8": (1e-4, 2e-4), "lora_r256": (1e-4, 2e-4), "mora_r8": (2e-4, 3e-4), "mora_r256": (3e-5, 5e-5)}
+    texts = {"fft": (3e-5,), "lora_r8": (3e-4, 4e-4), "lora_r256": (3e-4, 4e-4), "mora_r8": (4e-4, 5e-4), "mora_r256": (5e-5, 7e-5)}
+    pairs = {"fft": (3e-5,), "lora_r8": (1e-4, 2e-4, 3e-4), "lora_r256": (1e-4, 2e-4, 3e-4), "mora_r8": (5e-5, 1e-4, 2e-4), "mora_r256": (5e-5, 1e-4, 2e-4)}
+    table = {"tulu": (2, 500, "cosine", maths), "metamath": (3, 300, "cosine", maths), "continual": (3, 150, "linear", texts), "uuid": (100, 0, "cosine", pairs)}
+    for data, (epochs, warmup, schedule, rates) in table.items():
+        for name, searched in rates.items():
+            cfg = load([str(ROOT / "configs" / f"{data}_{name}.py")], None)
+            method, rank = (name.split("_r") + ["0"])[:2]
+            assert (cfg.epochs, cfg.warmup, cfg.schedule, cfg.batch_size) == (epochs, warmup, schedule, 1000 if data == "uuid" else 128)
+            assert cfg.lr in searched and cfg.method == method.replace("fft", "full") and cfg.init_from
+            assert method == "fft" or (cfg.rank, cfg.train_rest) == (int(rank), False)
+            assert cfg.alpha == {"lora_r8": 16, "lora_r256": 128}.get(name, 0)
+            assert cfg.operator == ("" if method != "mora" else "rotate" if rank == "8" and data != "uuid" else "share")
+
+
 def test_files_import_files_and_the_command_line_wins(tmp_path):
     cfg = load([write(tmp_path, "from configs.c4_250m import *\nimport math\n_half = 32\nrank = _half * 2\nlr = 1\n"),
                 "--steps=1e4", "--targets=q_proj,v_proj", "--train_rest=false", "--resume", "--out=1"], None)
@@ -39,6 +56,8 @@ def test_files_import_files_and_the_command_line_wins(tmp_path):
         (64, 1.0, 10000, ("q_proj", "v_proj"), False, True, "1")
     assert cfg.hidden_size == 768 and isinstance(cfg.lr, float) and cfg.operator == "share"
     assert load([str(tmp_path / "c.py"), "--method=full"], None).adapter() == {}
+    path = write(tmp_path, "steps = 7\nepochs = 3")
+    assert load([path], None).epochs == 3 and load([path, "--steps=5"], None).epochs == 0  # given last, steps count
 
 
 @pytest.mark.parametrize("text, words, says", [
@@ -49,6 +68,8 @@ def test_files_import_files_and_the_command_line_wins(tmp_path):
     ("", ["--steps=1e999"], "a whole number"),
     ("rank = '8'", [], "a whole number, got '8'"),
     ("", ["--train_rest=maybe"], "True or False, got 'maybe'"),
+    ("", ["--epochs=-1"], "epochs must not be negative, got -1.0"),
+    ("", ["--schedule=lineal"], "did you mean linear"),
     ("", ["--rank=0"], "at least 1 for method mora, got 0"),
     ("", ["--method=lora", "--operator=rotate"], "lora takes no operator, got 'rotate'"),
     ("", ["--operator=rotat"], "did you mean rotate"),

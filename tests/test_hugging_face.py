@@ -72,7 +72,7 @@ def test_training_starts_from_such_a_directory(run, tmp_path):
     out = run(f"--init_from={tmp_path / 'hf'}", "--train_rest=false", "--rank=4", "--lr=0.03")
     values = [json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text().splitlines() if "val_loss" in line]
     data = json.loads((out / "config.json").read_text())["data"]
-    start = evaluate.perplexity(checkpoint.load(tmp_path / "hf")[0], evaluate.Tokens(data, "val"), 16, 4)["loss"]
+    start = evaluate.perplexity(checkpoint.load(tmp_path / "hf")[0], evaluate.open_split(data, "val"), 16, 4)["loss"]
     assert values[0] == pytest.approx(start, rel=1e-6) and values[-1] < values[0]
     before, after = load_file(tmp_path / "hf" / "model.safetensors"), load_file(checkpoint.steps_of(out)[-1] / "base" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -193,3 +193,5 @@ def test_learning_rate_golden():
     plain = dataclasses.replace(cfg, restart_every=0)
     assert train.learning_rate(300, plain) == pytest.approx(0.89472, abs=1e-5) and train.learning_rate(1000, plain) == pytest.approx(0.1)
     assert train.learning_rate(500, dataclasses.replace(plain, min_lr_ratio=1.0, warmup=0)) == 1.0
+    line = dataclasses.replace(plain, schedule="linear", min_lr_ratio=0.2)
+    assert {step: train.learning_rate(step, line) for step in (49, 99, 100, 550, 1000)} == pytest.approx({49: 0.5, 99: 1.0, 100: 1.0, 550: 0.6, 1000: 0.2})

@@ -1,0 +1,8 @@
+"""LoRA, r = 8, on GSM8K: 174 steps x 128 questions; see gsm8k.py. Rate: MetaMath's."""
+from configs.gsm8k import *
+
+method = "lora"
+rank = 8
+alpha = 16
+train_rest = False
+lr = 2e-4
