@@ -1,12 +1,12 @@
 """What the GSM8K runs share: MetaMath's protocol (appendix A) on 7,473 questions of GSM8K itself, for small models and short runs.
 
 3 x 7,473 / 128 = 174 steps of about 28,000 tokens: 4.9 M tokens. With 135 M parameters a minute or two on one H200, by its FLOPs; not measured.
-Base model: --init_from=PATH; data: `python data.py sft gsm8k train.jsonl --val test.jsonl --tokenizer=PATH --seq_len=512`; score: `python
+Base model: --init_from=PATH; data: `python data.py sft gsm8k train.jsonl --val test.jsonl --tokenizer=PATH --seq_len=576`; score: `python
 evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers`. The paper has no such run; its warm-up of 300 steps would never end here.
 """
 data = "data/gsm8k"
 init_from = "models/base"
-seq_len = 512
+seq_len = 576
 batch_size = 128
 micro_batch = 16
 

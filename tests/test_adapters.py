@@ -76,7 +76,7 @@ def logits(model):
 def assert_scored_as_in_training(out, model, corpus):
     """The run's own last validation loss, of the model as it trained, is that of what was loaded."""
     values = [json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text().splitlines() if "val_loss" in line]
-    loss = evaluate.perplexity(model, evaluate.Tokens(corpus, "val"), 16, 4)["loss"]
+    loss = evaluate.perplexity(model, evaluate.open_split(corpus, "val"), 16, 4)["loss"]
     assert values[-1] == pytest.approx(loss, rel=1e-6) and values[-1] < values[0]
 
 
