@@ -9,18 +9,18 @@ from torch.nn import functional as F
 ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products want rows that are multiples of it
 
 
-def contiguous_order(features, width):
+def contiguous_order(features, width, device=None):
     """The permutation that puts neighbours into one group: position p*width + i holds the p-th member of group i.
 
     Appendix B's second kind. The first `features mod width` groups have one member more.
     """
     small, more = divmod(features, width)
-    group = torch.arange(features) % width
-    start = group * small + group.clamp(max=more)
-    return start + torch.arange(features) // width
+    place = torch.arange(features, device=device)
+    group = place % width
+    return group * small + group.clamp(max=more) + place // width
 
 
-def rolled_order(features, width, generator):
+def rolled_order(features, width, generator, device=None):
     """A random permutation that is read in long runs: every piece turned by an amount of its own, then all features by one more.
 
     Merged cycles reach the rank that they reach with uniform permutations (LOG.md, 2026-11-22), and memory is read as without any.
@@ -28,7 +28,7 @@ def rolled_order(features, width, generator):
     def turned(indices):
         return indices.roll(int(torch.randint(len(indices), (1,), generator=generator)))
 
-    return torch.cat([turned(piece) for piece in turned(torch.arange(features)).split(width)])
+    return torch.cat([turned(piece) for piece in turned(torch.arange(features, device=device)).split(width)])
 
 
 def rotations(width, pieces):
@@ -76,17 +76,15 @@ class Fold(nn.Module):
         """Take the permutation of this cycle (0, 1, ...)."""
         if self.order is None or self.drawn == (cycle, generator.initial_seed()):  # nothing moves, or a sibling has moved it
             return
-        self.drawn = cycle, generator.initial_seed()
+        self.drawn, device = (cycle, generator.initial_seed()), self.order.device  # (made on the device: a copy to it would wait)
+        strided = torch.arange(self.features, dtype=torch.int32, device=device)
+        order = strided.long()
         if self.groups == "permute":
-            order = rolled_order(self.features, self.width, generator)
+            order = rolled_order(self.features, self.width, generator, device)
         elif self.groups == "contiguous" or self.groups == "alternate" and cycle % 2:
-            order = contiguous_order(self.features, self.width)
-        else:
-            order = torch.arange(self.features)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(self.features)
+            order = contiguous_order(self.features, self.width, device)
         self.order.copy_(order)
-        self.inverse.copy_(inverse)
+        self.inverse[order] = strided
 
     def forward(self, x, aligned=1):
         """(..., n) -> (..., blocks, width rounded up with zeros to a multiple of `aligned`)"""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mora
-from fold import contiguous_order
+from fold import contiguous_order, rolled_order
 
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 # (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, pieces that outnumber the other side's
@@ -147,6 +147,20 @@ def test_alternate_groups_stay_below_their_cap():
     assert ranks[0] == width < ranks[1]
 
 
+def test_turned_pieces_stack_to_the_rank_of_uniform_permutations():
+    """What a cycle's fold can not see, the next one's sees: n features are spanned as soon as they can be, but for a few."""
+    for features, width in ((96, 25), (50, 14), (70, 15), (128, 60)):
+        generator, seen, ranks = torch.Generator().manual_seed(0), [], []
+        for _ in range(-(-features // (width - 1)) + 1):
+            order = rolled_order(features, width, generator)
+            assert sorted(order.tolist()) == list(range(features))
+            fold = torch.zeros(width, features, dtype=torch.float64)
+            fold[torch.arange(features) % width, order] = 1
+            seen.append(fold)
+            ranks.append(int(torch.linalg.matrix_rank(torch.cat(seen))))
+        assert ranks[-1] == features and ranks[1] >= min(features, 2 * width - 1) - 10
+
+
 def test_permuted_groups_lift_the_cap():
     ranks, update = ranks_of_merged_cycles("permute", 8)
     assert ranks[-1] == 36 > 2 * update.M.shape[0] - 1
@@ -210,6 +224,20 @@ def test_restart_preserves_function_and_drops_exactly_the_adapter_states(method,
             assert all(torch.equal(optimizer.state[p][key], value) for key, value in others[name].items())
     train(model, optimizer, 1)
     assert all(float(optimizer.state[p]["step"]) == 1 for p in adapters.values())
+
+
+def test_layers_that_read_one_input_compress_it_alike():
+    part = lambda: nn.ModuleDict({"q": nn.Linear(40, 30), "k": nn.Linear(40, 30), "other": nn.Linear(40, 20)})
+    model = nn.ModuleDict({"a": part(), "b": part()})
+    mora.adapt(model, rank=2, groups="permute", targets=("q", "k", "other"), cycle=1)
+    for cycle in (1, 2):
+        a, b = ({name: layer.update for name, layer in model[key].items()} for key in "ab")
+        assert a["q"].fold_in is a["k"].fold_in and a["q"].fold_out is not a["k"].fold_out and a["q"].fold_in is not b["q"].fold_in
+        assert (a["q"].fold_in.order != b["q"].fold_in.order).any() and (a["q"].fold_out.order != a["k"].fold_out.order).any()
+        before = a["q"].fold_in.order.clone()
+        mora.start(mora.adapted_layers(model), seed=0, cycle=2)
+        assert cycle == 2 or (a["q"].fold_in.order != before).any()
+        assert torch.equal(a["q"].fold_in.order[a["q"].fold_in.inverse.long()], torch.arange(40, dtype=torch.int32))
 
 
 def test_restart_may_keep_or_prune_the_states():
