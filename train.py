@@ -101,14 +101,10 @@ def build_optimizer(cfg, model, device):
 
 
 def data_parallel(model, device):
-    """DDP that leaves buffers alone: they are equal on all ranks, and a broadcast in forward would hang an evaluation.
-
-    Gradients lie in its buckets: a copy of them less in memory, and a pass over them less in time.
-    """
+    """DDP that leaves buffers alone: they are equal on all ranks, and a broadcast in forward would hang an evaluation."""
     names = inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13 renames the argument
     leave = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, **leave)
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **leave)
 
 
 def check_run_folder(cfg, rank):

@@ -1,6 +1,6 @@
 """MoRA, r = 128, 1.3B on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 79k tokens/s, 18.4 hours, 31.8 GiB, measured with FFN 5504; results/throughput_first_look.
+One H200: about 81.7k tokens/s, 17.8 hours, 31.8 GiB, measured with FFN 5504; results/throughput_h200.
 
 Section 5.3, eq. 6: groups share inputs and outputs of one square matrix a layer. Table 3: perplexity 25.25 on C4 (with the paper's 32,100-token vocabulary).
 """

@@ -1,6 +1,6 @@
 """ReMoRA, r = 128, 1.3B on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 79k tokens/s, 18.4 hours, 31.8 GiB, measured with FFN 5504 (measured without restarts and with strided groups); results/throughput_first_look.
+One H200: about 78.5k to 81.7k tokens/s, 17.8 to 18.6 hours, 29.9 to 31.8 GiB (permuted to strided groups), measured with FFN 5504; results/throughput_h200.
 
 MoRA, merged and started again every 2,000 steps, strided and contiguous groups in turn. Table 3: perplexity 23.34 on C4 (with the
 paper's 32,100-token vocabulary). groups = "permute" lifts the cap on the rank.

@@ -1,6 +1,6 @@
 """LoRA, r = 128, 250M on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 268k tokens/s, 5.4 hours, 24.6 GiB; results/throughput_first_look.
+One H200: about 273k tokens/s, 5.3 hours, 24.6 GiB; results/throughput_h200.
 
 Section 5.3; scale alpha / rank = 0.5. Table 3: perplexity 33.40 on C4 (with the paper's 32,100-token vocabulary).
 """

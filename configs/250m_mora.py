@@ -1,6 +1,6 @@
 """MoRA, r = 128, 250M on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 279k tokens/s, 5.2 hours, 21.1 GiB; results/throughput_first_look.
+One H200: about 292k tokens/s, 5.0 hours, 21.2 GiB; results/throughput_h200.
 
 Section 5.3, eq. 6: groups share inputs and outputs of one square matrix a layer. Table 3: perplexity 28.54 on C4 (with the paper's 32,100-token vocabulary).
 """

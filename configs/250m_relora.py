@@ -1,6 +1,6 @@
 """ReLoRA, r = 128, 250M on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 268k tokens/s, 5.4 hours, 24.6 GiB (measured without restarts); results/throughput_first_look.
+One H200: about 273k tokens/s, 5.3 hours, 24.6 GiB (measured without restarts); results/throughput_h200.
 
 LoRA, merged and started again every 2,000 steps. Table 3: perplexity 32.19 on C4 (with the paper's 32,100-token vocabulary).
 """

@@ -1,6 +1,6 @@
 """ReMoRA, r = 128, 250M on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-One H200: about 279k tokens/s, 5.2 hours, 21.1 GiB (measured without restarts and with strided groups); results/throughput_first_look.
+One H200: about 277k to 292k tokens/s, 5.0 to 5.3 hours, 18.6 to 21.2 GiB (permuted to strided groups); results/throughput_h200.
 
 MoRA, merged and started again every 2,000 steps, strided and contiguous groups in turn. Table 3: perplexity 26.74 on C4 (with the
 paper's 32,100-token vocabulary). groups = "permute" lifts the cap on the rank.
