@@ -41,12 +41,10 @@ def same(a, b):
 
 METHODS = {
     "full": ["--method=full"],
-    "lora": ["--method=lora", "--dropout=0.1"],
     "rotate": ["--operator=rotate", "--tie_word_embeddings=true"],
     "remora": ["--groups=permute", "--restart_every=7", "--restart_warmup=2"],
     "relora": ["--method=lora", "--restart_every=10"],
     "pruned": ["--restart_steps=3,12", "--restart_keep=0.5"],
-    "frozen": ["--method=frozen"],
     "lora+": ["--method=lora", "--lora_plus_ratio=4", "--dora=true", "--dropout=0.1"],
     "asylora": ["--method=lora", "--lora_A=frozen", "--rslora=true", "--alpha=4", "--restart_every=7"],
     "dora": ["--dora=true", "--groups=permute", "--restart_every=7"],
