@@ -83,14 +83,14 @@ class Place:
         until, optimizer = min(until, cfg.steps), train.build_optimizer(cfg, model, self.device)
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
         row = {"method": method, "lr": lr, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0, "trainable_parameters": sum(map(torch.numel, trains.values())),
-               "padding": batches.padding, "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "torch": torch.__version__,
+               "padding": batches.padding, "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "torch": str(torch.__version__),
                "config": dataclasses.asdict(cfg)}
         state = self.out / "state" / f"{method}_{lr:g}.pt"
         if state.exists():
             kept = torch.load(state, map_location=self.device, weights_only=True)
             restore(model, kept["weights"])
             optimizer.load_state_dict(kept["optimizer"])
-            row |= kept["row"]
+            row |= json.loads(kept["row"])
         row["status"], window, clock, late = "done", [], time.time(), lambda: time.time() > self.deadline - RESERVE
         for step in range(row["step"], until):
             for group in optimizer.param_groups:
@@ -123,7 +123,7 @@ class Place:
         if row["status"] != "diverged":
             look(self, model, row["step"], row, last=True)
             state.parent.mkdir(exist_ok=True)
-            torch.save({"weights": {name: p.detach() for name, p in trains.items()}, "optimizer": optimizer.state_dict(), "row": row}, f"{state}.tmp")
+            torch.save({"weights": {name: p.detach() for name, p in trains.items()}, "optimizer": optimizer.state_dict(), "row": json.dumps(row)}, f"{state}.tmp")
             os.replace(f"{state}.tmp", state)
         return row
 
@@ -154,7 +154,7 @@ def work(place, plan, look, look_every):
             row = look(place) if method == "base" else place.advance(method, lr, until, look, look_every)
         except Exception as error:  # of one run: the others go on
             traceback.print_exc()
-            row = {"method": method, "lr": lr, "step": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+            row = {"method": method, "lr": lr, "step": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
         row["until"] = until
         with open(place.out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
