@@ -82,9 +82,9 @@ class Place:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch))) if cfg.epochs else cfg
         until, optimizer = min(until, cfg.steps), train.build_optimizer(cfg, model, self.device)
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        row = {"method": method, "lr": lr, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0, "trainable_parameters": sum(map(torch.numel, trains.values())),
-               "padding": batches.padding, "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "torch": str(torch.__version__),
-               "config": dataclasses.asdict(cfg)}
+        row = {"method": method, "lr": lr, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0, "padding": batches.padding,
+               "trainable_parameters": sum(map(torch.numel, trains.values())), "torch": str(torch.__version__),
+               "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "config": dataclasses.asdict(cfg)}
         state = self.out / "state" / f"{method}_{lr:g}.pt"
         if state.exists():
             kept = torch.load(state, map_location=self.device, weights_only=True)
@@ -123,7 +123,8 @@ class Place:
         if row["status"] != "diverged":
             look(self, model, row["step"], row, last=True)
             state.parent.mkdir(exist_ok=True)
-            torch.save({"weights": {name: p.detach() for name, p in trains.items()}, "optimizer": optimizer.state_dict(), "row": json.dumps(row)}, f"{state}.tmp")
+            weights = {name: p.detach() for name, p in trains.items()}
+            torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "row": json.dumps(row)}, f"{state}.tmp")
             os.replace(f"{state}.tmp", state)
         return row
 

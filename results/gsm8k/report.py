@@ -10,11 +10,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import runner
 
+METHODS = ("base", "fft", "lora", "mora_rotate_r8", "mora_share_r256", *(f"operator_{name}" for name in ("truncate", "share", "decouple", "rotate")))
 
 def main(out, here=HERE):
     found = list(runner.latest(runner.rows(out)).values())
     metrics, table = {}, ["| | lr: exact match | parameters trained | training loss |", "|---|---|---|---|"]
-    for method in dict.fromkeys(["base", "fft", "lora", "mora_rotate_r8", "mora_share_r256", *(f"operator_{n}" for n in ("truncate", "share", "decouple", "rotate"))]):
+    for method in METHODS:
         mine = sorted((row for row in found if row["method"] == method and "numbers" in row), key=lambda row: row["lr"])
         best = max(mine, key=lambda row: row["numbers"], default=None)
         metrics |= {f"{method}.exact_match": best and best["numbers"], f"{method}.lr": best and best["lr"]}

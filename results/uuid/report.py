@@ -26,7 +26,8 @@ def main(out, here=HERE, plot=HERE.parents[1] / "docs" / "uuid.png"):
     for method in NAMES:
         mine = [run for run in runs if run["method"] == method]
         chosen[method] = run = best(mine) if mine else None
-        metrics |= {f"{method}.accuracy_final": run and run["digits"], f"{method}.steps_to_99": run and run["steps_to_99"], f"{method}.lr": run and run["lr"]}
+        for key, name in (("accuracy_final", "digits"), ("steps_to_99", "steps_to_99"), ("lr", "lr")):
+            metrics[f"{method}.{key}"] = run and run[name]
         if run:
             metrics |= {f"{method}.steps": run["step"]}
             curve = {at: share for at, share, _ in run["curve"]}

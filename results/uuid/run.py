@@ -60,8 +60,8 @@ def look(place, model, step, row, last):
     curve[:] = [point for point in curve if point[0] != step] + [[step, digits, pairs]]
     row["digits"], row["answered"], row["answer_seconds"] = digits, pairs, time.time() - began
     row["steps_to_99"] = next((at for at, share, _ in curve if share >= 0.99), None)
-    print(f"{row['method']} {row['lr']:g} step {step}: loss {row['loss'][-1][1]:.4f}, digits {digits:.4f} of {pairs}, {row['tokens'] / row['seconds']:,.0f} tokens/s",
-          flush=True)
+    print(f"{row['method']} {row['lr']:g} step {step}: loss {row['loss'][-1][1]:.4f}, digits {digits:.4f} of {pairs}, "
+          f"{row['tokens'] / row['seconds']:,.0f} tokens/s", flush=True)
     return digits >= 0.999
 
 
