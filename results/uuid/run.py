@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import runner
 from evaluate import answers
 
-PROBE, STEPS, LOOK, SOME = (int(os.environ.get(key, value)) for key, value in (("PROBE", 200), ("STEPS", 1000), ("LOOK", 100), ("SOME", 1000)))
+SETTINGS = {"PROBE": 200, "STEPS": 1000, "LOOK": 100, "SOME": 1000, "ALL": 10000}  # steps, steps, steps, pairs, pairs; from the environment too
+PROBE, STEPS, LOOK, SOME, ALL = (int(os.environ.get(key, value)) for key, value in SETTINGS.items())
 COMMON = [str(ROOT / "configs/uuid.py"), "--seq_len=75", "--micro_batch=500", "--epochs=0", f"--steps={STEPS}"]
 METHODS = {
     "mora_r8": ["--method=mora", "--rank=8", "--operator=share", "--train_rest=false"],
@@ -51,11 +52,11 @@ def plan(rows):
 
 
 def look(place, model, step, row, last):
-    """Digits right: of the first SOME pairs in between, of all at the end or when these are nearly all right."""
+    """Digits right: of the first SOME pairs in between, of ALL at the end or when these are nearly all right."""
     began = time.time()
     digits, pairs = answers(model, place.tok, place.val, 2500, SOME)["digits"], SOME
     if digits >= 0.999 or last and row["step"] >= STEPS:
-        digits, pairs = answers(model, place.tok, place.val, 2500)["digits"], len(place.val.lengths)
+        digits, pairs = answers(model, place.tok, place.val, 2500, ALL)["digits"], ALL
     curve = row.setdefault("curve", [])
     curve[:] = [point for point in curve if point[0] != step] + [[step, digits, pairs]]
     row["digits"], row["answered"], row["answer_seconds"] = digits, pairs, time.time() - began
