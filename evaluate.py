@@ -24,6 +24,7 @@ import tokenizer
 from batches import every_token_once
 from config import UserError, command_line
 from generate import greedy
+from model import Llama
 from samples import Samples, every_sample_once, open_split
 
 
@@ -52,11 +53,22 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / bytes_a_token, "tokens": int(count)}
 
 
+@torch.no_grad()
+def merged_copy(model):
+    """A plain Llama with a model's updates merged and its matrices in its compute_dtype: what writes a token with the fewest kernels."""
+    weights = {name: w.to(model.compute_dtype) if w.ndim > 1 else w for name, w in mora.merged_weights(model).items()}
+    with torch.device("meta"):
+        copy = Llama(model.cfg)
+    copy.load_state_dict(weights, assign=True)
+    copy.compute_dtype = model.compute_dtype
+    return copy.eval()
+
+
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     """{"answers", "exact", ...}: a model's greedy answers to the prompts of a split, against the references; see the top of the file.
 
     A prompt is what comes before a sample's first learned token, the reference that answer. In a run it may be called between two
-    steps, on one rank, on the unwrapped model. limit: the first so many samples. max_new_tokens, 0: the longest reference's.
+    steps, on one rank, on the unwrapped model: a merged copy of it writes. limit: the first so many samples. max_new_tokens, 0: the longest reference's.
     """
     prompts, references = [], []
     for i in range(min(limit or len(samples.lengths), len(samples.lengths))):
@@ -65,11 +77,8 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
         stop = start + int((~learned[start:]).argmax()) if not learned[start:].all() else len(ids)
         prompts.append(ids[:start].tolist())
         references.append([token for token in ids[start:stop].tolist() if token != tok.end])
-    was_training = model.training
-    model.eval()
     longest = max_new_tokens or max(map(len, references)) + 1
-    written = greedy(model, prompts, min(tok.size, model.cfg.vocab_size), longest, tok.end, batch)
-    model.train(was_training)
+    written = greedy(merged_copy(model), prompts, min(tok.size, model.cfg.vocab_size), longest, tok.end, batch)
     return scores([tok.decode(ids) for ids in written], [tok.decode(ids) for ids in references], samples.format)
 
 
@@ -123,7 +132,6 @@ def main(argv):
     model.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if args.answers and device == "cuda" else "float32"))
     model.to(device)
     if args.answers:
-        model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         result = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
     else:

@@ -1,5 +1,8 @@
 """Text from a model, one token after another: for one prompt as it comes, or greedily for many prompts at once."""
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN plans anew for every length of a cache
 
 
 @torch.no_grad()
@@ -53,7 +56,7 @@ def continuations(model, prompts, vocab_size, max_new_tokens, stop):
     ids, given, cache = ids.to(device), lengths.to(device), model.new_cache()
     rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
     inputs = ids[:, :shortest]
-    with torch.compiler.set_stance("force_eager"):  # the cache grows: every token would be a shape of its own
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):  # the cache grows: every token would be a shape of its own
         for at in range(shortest, end):
             likeliest = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size].argmax(-1)
             tokens = torch.where(at < given[rows], ids[rows, at], likeliest)

@@ -254,6 +254,18 @@ def merge(model):
     return model
 
 
+@torch.no_grad()
+def merged_weights(model):
+    """{name: tensor}: the state dict that merge would leave, the model as it was. What has no update is not copied."""
+    weights = model.state_dict()
+    for name, layer in adapted_layers(model):
+        delta = layer.delta()
+        weights[f"{name}.weight"] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
+        for key, _ in layer.update.named_parameters():
+            del weights[f"{name}.update.{key}"]
+    return weights
+
+
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge, start the update again with the maps of `cycle` (1, 2, ...), forget its optimizer state: ReLoRA and ReMoRA.
 

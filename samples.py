@@ -55,9 +55,12 @@ class Samples(Tokens):
             targets[row, :len(ids) - 1] = np.where(learned, ids, -100)[1:]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def padded(self, longest, seq_len):
-        """The length that rows get: one of LENGTHS, so that torch.compile sees few shapes."""
-        part = -(-seq_len // LENGTHS)
+    def padded(self, longest, seq_len, lengths=LENGTHS):
+        """The length that rows get: one of so many, or of these (a tuple), so that torch.compile sees few shapes."""
+        if not isinstance(lengths, int):
+            lengths = np.array(sorted({*lengths, seq_len}))
+            return lengths[np.searchsorted(lengths, longest - 1)]
+        part = -(-seq_len // lengths)
         return np.minimum(-(-(longest - 1) // part) * part, seq_len)
 
     def must_fit(self, seq_len):
@@ -73,11 +76,11 @@ class SampleBatches(Ahead):
     again. The micro-batches of a step hold neighbours in length, over all processes.
     """
 
-    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
+    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1, lengths=LENGTHS):
         super().__init__(device)
         samples.must_fit(seq_len)
         self.samples, self.seed, self.seq_len, self.batch_size = samples, seed, seq_len, batch_size
-        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self.micro_batch, self.rank, self.world, self.lengths = micro_batch, rank, world, lengths
         self.steps_an_epoch = len(samples.lengths) // batch_size
         if not self.steps_an_epoch:
             raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, fewer than batch_size {batch_size}")
@@ -98,7 +101,7 @@ class SampleBatches(Ahead):
 
     def _shapes(self, which):
         """Padded length of every micro-batch of (..., batch_size) samples."""
-        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len)
+        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len, self.lengths)
 
     def step(self, step):
         """Indices of a step's samples, over all processes."""
