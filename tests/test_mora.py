@@ -207,6 +207,16 @@ def test_merge_preserves_function(method, options):
 
 
 @pytest.mark.parametrize("method, options", METHODS)
+def test_merged_weights_are_what_merge_leaves_and_leave_the_model_alone(method, options):
+    model = adapted(method, options, train_rest=True)
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), 2)
+    before, weights = copy.deepcopy(model.state_dict()), mora.merged_weights(model)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    merged = mora.merge(model).state_dict()
+    assert weights.keys() == merged.keys() and all(torch.equal(weights[key], merged[key]) for key in merged)
+
+
+@pytest.mark.parametrize("method, options", METHODS)
 def test_restart_preserves_function_and_drops_exactly_the_adapter_states(method, options):
     model = adapted(method, options, train_rest=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -73,6 +73,15 @@ def test_every_sample_once_an_epoch_with_little_padding(pairs):
     assert len({inputs.shape[1] for step in range(24) for inputs in batches(step)[0]}) <= 16
 
 
+def test_rows_may_have_lengths_of_ones_own(pairs):
+    samples = open_split(pairs, "train")
+    few, many = (SampleBatches(samples, 0, 64, 8, 4, lengths=lengths) for lengths in ((20,), 16))
+    seen = {part.shape[1] for step in range(few.steps_an_epoch) for part in few.load(step)[0]}
+    assert seen == {20, 64} and few.padding > many.padding
+    for ours, theirs in zip(few.load(3)[1], many.load(3)[1]):
+        assert torch.equal(ours[ours != -100], theirs[theirs != -100])
+
+
 @pytest.mark.parametrize("micro", (1, 2, 4))
 def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(pairs, micro):
     samples = open_split(pairs, "train")
