@@ -11,7 +11,8 @@ CHUNK = 4096  # tokens: at a vocabulary of 50k, 400 MB of bfloat16 logits
 
 def padded(weight, dtype):
     """(V, D) -> (V rounded up to a multiple of 64, D) in dtype: matrix units want it (50257 -> 50304), the parameter does not change."""
-    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % 64))
+    missing = -len(weight) % 64
+    return F.pad(weight.to(dtype), (0, 0, 0, missing)) if missing else weight.to(dtype)  # F.pad copies even when there is nothing to add
 
 
 def at_least_float32(x):

@@ -1,4 +1,4 @@
-"""LoRA and MoRA as a small algebra; stands alone (with lora.py and dora.py), adapts any torch module.
+"""LoRA and MoRA as a small algebra; stands alone (with fold.py, lora.py, dora.py), adapts any torch module.
 
     adapted layer:  y = (W + dW) x      dW = U is linear in x, zero at the start, and the only thing that trains
 
@@ -61,7 +61,7 @@ class Square(nn.Module):
         self.fold_out.move(cycle, generator)
 
     def forward(self, x):
-        pad = -len(self.M) % ALIGNED
+        pad = -len(self.M) % ALIGNED  # with zeros: unaligned products get older cards' kernels
         h = F.linear(self.fold_in(x, ALIGNED), F.pad(self.M.to(x.dtype), (0, pad, 0, pad)))
         return self.fold_out.adjoint(h[..., :len(self.M)])
 
@@ -128,12 +128,17 @@ class AdaptedLinear(nn.Module):
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, self.weight, self.update, *self.update.parameters())
         else:
-            y = F.linear(x, (self.weight + self.delta()).to(x.dtype))
+            y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def delta(self):
         """The matrix of the update, (out, in)."""
         return self.update.delta()
+
+    def merged(self):
+        """W + dW, (out, in), in float32 at least."""
+        delta = self.delta()
+        return self.weight.to(delta.dtype) + delta
 
     @torch.no_grad()
     def merge_(self):
@@ -259,8 +264,7 @@ def merged_weights(model):
     """{name: tensor}: the state dict that merge would leave, the model as it was. What has no update is not copied."""
     weights = model.state_dict()
     for name, layer in adapted_layers(model):
-        delta = layer.delta()
-        weights[f"{name}.weight"] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
+        weights[f"{name}.weight"] = layer.merged().to(layer.weight.dtype)
         for key, _ in layer.update.named_parameters():
             del weights[f"{name}.update.{key}"]
     return weights

@@ -21,15 +21,11 @@ import runner
 from evaluate import answers
 
 LIMIT = int(os.environ.get("LIMIT", 0))  # questions; 0: all
-COMMON = [str(ROOT / "configs/gsm8k.py"), "--micro_batch=64"]
+COMMON = ["--micro_batch=64"]
+FFT, LORA, MORA = (str(ROOT / f"configs/gsm8k_{name}.py") for name in ("fft", "lora_r8", "mora_r8"))
 METHODS = {
-    "base": ["--method=full"],
-    "fft": ["--method=full"],
-    "lora": ["--method=lora", "--rank=8", "--alpha=16", "--train_rest=false"],
-    "mora_rotate_r8": ["--method=mora", "--rank=8", "--operator=rotate", "--train_rest=false"],
-    "mora_share_r256": ["--method=mora", "--rank=256", "--operator=share", "--train_rest=false"],
-    **{f"operator_{name}": ["--method=mora", "--rank=32", f"--operator={name}", "--train_rest=false"]
-       for name in ("truncate", "share", "decouple", "rotate")},
+    "base": [FFT], "fft": [FFT], "lora": [LORA], "mora_rotate_r8": [MORA], "mora_share_r256": [MORA, "--rank=256", "--operator=share"],
+    **{f"operator_{name}": [MORA, "--rank=32", f"--operator={name}"] for name in ("truncate", "share", "decouple", "rotate")},
 }
 # the paper's highest rates for 7B, and about four times those: first the higher ones, small models like them
 RATES = {"base": (0.0,), "fft": (1e-4, 2e-5), "lora": (1e-3, 2e-4), "mora_rotate_r8": (1.2e-3, 3e-4), "mora_share_r256": (2e-4, 5e-5),

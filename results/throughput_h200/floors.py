@@ -17,7 +17,7 @@ import mora
 from bench import METHODS, SHAPES, needed_flops, settings
 from model import Llama, LlamaConfig
 
-RATE, COPY = 770e12, 4.3e12  # measured here (bench.py), and on such a machine before (a large device-to-device copy)
+RATE, COPY = 770e12, 4.3e12  # measured here (bench.py); recorded for such machines (a large device-to-device copy), not measured here
 MEASURED = {"1.3b": {"full": 64750, "frozen": 90920, "lora": 75716, "mora": 81716}, "250m": {"full": 277328, "frozen": 346362, "lora": 273458, "mora": 291749}}
 
 for shape in MEASURED:

@@ -24,15 +24,9 @@ from evaluate import answers
 
 SETTINGS = {"PROBE": 200, "STEPS": 1000, "LOOK": 100, "SOME": 1000, "ALL": 10000}  # steps, steps, steps, pairs, pairs; from the environment too
 PROBE, STEPS, LOOK, SOME, ALL = (int(os.environ.get(key, value)) for key, value in SETTINGS.items())
-COMMON = [str(ROOT / "configs/uuid.py"), "--seq_len=75", "--micro_batch=500", "--epochs=0", f"--steps={STEPS}"]
-METHODS = {
-    "mora_r8": ["--method=mora", "--rank=8", "--operator=share", "--train_rest=false"],
-    "lora_r8": ["--method=lora", "--rank=8", "--alpha=16", "--train_rest=false"],
-    "fft": ["--method=full"],
-    "mora_r256": ["--method=mora", "--rank=256", "--operator=share", "--train_rest=false"],
-    "lora_r256": ["--method=lora", "--rank=256", "--alpha=128", "--train_rest=false"],
-    "base": ["--method=full"],
-}
+COMMON = ["--seq_len=75", "--micro_batch=500", "--epochs=0", f"--steps={STEPS}"]
+METHODS = {name: [str(ROOT / f"configs/uuid_{name}.py")] for name in ("mora_r8", "lora_r8", "fft", "mora_r256", "lora_r256")}
+METHODS["base"] = METHODS["fft"]
 # three and ten times the paper's highest rate (of a 7B model), then that rate
 RATES = {"fft": (1e-4, 3e-4, 3e-5), "lora_r8": (1e-3, 3e-3, 3e-4), "lora_r256": (1e-3, 3e-3, 3e-4), "mora_r8": (6e-4, 2e-3, 2e-4),
          "mora_r256": (6e-4, 2e-3, 2e-4)}
