@@ -105,9 +105,12 @@ def weights(folder):
 
 
 def base_of(folder, base=None):
-    """The Hugging Face directory that an adapter folder adapts: `base`, or what it names, from there or from here."""
+    """The Hugging Face directory that an adapter folder adapts: `base`, or what it names, from there or from here.
+
+    Our own ../base is looked for from there alone: beside here another model may lie under that name.
+    """
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    places = [Path(base)] if base else [folder / named, Path(named)] if named else []
+    places = [Path(base)] if base else [folder / named, Path(named)][:1 if named == "../base" else 2] if named else []
     found = [place for place in places if (place / "config.json").exists()]
     if not found:
         raise UserError(f"{folder}: its base model {str(base or named)!r} is no Hugging Face directory here: name one with --base=...")

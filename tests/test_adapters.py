@@ -101,13 +101,16 @@ def test_peft_loads_our_adapters(run, corpus, options, capsys):
 
 
 @pytest.mark.parametrize("options", (["--dora=true", "--groups=alternate"], ["--operator=rotate", "--groups=permute"]), ids=" ".join)
-def test_our_mora_adapters_merge_without_their_run(run, corpus, tmp_path, options):
-    """With the groups of their cycle, here the third."""
+def test_our_mora_adapters_merge_without_their_run(run, corpus, tmp_path, monkeypatch, options):
+    """With the groups of their cycle, here the third; and never with the ../base of where one happens to stand."""
     out = run(*options, "--restart_every=6")
     model, _, path = checkpoint.load(out)
     assert_scored_as_in_training(out, model, corpus)
     shutil.copytree(path / "base", tmp_path / "model")
     shutil.copytree(path / "adapter", tmp_path / "elsewhere")
+    shutil.copytree(path / "base", tmp_path / "here" / "base")
+    (tmp_path / "here" / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "here" / "inside")
     with pytest.raises(UserError, match="name one with --base"):
         merge.main([str(tmp_path / "elsewhere"), str(tmp_path / "merged")])
     merge.main([str(tmp_path / "elsewhere"), str(tmp_path / "merged"), f"--base={tmp_path / 'model'}"])
