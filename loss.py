@@ -1,7 +1,8 @@
 """The loss head: mean cross-entropy of x @ weight^T, chunk by chunk, so that the logits of all tokens never exist at once.
 
 At a vocabulary of 50,000 the float32 logits of one step outweigh a small model. Here a chunk's logits are turned into its gradients
-at once, in the forward pass: nothing is kept and nothing computed twice. N tokens, D hidden size, V vocabulary.
+at once, in the forward pass: nothing is kept and nothing computed twice. What does not count, prompts and padding, costs nothing.
+N tokens, D hidden size, V vocabulary.
 """
 import torch
 from torch.nn import functional as F
@@ -19,16 +20,18 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def counting(targets):
+    """Positions of the targets that count, chunk by chunk. How many there are the device is asked, and the head sees no others."""
+    return (targets != -100).nonzero()[:, 0].split(CHUNK)
+
+
 def softmax_gradient(logits, targets, vocab_size, scale):
     """(sum of the chunk's losses, scale * its gradient in the logits' dtype); columns from vocab_size on are no tokens."""
     columns = torch.arange(logits.shape[1], device=logits.device)
     wide = at_least_float32(logits).masked_fill(columns >= vocab_size, -torch.inf)
     log_sum = wide.logsumexp(dim=-1)
-    counts = targets != -100
-    picked = wide.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    loss = torch.where(counts, log_sum - picked, 0.0).sum()
-    weight = torch.where(counts, scale, 0.0)[:, None]
-    gradient = ((wide - log_sum[:, None]).exp() - (columns == targets[:, None]).to(wide)) * weight
+    loss = (log_sum - wide.gather(1, targets[:, None])[:, 0]).sum()
+    gradient = ((wide - log_sum[:, None]).exp() - (columns == targets[:, None]).to(wide)) * scale
     return loss, gradient.to(logits.dtype)
 
 
@@ -36,20 +39,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, kernel):
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
-        w = padded(weight, x.dtype)
+        w, chunks = padded(weight, x.dtype), counting(targets)
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (targets != -100).sum().to(loss.dtype).reciprocal()
-        dx = torch.empty_like(x) if wants_dx else None
+        scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
+        dx = torch.zeros_like(x) if wants_dx else None
         dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
-        for x_part, targets_part, dx_part in zip(x.split(CHUNK), targets.split(CHUNK), dx.split(CHUNK) if wants_dx else x.split(CHUNK)):
-            part, gradient = kernel(x_part @ w.T, targets_part, len(weight), scale)
+        for at in chunks:
+            rows = x[at]
+            part, gradient = kernel(rows @ w.T, targets[at], len(weight), scale)
             loss += part
             if wants_dx:
-                torch.mm(gradient, w, out=dx_part)
+                dx[at] = gradient @ w
             if wants_dw and dw.is_cuda and dw.dtype != w.dtype:  # the sum over chunks in the product itself, in float32
-                torch.addmm(dw, gradient.T, x_part, out_dtype=dw.dtype, out=dw)
+                torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
             elif wants_dw:
-                dw += gradient.T @ x_part
+                dw += gradient.T @ rows
         ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
         return loss * scale
 
@@ -68,7 +72,6 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
     """
     if torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
-    w, count = padded(weight, x.dtype), (targets != -100).sum()
-    parts = [F.cross_entropy(at_least_float32((part @ w.T)[:, :len(weight)]), at, reduction="sum", ignore_index=-100)
-             for part, at in zip(x.split(CHUNK), targets.split(CHUNK))]
-    return torch.stack(parts).sum() / count
+    w, chunks = padded(weight, x.dtype), counting(targets)
+    parts = [F.cross_entropy(at_least_float32((x[at] @ w.T)[:, :len(weight)]), targets[at], reduction="sum") for at in chunks]
+    return torch.stack(parts).sum() / sum(map(len, chunks))

@@ -25,6 +25,14 @@ def test_value_and_gradients_are_torchs(monkeypatch, vocab, tokens, chunk):
         torch.testing.assert_close(loss.cross_entropy(x, weight, targets), theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_the_head_sees_what_counts_alone():
+    targets, seen = torch.tensor([3, -100, -100, 1, -100]), []
+    kernel = lambda logits, *rest: seen.append(len(logits)) or loss.softmax_gradient(logits, *rest)
+    x = torch.randn(5, 12, requires_grad=True)
+    loss.cross_entropy(x, torch.randn(20, 12), targets, kernel).backward()
+    assert seen == [2] and (x.grad.abs().sum(1) > 0).tolist() == [True, False, False, True, False]
+
+
 def test_a_frozen_head_gets_no_gradient_and_a_second_backward_is_refused():
     x, weight = torch.randn(9, 12, requires_grad=True), torch.randn(20, 12)
     value = loss.cross_entropy(x, weight, torch.randint(20, (9,)))
