@@ -123,7 +123,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.append(k, v)
         # one new token sees all that is cached; a whole sequence sees what lies before each position
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None or q.shape[2] > 1, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -205,11 +205,15 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self):
-        """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all."""
-        torch._dynamo.config.recompile_limit = 64  # samples come in up to 16 lengths, with and without gradients; the default is 8
+        """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all.
+
+        The first length of sequences is compiled as it is; when another comes, as samples bring it, one more compilation serves every length.
+        """
         for block in self.model.layers:
-            block.compile(dynamic=False)
-        self.loss_kernel = torch.compile(softmax_gradient, dynamic=False)
+            block.compile()
+        self.loss_kernel = torch.compile(softmax_gradient)
+        # the first block's input gets a gradient as the others' do, or with frozen embeddings it would be compiled for itself
+        self.model.embed_tokens.register_forward_hook(lambda _, ids, x: x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""

@@ -14,7 +14,7 @@ from data import read_manifest
 from sft import FIRST, LEARNED
 
 WINDOW = 32   # steps whose samples are sorted by length together
-LENGTHS = 16  # different lengths of rows
+ALIGNED = 8   # rows are padded to a multiple of it
 
 
 def open_split(folder, split, verify=True):
@@ -55,13 +55,9 @@ class Samples(Tokens):
             targets[row, :len(ids) - 1] = np.where(learned, ids, -100)[1:]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def padded(self, longest, seq_len, lengths=LENGTHS):
-        """The length that rows get: one of so many, or of these (a tuple), so that torch.compile sees few shapes."""
-        if not isinstance(lengths, int):
-            lengths = np.array(sorted({*lengths, seq_len}))
-            return lengths[np.searchsorted(lengths, longest - 1)]
-        part = -(-seq_len // lengths)
-        return np.minimum(-(-(longest - 1) // part) * part, seq_len)
+    def padded(self, longest, seq_len):
+        """The length that rows get whose longest sample is this; inputs lack a sample's last token."""
+        return np.minimum(-(-(longest - 1) // ALIGNED) * ALIGNED, seq_len)
 
     def must_fit(self, seq_len):
         if self.lengths.max() > seq_len:
@@ -76,11 +72,11 @@ class SampleBatches(Ahead):
     again. The micro-batches of a step hold neighbours in length, over all processes.
     """
 
-    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1, lengths=LENGTHS):
+    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
         super().__init__(device)
         samples.must_fit(seq_len)
         self.samples, self.seed, self.seq_len, self.batch_size = samples, seed, seq_len, batch_size
-        self.micro_batch, self.rank, self.world, self.lengths = micro_batch, rank, world, lengths
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.steps_an_epoch = len(samples.lengths) // batch_size
         if not self.steps_an_epoch:
             raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, fewer than batch_size {batch_size}")
@@ -101,7 +97,7 @@ class SampleBatches(Ahead):
 
     def _shapes(self, which):
         """Padded length of every micro-batch of (..., batch_size) samples."""
-        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len, self.lengths)
+        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len)
 
     def step(self, step):
         """Indices of a step's samples, over all processes."""
