@@ -1,12 +1,16 @@
-"""Many short fine-tuning runs on the GPUs of one machine: a process a GPU, each working through the same plan. Used by uuid/ and gsm8k/.
+"""Many short fine-tuning runs on the GPUs of one machine, by processes that work through the same plan. Used by uuid/ and gsm8k/.
 
-A run is (method, rate). It is taken further in tasks (method, rate, until which step); a task is claimed by creating a file. What a task
-reaches is a line of OUT/results.jsonl, and the run's state a file, so that a later task, or the same command started again, goes on from it.
+A run is (method, rate, seed). It is taken further in tasks (stage, method, rate, seed, until which step); a task is claimed by creating a
+file. What a task reaches is a line of OUT/results.jsonl, and the run's state a file, so that a later task, or the same command started
+again, goes on from it.
 
-A process keeps one model a method. Its blocks are compiled once; other rates copy the first weights back into it (nothing is compiled
-again: torch guards on shapes, dtypes and code, not on the module). Imports, the base model and the data are read once.
+A GPU has several processes and one of them at a time: while one trains and answers, the others compile. A process keeps one model a
+method, compiled once; other rates and seeds copy the first weights back into it (nothing is compiled again: torch guards on shapes, dtypes
+and code, not on the module). Imports, the base model and the data are read once.
 """
+import contextlib
 import dataclasses
+import fcntl
 import gc
 import json
 import math
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -23,11 +28,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import checkpoint
 import config
+import mora
 import samples
 import tokenizer
 import train
 
 RESERVE = 15  # seconds before the end at which a run is cut: its last look and its state must still be written
+SEED = 1337
+GRID = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # rates
+Task = namedtuple("Task", "stage method lr seed until")
 
 
 def rows(out):
@@ -37,55 +46,88 @@ def rows(out):
 
 
 def latest(lines):
-    """{(method, rate): its line that went furthest}; failed ones only where there is no other."""
+    """{(method, rate, seed): its line that went furthest}; failed ones only where there is no other."""
     found = {}
     for row in lines:
-        key = row["method"], row["lr"]
+        key = row["method"], row["lr"], row["seed"]
         if key not in found or (row["status"] != "failed", row["step"]) >= (found[key]["status"] != "failed", found[key]["step"]):
             found[key] = row
     return found
 
 
+def search(rates, scores, most=4):
+    """(rates to try, the best or None while a score is missing): from two neighbours on the grid outwards, until the best has worse ones on
+    both sides or there are `most`. scores: {rate: the lower the better}."""
+    tried = list(rates)
+    while all(rate in scores for rate in tried):
+        best = min(tried, key=scores.get)
+        at = GRID.index(best) + (best == max(tried)) - (best == min(tried))
+        if len(tried) == most or GRID[at] in tried:
+            return tried, best
+        tried.append(GRID[at])
+    return tried, None
+
+
 class Place:
-    """One GPU: the data, the base model's weights, and a model of every method that was asked for."""
+    """One process: the data, the base model's weights, and a model of every method that was asked for."""
 
     def __init__(self, out, base, deadline, common, methods, lengths):
+        """lengths: of two rows, to compile for: the first as it is, and all others."""
         self.out, self.base, self.deadline, self.common, self.methods, self.lengths = Path(out), base, deadline, common, methods, lengths
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.models, self.method = {}, None
-        self.val = samples.open_split(self.cfg("base", 1.0).data, "val", verify=False)
-        self.train = samples.open_split(self.cfg("base", 1.0).data, "train", verify=False)
+        cfg = self.cfg("base", 1.0)
+        self.train, self.val = (samples.open_split(cfg.data, split, verify=False) for split in ("train", "val"))
         self.tok = tokenizer.load(self.val.tokenizer, self.val.folder)
+        torch._dynamo.config.recompile_limit = 64  # of blocks: two lengths, with gradients and without, for every method
 
-    def cfg(self, method, lr):
-        return config.load([*self.common, *self.methods[method], f"--init_from={self.base}", f"--lr={lr}", *os.environ.get("MORE", "").split()], "")
+    def cfg(self, method, lr, seed=SEED):
+        words = [f"--init_from={self.base}", f"--lr={lr}", f"--seed={seed}", *os.environ.get("MORE", "").split()]
+        return config.load([*self.common, *self.methods[method], *words], "")
 
-    def model(self, method):
-        """(model, its first trainable weights): built and compiled at the first call, the first weights in place at every call."""
+    def model(self, method, seed=SEED):
+        """A method's model as it starts: built and compiled at the first call."""
         if method not in self.models:
             cfg, model = train.build_model(self.cfg(method, 1.0), self.train)
             train.prepare_model(cfg, model, self.device, 0)
-            if cfg.method != "full":  # the first block's input gets a gradient as the others' do: else it is compiled for itself
-                model.model.embed_tokens.register_forward_hook(lambda _, ids, x: x.requires_grad_() if torch.is_grad_enabled() else x)
             self.models[method] = model, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            for length in self.lengths:
+                ids = torch.ones(cfg.micro_batch, length, dtype=torch.long, device=self.device)
+                model(ids, ids).backward()
         model, first = self.models[method]
         restore(model, first)
+        mora.start(mora.adapted_layers(model), seed, 0)
         return model
 
-    def advance(self, method, lr, until, look, look_every):
-        """Take a run on to step `until`, to what `look` calls enough, or to the deadline; returns its row.
+    @contextlib.contextmanager
+    def gpu(self):
+        """The GPU for this process alone; yields whether it came before the end."""
+        with open(self.out / f"gpu_{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}.lock", "w") as lock:
+            while time.time() < self.deadline - RESERVE:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            yield time.time() < self.deadline - RESERVE
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def advance(self, task, model, look, look_every):
+        """Take a run on to step task.until, to what `look` calls enough, or to the deadline; returns its row.
 
         look(place, model, step, row, last) -> is it enough?; called every look_every steps and at the end; it writes numbers into the row.
         """
-        model, cfg = self.model(method), self.cfg(method, lr)
-        batches = samples.SampleBatches(self.train, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.micro_batch, self.device, lengths=self.lengths)
+        cfg = self.cfg(*task[1:4])
+        batches = samples.SampleBatches(self.train, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.micro_batch, self.device)
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch))) if cfg.epochs else cfg
-        until, optimizer = min(until, cfg.steps), train.build_optimizer(cfg, model, self.device)
+        until, optimizer = min(task.until, cfg.steps), train.build_optimizer(cfg, model, self.device)
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        row = {"method": method, "lr": lr, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0, "padding": batches.padding,
-               "trainable_parameters": sum(map(torch.numel, trains.values())), "torch": str(torch.__version__),
+        row = {"method": task.method, "lr": task.lr, "seed": task.seed, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0,
+               "padding": batches.padding, "trainable_parameters": sum(map(torch.numel, trains.values())), "torch": str(torch.__version__),
                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "config": dataclasses.asdict(cfg)}
-        state = self.out / "state" / f"{method}_{lr:g}.pt"
+        state = self.out / "state" / f"{name_of(task)}.pt"
         if state.exists():
             kept = torch.load(state, map_location=self.device, weights_only=True)
             restore(model, kept["weights"])
@@ -132,40 +174,45 @@ class Place:
 @torch.no_grad()
 def restore(model, weights):
     for name, parameter in model.named_parameters():
+        parameter.grad = None
         if name in weights:
             parameter.copy_(weights[name])
-            parameter.grad = None
+
+
+def name_of(task):
+    return f"{task.method}_{task.lr:g}_{task.seed}"
 
 
 def work(place, plan, look, look_every):
-    """Claim and do tasks of plan(rows) until none is left, or time is over. Of what the plan lists the first counts, the method at hand before others
-    of the same stage. plan: the rows so far -> [(stage, method, rate, until)], a list that only grows."""
-    claims, name = place.out / "claims", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    """Claim and do tasks of plan(rows) until none is left, or time is over. Of what the plan lists the first counts, the method at hand before
+    others of the same stage. plan: the rows so far -> [Task], a list that only grows."""
+    claim_of = lambda task: place.out / "claims" / f"{name_of(task)}_{task.until}"
     while time.time() < place.deadline - RESERVE:
-        tasks = sorted(plan(rows(place.out)), key=lambda task: (task[0], task[1] != place.method))
-        task = next((t for t in tasks if claim(claims / f"{t[1]}_{t[2]:g}_{t[3]}")), None)
+        tasks = sorted(plan(rows(place.out)), key=lambda task: (task.stage, task.method != place.method))
+        task = next((t for t in tasks if claim(claim_of(t))), None)
         if task is None:
-            if all((claims / f"{m}_{lr:g}_{until}").read_text() for _, m, lr, until in tasks) and len(plan(rows(place.out))) == len(tasks):
+            if all(claim_of(t).read_text() for t in tasks) and len(plan(rows(place.out))) == len(tasks):
                 return
             time.sleep(0.5)  # another process may add to the plan by what it finds
             continue
-        _, method, lr, until = task
-        place.method = method
         try:
-            row = look(place) if method == "base" else place.advance(method, lr, until, look, look_every)
+            model, place.method = place.model(task.method, task.seed), task.method
+            with place.gpu() as in_time:
+                if not in_time:
+                    claim_of(task).unlink()
+                    return
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                row = place.advance(task, model, look, look_every) if task.until else look(place, model)
         except Exception as error:  # of one run: the others go on
             traceback.print_exc()
-            row = {"method": method, "lr": lr, "step": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-        row["until"] = until
+            row = {"method": task.method, "lr": task.lr, "seed": task.seed, "step": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+        row["until"] = task.until
         with open(place.out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        (claims / f"{method}_{lr:g}_{until}").write_text(row["status"])
-        shown = {key: value for key, value in row.items() if key not in ("loss", "config", "curve")}
-        print(f"[{name}] {json.dumps(shown)}", flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        claim_of(task).write_text(row["status"])
+        shown = {key: value for key, value in row.items() if key not in ("loss", "config", "curve", "torch", "device")}
+        print(json.dumps(shown), flush=True)
 
 
 def claim(path):
@@ -177,22 +224,21 @@ def claim(path):
 
 
 def launch(script, out, base, seconds):
-    """A process a GPU (one, without GPUs), output in OUT/worker_N.txt; waits for all, and ends those that outlast SECONDS. Finished tasks
-    of an earlier call stay finished; those that were cut or failed are free again."""
-    out = Path(out)
+    """Three processes a GPU (one without GPUs; WORKERS of the environment: in all), output in OUT/worker_N.txt; waits for all, and ends those that
+    outlast SECONDS. Finished tasks of an earlier call stay finished; those that were cut or failed are free again."""
+    out, gpus = Path(out), torch.cuda.device_count()
     (out / "claims").mkdir(parents=True, exist_ok=True)
     for stray in (out / "claims").iterdir():
         stray.read_text() in ("done", "reached", "diverged") or stray.unlink()
-    deadline = time.time() + seconds
-    processes = []
-    for gpu in range(max(1, torch.cuda.device_count())):
-        environment = {"OMP_NUM_THREADS": "4", **os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
-        processes.append(subprocess.Popen([sys.executable, script, "work", str(out), base, str(deadline)], env=environment, cwd=ROOT,
-                                          stdout=open(out / f"worker_{gpu}.txt", "a"), stderr=subprocess.STDOUT))
-    for process in processes:
+    deadline, workers = time.time() + seconds, []
+    for n in range(int(os.environ.get("WORKERS", 3 * gpus or 1))):
+        environment = {"OMP_NUM_THREADS": "4", **os.environ, "CUDA_VISIBLE_DEVICES": str(n % max(1, gpus)), "PYTHONUNBUFFERED": "1"}
+        workers.append(subprocess.Popen([sys.executable, script, "work", str(out), base, str(deadline)], env=environment, cwd=ROOT,
+                                        stdout=open(out / f"worker_{n}.txt", "a"), stderr=subprocess.STDOUT))
+    for worker in workers:
         try:
-            process.wait(max(1, deadline + 5 - time.time()))
+            worker.wait(max(1, deadline + 5 - time.time()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            worker.kill()
     for row in rows(out):
-        print(json.dumps({key: row.get(key) for key in ("method", "lr", "step", "status", "seconds", "digits", "numbers")}))
+        print(json.dumps({key: row.get(key) for key in ("method", "lr", "seed", "step", "status", "seconds", "digits", "dev_loss", "numbers")}))
