@@ -122,8 +122,10 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x))
         if past is not None:
             k, v = past.append(k, v)
-        # one new token sees all that is cached; a whole sequence sees what lies before each position
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None or q.shape[2] > 1, enable_gqa=self.grouped)
+        if past is None or q.shape[2] > 1:  # a whole sequence: each position sees what lies before it
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        else:  # one new token sees all that is cached; as a sequence of the queries that share keys, so that no key is copied
+            y = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, self.head_dim), k, v).reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
