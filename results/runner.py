@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,7 @@ class Place:
         """A method's model as it starts: built and compiled at the first call."""
         if method not in self.models:
             cfg, model = train.build_model(self.cfg(method, 1.0), self.train)
+            self.shape = cfg.model()
             train.prepare_model(cfg, model, self.device, 0)
             self.models[method] = model, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             for length in self.lengths:
@@ -126,8 +128,8 @@ class Place:
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
         row = {"method": task.method, "lr": task.lr, "seed": task.seed, "step": 0, "loss": [], "seconds": 0.0, "tokens": 0,
                "padding": batches.padding, "trainable_parameters": sum(map(torch.numel, trains.values())), "torch": str(torch.__version__),
-               "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "config": dataclasses.asdict(cfg)}
-        state = self.out / "state" / f"{name_of(task)}.pt"
+               "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "config": dataclasses.asdict(cfg) | self.shape}
+        state = self.out / "state" / f"{name_of(*task[1:4])}.pt"
         if state.exists():
             kept = torch.load(state, map_location=self.device, weights_only=True)
             restore(model, kept["weights"])
@@ -179,14 +181,14 @@ def restore(model, weights):
             parameter.copy_(weights[name])
 
 
-def name_of(task):
-    return f"{task.method}_{task.lr:g}_{task.seed}"
+def name_of(method, lr, seed):
+    return f"{method}_{lr:g}_{seed}"
 
 
 def work(place, plan, look, look_every):
     """Claim and do tasks of plan(rows) until none is left, or time is over. Of what the plan lists the first counts, the method at hand before
     others of the same stage. plan: the rows so far -> [Task], a list that only grows."""
-    claim_of = lambda task: place.out / "claims" / f"{name_of(task)}_{task.until}"
+    claim_of = lambda task: place.out / "claims" / f"{name_of(*task[1:4])}_{task.until}"
     while time.time() < place.deadline - RESERVE:
         tasks = sorted(plan(rows(place.out)), key=lambda task: (task.stage, task.method != place.method))
         task = next((t for t in tasks if claim(claim_of(t))), None)
@@ -225,14 +227,17 @@ def claim(path):
 
 def launch(script, out, base, seconds):
     """Three processes a GPU (one without GPUs; WORKERS of the environment: in all), output in OUT/worker_N.txt; waits for all, and ends those that
-    outlast SECONDS. Finished tasks of an earlier call stay finished; those that were cut or failed are free again."""
+    outlast SECONDS. What OUT/results.jsonl calls finished stays finished; what was cut or failed is done again, from its state if that is there."""
     out, gpus = Path(out), torch.cuda.device_count()
-    (out / "claims").mkdir(parents=True, exist_ok=True)
-    for stray in (out / "claims").iterdir():
-        stray.read_text() in ("done", "reached", "diverged") or stray.unlink()
+    shutil.rmtree(out / "claims", ignore_errors=True)
+    (out / "claims").mkdir(parents=True)
+    for row in rows(out):
+        if row["status"] in ("done", "reached", "diverged"):
+            (out / "claims" / f"{name_of(row['method'], row['lr'], row['seed'])}_{row['until']}").write_text(row["status"])
     deadline, workers = time.time() + seconds, []
     for n in range(int(os.environ.get("WORKERS", 3 * gpus or 1))):
-        environment = {"OMP_NUM_THREADS": "4", **os.environ, "CUDA_VISIBLE_DEVICES": str(n % max(1, gpus)), "PYTHONUNBUFFERED": "1"}
+        environment = {"OMP_NUM_THREADS": "4", "PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ,
+                       "CUDA_VISIBLE_DEVICES": str(n % max(1, gpus)), "PYTHONUNBUFFERED": "1"}
         workers.append(subprocess.Popen([sys.executable, script, "work", str(out), base, str(deadline)], env=environment, cwd=ROOT,
                                         stdout=open(out / f"worker_{n}.txt", "a"), stderr=subprocess.STDOUT))
     for worker in workers:

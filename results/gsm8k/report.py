@@ -1,4 +1,4 @@
-"""From OUT/results.jsonl of run.py: metrics.json, table.md, runs.jsonl here.
+"""From OUT/results.jsonl of run.py: metrics.json, table.md. runs.jsonl here is the results.jsonl of the published runs.
 
     python results/gsm8k/report.py OUT
 """
@@ -32,7 +32,6 @@ def main(out, here=HERE):
                      + (f"{mean('numbers'):.2%} | {mean('test_loss'):.4f} |" if chosen else "- | - |"))
     (here / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (here / "table.md").write_text("\n".join(table) + "\n")
-    (here / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     print("\n".join(table))
 
 

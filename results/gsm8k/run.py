@@ -9,7 +9,9 @@
 Rates are chosen by the loss on the 473 last training questions, which nobody trains on: from two neighbours on a grid outwards, until the best has worse
 ones on both sides or there are four. The best one then gets two more seeds (of the order of the data and of LoRA's A). The test set chooses nothing.
 
-ARITHMETIC
+Arithmetic: 54 steps an epoch, 1.5 M tokens and 6 % padding, 4.5 M a run. At the 350-380k tokens/s that UUID pairs took on one H200 12-13 s a run; losses 2 s;
+answers to 1,319 questions 580 tokens one after another, 23 ms each when they were measured last (keys are not copied since). 24 runs, 16 seeds: about 800 s.
+Memory: 16-24 GiB at 36,000 tokens a micro-batch; here up to 72,000.
 """
 import math
 import os
@@ -27,7 +29,7 @@ from runner import SEED, Task, search
 from samples import open_split
 
 LIMIT = int(os.environ.get("LIMIT", 0))  # questions; 0: all
-COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64"]
+COMMON = ["--data=data/gsm8k_fit", "--micro_batch=128"]
 FFT, LORA, MORA = (str(ROOT / f"configs/gsm8k_{name}.py") for name in ("fft", "lora_r8", "mora_r8"))
 METHODS = {
     "fft": [FFT], "lora": [LORA], "mora_rotate_r8": [MORA], "mora_share_r256": [MORA, "--rank=256", "--operator=share"],

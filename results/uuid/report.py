@@ -1,4 +1,4 @@
-"""From OUT/results.jsonl of run.py: metrics.json, table.md, runs.jsonl here, and docs/uuid.png.
+"""From OUT/results.jsonl of run.py: metrics.json, table.md, and docs/uuid.png. runs.jsonl here is the results.jsonl of the published runs.
 
     python results/uuid/report.py OUT
 """
@@ -22,7 +22,7 @@ def main(out, here=HERE, plot=HERE.parents[1] / "docs" / "uuid.png"):
     runs, metrics, chosen = [row for row in runner.latest(runner.rows(out)).values() if "digits" in row], {}, {}
     steps = sorted({point[0] for run in runs for point in run["curve"]})
     steps = [step for step in steps if step % 100 == 0 and step // 100 % 2] or steps
-    table = ["| | lr | step | digits right | 99 % at step | " + " | ".join(f"at {step}" for step in steps) + " |", "|---" * (5 + len(steps)) + "|"]
+    table = ["| | trained | lr | step | digits right | 99 % at step | " + " | ".join(f"at {step}" for step in steps) + " |", "|---" * (6 + len(steps)) + "|"]
     for method in NAMES:
         mine = [run for run in runs if run["method"] == method]
         chosen[method] = run = best(mine) if mine else None
@@ -33,10 +33,10 @@ def main(out, here=HERE, plot=HERE.parents[1] / "docs" / "uuid.png"):
             curve = {at: share for at, share, _ in run["curve"]}
             reached = run["status"] == "reached"
             at = [f"{curve[step]:.1%}" if step in curve else "done" if reached and step > run["step"] else "-" for step in steps]
-            table.append(f"| {NAMES[method]} | {run['lr']:g} | {run['step']} | {run['digits']:.1%} | {run['steps_to_99'] or '-'} | {' | '.join(at)} |")
+            size = f"{run['trainable_parameters'] / 1e6:.1f} M"
+            table.append(f"| {NAMES[method]} | {size} | {run['lr']:g} | {run['step']} | {run['digits']:.1%} | {run['steps_to_99'] or '-'} | {' | '.join(at)} |")
     (here / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (here / "table.md").write_text("\n".join(table) + "\n")
-    (here / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in runner.latest(runner.rows(out)).values()))
     print("\n".join(table))
     figure3({NAMES[method]: run["loss"] for method, run in chosen.items() if run}, plot)
 

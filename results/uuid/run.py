@@ -6,9 +6,10 @@
 
 The rate is constant, so a search can stop early and go on: rates train PROBE steps (at r = 8 twice as many), from two neighbours on a grid outwards until the best
 has worse ones on both sides or there are four. The one with the lowest training loss (the last ten steps: one epoch, all pairs) goes on to
-STEPS, then the second ones. A run ends when 99.9 % of the digits are right.
+STEPS, then one more. A run ends when 99.9 % of the digits are right.
 
-ARITHMETIC
+Arithmetic: pairs are 59-75 tokens (mean 69.2), 5 % padding. Measured on one H200: 0.18 s a step (LoRA 0.22), so 190 s a run; 1.4 s for 1,000
+answers, 6 s for all. 16 probes 370 s, five runs 850 s, the second rates 900 s. Memory: 16-24 GiB at 500 rows.
 """
 import math
 import os
@@ -24,15 +25,17 @@ from runner import SEED, Task, search
 
 SETTINGS = {"PROBE": 100, "STEPS": 1000, "LOOK": 100, "SOME": 1000, "ALL": 10000}  # steps, steps, steps, pairs, pairs; from the environment too
 PROBE, STEPS, LOOK, SOME, ALL = (int(os.environ.get(key, value)) for key, value in SETTINGS.items())
-COMMON = ["--seq_len=75", "--micro_batch=500", "--epochs=0", f"--steps={STEPS}"]
+COMMON = ["--seq_len=75", "--micro_batch=1000", "--epochs=0", f"--steps={STEPS}"]
 # the first two rates, above the paper's: it has a 7B model
 RATES = {"mora_r8": (1e-3, 3e-3), "lora_r8": (1e-3, 3e-3), "mora_r256": (3e-4, 1e-3), "lora_r256": (3e-4, 1e-3), "fft": (1e-4, 3e-4)}
+# trained to the end as well: short probes favour rates that start steadily, so the next higher rate, or where the probes found that one useless the next lower
+SECOND = {"mora_r256": 3e-4, "fft": 3e-4, "mora_r8": 3e-3, "lora_r256": 3e-4, "lora_r8": 1e-3}
 METHODS = {name: [str(ROOT / f"configs/uuid_{name}.py")] for name in RATES}
 METHODS["base"] = METHODS["fft"]
 
 
 def plan(rows):
-    """Probes; then, of methods whose search is over, the best rate and, later, the second best, to the end."""
+    """Probes; then, of methods whose search is over, the best rate and, later, a second one, to the end."""
     tasks = []
     for order, (method, rates) in enumerate(RATES.items()):
         until = PROBE * (2 if method.endswith("_r8") else 1)
@@ -40,9 +43,9 @@ def plan(rows):
         scores = {row["lr"]: row["loss"][-1][1] if row["status"] in ("done", "reached") else math.inf for row in probes}
         tried, best = search(rates, scores)
         tasks += [Task((0, 0), method, rate, SEED, until) for rate in tried]
-        if best:
-            tasks += [Task((1 + place, order), method, rate, SEED, STEPS)
-                      for place, rate in enumerate(sorted(tried, key=scores.get)[:2]) if scores[rate] < math.inf]
+        whole = [Task((1, order), method, best, SEED, STEPS), Task((2, list(SECOND).index(method)), method, SECOND[method], SEED, STEPS)]
+        learned = {row["lr"] for row in rows if row["method"] == method and row.get("steps_to_99")}  # a cut run among them needs no more
+        tasks += [task for task in whole if best and task.lr not in learned]
     return tasks
 
 
