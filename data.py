@@ -171,7 +171,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode, facts=None
         stray.unlink()
 
     dtype = "uint16" if tok.size <= 2 ** 16 and not facts else "uint32"
-    counted = ("tokens", "documents", "bytes") + (("learned", "longest", "dropped", "truncated") if facts else ())
+    counted = ("tokens", "documents", "bytes") + (("learned", "longest", "dropped", "truncated", "refused") if facts else ())
     fresh = {"request": request, "stage": 0, "documents": 0, "seconds": 0.0, "splits": {
         split: {**dict.fromkeys(counted, 0), "shards": []} for split in ("train", "val")}}
     progress_file = folder / "progress.json"
@@ -264,7 +264,8 @@ def read_manifest(folder):
 def summary(manifest):
     if "kind" in manifest:
         parts = [f"{split} {t['documents']:,} samples of {t['tokens']:,} tokens, {t['learned'] / max(1, t['tokens']):.0%} of them learned, the "
-                 f"longest sample {t['longest']:,}; {t['dropped']:,} dropped, {t['truncated']:,} truncated"
+                 f"longest sample {t['longest']:,}; {t['dropped']:,} dropped" +
+                 f" ({t['refused']:,} of them refused by the chat template)" * bool(t.get("refused")) + f", {t['truncated']:,} truncated"
                  for split, t in manifest["splits"].items() if t["documents"] or t["dropped"]]
     else:
         parts = [f"{split} {t['tokens']:,} tokens of {t['documents']:,} documents ({t['bytes'] / 1e6:.1f} MB)"

@@ -18,6 +18,7 @@ are encoded apart, so that generation starts from just the tokens that were trai
 """
 import random
 import uuid
+import warnings
 from functools import lru_cache, partial
 
 import numpy as np
@@ -45,6 +46,10 @@ FORMATS = {
 HUB = {"tulu": ("allenai/tulu-v2-sft-mixture", "messages"), "metamath": ("meta-math/MetaMathQA", "query")}
 
 
+class Refused(UserError):
+    """A chat that the model's own template does not write, by its raise_exception."""
+
+
 def format_of(row, where):
     """The name of a row's format, by its keys; raises UserError."""
     for name, (ask, answer, _) in FORMATS.items():
@@ -61,11 +66,16 @@ def encode(tok, rows, style, seq_len=0, long="drop"):
     """The samples of some rows, as data.encode: (words uint32, ends of the samples, bytes of what is learned, counts).
 
     style: a name in FORMATS. Samples of more than seq_len tokens (0: any) are dropped or truncated; one without anything to learn
-    is dropped too.
+    is dropped too, and a chat that the chat template refuses.
     """
-    parts, sizes, truncated = [], [], 0
+    parts, sizes, truncated, refused = [], [], 0, 0
     for row in rows:
-        ids, learned, size = chat(tok, row) if style == "messages" else pair(tok, row, style)
+        try:
+            ids, learned, size = chat(tok, row) if style == "messages" else pair(tok, row, style)
+        except Refused as reason:  # one row of many is no reason to stop; each reason is said once
+            warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
+            refused += 1
+            continue
         if seq_len and len(ids) > seq_len:
             if long == "drop":
                 continue
@@ -79,7 +89,8 @@ def encode(tok, rows, style, seq_len=0, long="drop"):
         sizes.append(size)
     words = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
     lengths = [len(part) for part in parts]
-    counts = {"learned": int((words >= LEARNED).sum()), "longest": max(lengths, default=0), "dropped": len(rows) - len(parts), "truncated": truncated}
+    counts = {"learned": int((words >= LEARNED).sum()), "longest": max(lengths, default=0), "dropped": len(rows) - len(parts),
+              "truncated": truncated, "refused": refused}
     return words, np.cumsum(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), counts
 
 
@@ -149,7 +160,7 @@ def compiled(template):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
-        raise UserError(f"the chat template refuses a chat: {message}")
+        raise Refused(f"the chat template refuses a chat: {message}")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
     return environment.from_string(template)

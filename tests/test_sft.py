@@ -101,9 +101,20 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
     tok = chat_folder(tmp_path / "chat", "{% for message in messages %}{{ message['content'] if loop.last else 'x' }}|{% endfor %}")
     with pytest.raises(UserError, match="writes a message differently when others follow.*'One.'"):
         sample(tok, {"messages": CHAT})
-    for name, template, says in (("refuses", "{{ raise_exception('no system message') }}", "refuses a chat: no system message"), ("fails", "{{ messages[0].x.y }}", "can not write .*no attribute")):
-        with pytest.raises(UserError, match=says):
-            sample(chat_folder(tmp_path / name, template), {"messages": CHAT})
+    with pytest.raises(UserError, match="can not write .*no attribute"):
+        sample(chat_folder(tmp_path / "fails", "{{ messages[0].x.y }}"), {"messages": CHAT})
+
+
+def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, capsys):
+    template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ m['content'] }}|{% endfor %}"
+    chat_folder(tmp_path / "chat", template)
+    plain = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    rows = [plain, {"messages": [{"role": "system", "content": "0"}, *plain["messages"]]}] * 3
+    with pytest.warns(UserWarning, match="refuses a chat: no system message"):
+        manifest = sft.prepare(tmp_path / "data", str(tmp_path / "chat"), {"source": "test"}, [(lambda: [rows], lambda rows, first: {"train": rows})])
+    totals = manifest["splits"]["train"]
+    assert (totals["documents"], totals["refused"], totals["dropped"]) == (3, 3, 3)
+    assert "3 dropped (3 of them refused by the chat template)" in capsys.readouterr().out
 
 
 def test_a_template_without_end_of_text_gets_one_at_the_end_alone(tmp_path):
@@ -116,9 +127,9 @@ def test_a_template_without_end_of_text_gets_one_at_the_end_alone(tmp_path):
 def test_long_samples_are_dropped_or_truncated_and_counted():
     rows = [{"prompt": "p" * size, "response": "r" * 4} for size in (1, 4, 5, 7, 9, 10)]  # 7, 10, 11, 13, 15, 16 tokens
     words, ends, _, counts = sft.encode(BYTES, rows, "prompt", seq_len=10)
-    assert counts == {"learned": 10, "longest": 10, "dropped": 4, "truncated": 0} and ends.tolist() == [7, 17]
+    assert counts == {"learned": 10, "longest": 10, "dropped": 4, "truncated": 0, "refused": 0} and ends.tolist() == [7, 17]
     words, ends, _, counts = sft.encode(BYTES, rows, "prompt", seq_len=10, long="truncate")
-    assert counts == {"learned": 10 + 4 + 2, "longest": 10, "dropped": 2, "truncated": 2} and ends.tolist() == [7, 17, 27, 37]
+    assert counts == {"learned": 10 + 4 + 2, "longest": 10, "dropped": 2, "truncated": 2, "refused": 0} and ends.tolist() == [7, 17, 27, 37]
     assert (words[-1] & 0xff, words[-1] >= sft.LEARNED) == (ord("r"), True)  # no end-of-text where it did not end
     assert sft.encode(BYTES, [{"messages": CHAT[:1]}], "messages")[3]["dropped"] == 1
 
