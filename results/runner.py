@@ -27,7 +27,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import checkpoint
 import config
 import mora
 import samples
