@@ -22,6 +22,7 @@ from dora import Rescaled
 from lora import LowRank
 
 PREFIX = "base_model.model."
+BESIDE = "../base"  # the base model of our own adapters, beside their folder
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight", "magnitude": "lora_magnitude_vector"}
 
 # keys of peft's that are implemented, and those that say nothing about the trained function (how A started, what ran, with what versions)
@@ -107,10 +108,10 @@ def weights(folder):
 def base_of(folder, base=None):
     """The Hugging Face directory that an adapter folder adapts: `base`, or what it names, from there or from here.
 
-    Our own ../base is looked for from there alone: beside here another model may lie under that name.
+    BESIDE is looked for from there alone: beside here another model may lie under that name.
     """
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    places = [Path(base)] if base else [folder / named, Path(named)][:1 if named == "../base" else 2] if named else []
+    places = [Path(base)] if base else [folder / named, Path(named)][:1 if named == BESIDE else 2] if named else []
     found = [place for place in places if (place / "config.json").exists()]
     if not found:
         raise UserError(f"{folder}: its base model {str(base or named)!r} is no Hugging Face directory here: name one with --base=...")

@@ -106,7 +106,7 @@ def save(cfg, step, cycle, model, optimizer, tok):
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     write_hugging_face(beside / "base", weights, model.cfg, tok)
     if updates:
-        adapters.write(beside / "adapter", updates, cycle=cycle, base="../base", **cfg.adapter())
+        adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE, **cfg.adapter())
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
     os.replace(beside, final)

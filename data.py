@@ -204,8 +204,10 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode, facts=None
     for writer in writers.values():
         writer.close_shard()
     if not any(totals["tokens"] for totals in progress["splits"].values()):
+        refused = sum(totals.get("refused", 0) for totals in progress["splits"].values())
         raise UserError(f"the corpus is empty: {request['source']} gave no {'sample' if facts else 'text'}" +
-                        (f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""))
+                        (f" of at most {request['seq_len']} tokens" if request.get("seq_len") else "") +
+                        (f"; the chat template refused {refused:,} chats" if refused else ""))
     seconds = spent + time.time() - started
     size = sum(totals["bytes"] for totals in progress["splits"].values())
     manifest = {**(facts or {}), "request": request, "tokenizer": tok.name, "vocab_size": tok.size, "dtype": dtype,

@@ -73,7 +73,7 @@ def encode(tok, rows, style, seq_len=0, long="drop"):
         try:
             ids, learned, size = chat(tok, row) if style == "messages" else pair(tok, row, style)
         except Refused as reason:  # one row of many is no reason to stop; each reason is said once
-            warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
+            warnings.warn(f"{reason} (such chats are left out and counted)")
             refused += 1
             continue
         if seq_len and len(ids) > seq_len:

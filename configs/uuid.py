@@ -5,7 +5,7 @@
 `python data.py uuid --tokenizer=PATH`; score: `python evaluate.py out/uuid_mora_r8 data/uuid --answers`.
 
 Character accuracy: chance is 6.25 %, knowing the form alone gives 9.8 %. The paper names rates and no schedule, so the rate is constant;
-of the rates that it searched each file takes the highest (a model of 135 M parameters takes three to ten times that).
+of the rates that it searched each file takes the highest; what a model of 135 M parameters took stands in results/uuid.
 """
 data = "data/uuid"
 init_from = "models/base"

@@ -115,6 +115,8 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
     totals = manifest["splits"]["train"]
     assert (totals["documents"], totals["refused"], totals["dropped"]) == (3, 3, 3)
     assert "3 dropped (3 of them refused by the chat template)" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="refuses"), pytest.raises(UserError, match="gave no sample; the chat template refused 3 chats"):
+        sft.prepare(tmp_path / "none", str(tmp_path / "chat"), {"source": "test"}, [(lambda: [rows[1::2]], lambda rows, first: {"train": rows})])
 
 
 def test_a_template_without_end_of_text_gets_one_at_the_end_alone(tmp_path):

@@ -6,11 +6,13 @@
     python results/gsm8k/run.py OUT MODEL [SECONDS]     on every GPU there is; the same command again goes on where time was over
     python results/gsm8k/report.py OUT
 
-Rates are chosen by the loss on the 473 last training questions, which nobody trains on: from two neighbours on a grid outwards, until the best has worse
-ones on both sides or there are four. The best one then gets two more seeds (of the order of the data and of LoRA's A). The test set chooses nothing.
+Rates are chosen by the loss on the 473 last training questions, which nobody trains on: from two neighbours on a grid outwards, until the best
+has worse ones on both sides or there are four. The best one then gets two more seeds (of the order of the data and of LoRA's A). The test set
+chooses nothing.
 
-Arithmetic: 54 steps an epoch, 1.5 M tokens and 6 % padding, 4.5 M a run. At the 350-380k tokens/s that UUID pairs took on one H200 12-13 s a run; losses 2 s;
-answers to 1,319 questions 580 tokens one after another, 23 ms each when they were measured last (keys are not copied since). 24 runs, 16 seeds: about 800 s.
+Arithmetic: 54 steps an epoch, 1.5 M tokens and 6 % padding, 4.5 M a run. At the 350-380k tokens/s that UUID pairs took on one H200 12-13 s a
+run; losses 2 s; answers to 1,319 questions 580 tokens one after another, 23 ms each when they were measured last (keys are not copied since).
+24 runs, 16 seeds: about 800 s.
 Memory: 16-24 GiB at 36,000 tokens a micro-batch; here up to 72,000.
 """
 import math
