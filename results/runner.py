@@ -4,7 +4,7 @@ A run is (method, rate, seed). It is taken further in tasks (stage, method, rate
 file. What a task reaches is a line of OUT/results.jsonl, and the run's state a file, so that a later task, or the same command started
 again, goes on from it.
 
-A GPU has several processes and one of them at a time: while one trains and answers, the others compile. A process keeps one model a
+A GPU has several processes and one or two of them at a time: while these train and answer, the others compile. A process keeps one model a
 method, compiled once; other rates and seeds copy the first weights back into it (nothing is compiled again: torch guards on shapes, dtypes
 and code, not on the module). Imports, the base model and the data are read once.
 """
@@ -95,6 +95,7 @@ class Place:
             for length in self.lengths:
                 ids = torch.ones(cfg.micro_batch, length, dtype=torch.long, device=self.device)
                 model(ids, ids).backward()
+            empty()
         model, first = self.models[method]
         restore(model, first)
         mora.start(mora.adapted_layers(model), seed, 0)
@@ -102,18 +103,15 @@ class Place:
 
     @contextlib.contextmanager
     def gpu(self):
-        """The GPU for this process alone; yields whether it came before the end."""
-        with open(self.out / f"gpu_{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}.lock", "w") as lock:
-            while time.time() < self.deadline - RESERVE:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.1)
+        """A turn on the GPU, by a file's lock; yields whether it came before the end. TURNS of the environment: at a time, 1 where seconds count;
+        2 where one that answers waits for the host while another could train."""
+        with contextlib.ExitStack() as stack:
+            names = [self.out / f"gpu_{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}_{n}.lock" for n in range(int(os.environ.get("TURNS", 1)))]
+            locks = [stack.enter_context(open(name, "w")) for name in names]
+            while time.time() < self.deadline - RESERVE and not any(map(locked, locks)):
+                time.sleep(0.1)
             yield time.time() < self.deadline - RESERVE
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty()
 
     def advance(self, task, model, look, look_every):
         """Take a run on to step task.until, to what `look` calls enough, or to the deadline; returns its row.
@@ -170,6 +168,21 @@ class Place:
             torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "row": json.dumps(row)}, f"{state}.tmp")
             os.replace(f"{state}.tmp", state)
         return row
+
+
+def locked(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def empty():
+    """Give memory back to the GPU's other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

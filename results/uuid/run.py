@@ -25,7 +25,7 @@ from runner import SEED, Task, search
 
 SETTINGS = {"PROBE": 100, "STEPS": 1000, "LOOK": 100, "SOME": 1000, "ALL": 10000}  # steps, steps, steps, pairs, pairs; from the environment too
 PROBE, STEPS, LOOK, SOME, ALL = (int(os.environ.get(key, value)) for key, value in SETTINGS.items())
-COMMON = ["--seq_len=75", "--micro_batch=1000", "--epochs=0", f"--steps={STEPS}"]
+COMMON = ["--seq_len=75", "--micro_batch=500", "--epochs=0", f"--steps={STEPS}"]
 # the first two rates, above the paper's: it has a 7B model
 RATES = {"mora_r8": (1e-3, 3e-3), "lora_r8": (1e-3, 3e-3), "mora_r256": (3e-4, 1e-3), "lora_r256": (3e-4, 1e-3), "fft": (1e-4, 3e-4)}
 # trained to the end as well, since short probes seem to favour rates that start steadily: the next higher rate, or where the probes found
