@@ -55,7 +55,7 @@ def latest(lines):
     return found
 
 
-def search(rates, scores, most=4):
+def search(rates, scores, most=5):
     """(rates to try, the best or None while a score is missing): from two neighbours on the grid outwards, until the best has worse ones on
     both sides or there are `most`. scores: {rate: the lower the better}."""
     tried = list(rates)
