@@ -2,6 +2,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
 import data
+import sft
 import tokenizer
 import train
 
@@ -54,3 +56,23 @@ def run(config):
     yield start
     for name, handler in handlers.items():
         signal.signal(name, handler)
+
+
+def prompts(count=103):
+    draw = np.random.default_rng(0)
+    yield [{"prompt": f"{i}" * draw.integers(1, 6), "response": "abcdefgh"[:draw.integers(0, 8)] * draw.integers(1, 6)} for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """103 samples of many lengths, every 10th validation."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    assign = lambda rows, first: {"train": rows, "val": rows[::10]}
+    sft.prepare(folder, "bytes", {"source": "test"}, [(prompts, assign)], "prompt")
+    return folder
+
+
+@pytest.fixture
+def fit(run, pairs):
+    """run, on these samples."""
+    return lambda *words: run(f"--data={pairs}", "--seq_len=64", *words)

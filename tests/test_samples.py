@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import prompts
 from test_train import records, same, torchrun
 
 import checkpoint
@@ -11,32 +12,11 @@ import data
 import evaluate
 import generate
 import mora
-import sft
 import tokenizer
 import train
 from config import UserError
 from model import Llama, LlamaConfig
 from samples import SampleBatches, every_sample_once, open_split
-
-
-def rows(count=103):
-    draw = np.random.default_rng(0)
-    yield [{"prompt": f"{i}" * draw.integers(1, 6), "response": "abcdefgh"[:draw.integers(0, 8)] * draw.integers(1, 6)} for i in range(count)]
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """103 samples of many lengths, every 10th validation."""
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    assign = lambda rows, first: {"train": rows, "val": rows[::10]}
-    sft.prepare(folder, "bytes", {"source": "test"}, [(rows, assign)], "prompt")
-    return folder
-
-
-@pytest.fixture
-def fit(run, pairs):
-    """run, on these samples."""
-    return lambda *words: run(f"--data={pairs}", "--seq_len=64", *words)
 
 
 def tiny(**options):
@@ -150,7 +130,7 @@ def test_the_loss_is_the_mean_over_learned_tokens(pairs):
         losses += torch.nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")[learned[1:]].tolist()
     result = evaluate.perplexity(model, samples, 64, 4)
     assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5) and result["tokens"] == len(losses) == samples.learned.sum()
-    responses = sum(len(row["response"]) for row in next(rows())[::10])
+    responses = sum(len(row["response"]) for row in next(prompts())[::10])
     assert result["bits_per_byte"] == pytest.approx(sum(losses) / np.log(2) / responses, rel=1e-5)
 
 
