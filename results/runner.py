@@ -161,8 +161,9 @@ class Place:
             ahead.result()
         batches.pool.shutdown()
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == "cuda" else 0.0
-        if row["status"] != "diverged":
+        if row["status"] in ("done", "cut"):  # what has reached enough was looked at just now
             look(self, model, row["step"], row, last=True)
+        if row["status"] != "diverged":
             state.parent.mkdir(exist_ok=True)
             weights = {name: p.detach() for name, p in trains.items()}
             torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "row": json.dumps(row)}, f"{state}.tmp")

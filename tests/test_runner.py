@@ -22,6 +22,10 @@ def test_runs_that_share_a_model_are_train_pys_runs(fit, pairs, config, tmp_path
             place.model(method, 3)
         alone = fit(*words, f"--init_from={base}", f"--seed={seed}", f"--lr={lr}", f"--out={tmp_path / str(seed)}")
         assert dict(row["loss"]) == records(alone) and row["step"] == 7
+    looks = []
+    enough = lambda place, model, step, row, last: looks.append(step) or step == 4
+    row = place.advance(runner.Task(0, method, 1e-3, 4, 10 ** 9), place.model(method, 4), enough, 2)
+    assert (row["status"], row["step"], looks) == ("reached", 4, [2, 4])
 
 
 def test_a_search_ends_between_worse_rates():

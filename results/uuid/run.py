@@ -5,7 +5,7 @@
     python results/uuid/report.py OUT
 
 The rate is constant, so a search can stop early and go on: rates train PROBE steps (at r = 8 twice as many), from two neighbours on a grid
-outwards until the best has worse ones on both sides or there are four. The one with the lowest training loss (the last ten steps: one epoch, all
+outwards until the best has worse ones on both sides or there are five. The one with the lowest training loss (the last ten steps: one epoch, all
 pairs) goes on to STEPS, then one more. A run ends when 99.9 % of the digits are right.
 
 Arithmetic: pairs are 59-75 tokens (mean 69.2), 5 % padding. Measured on one H200: 0.18 s a step (LoRA 0.22), so 190 s a run; 1.4 s for 1,000
