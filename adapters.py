@@ -7,6 +7,7 @@
 The tensors say which layers are adapted, the config says how. What a config asks for that is not implemented here
 is refused by its key: a key that this file does not know must be empty.
 """
+import math
 import re
 from pathlib import Path
 
@@ -14,12 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
-import authors
 import mora
 from config import GROUPS, OPERATORS, UserError, read_json, write_json
-from dora import Rescaled
-from lora import LowRank
+from lora import LowRank, Rescaled
 
 PREFIX = "base_model.model."
 BESIDE = "../base"  # the base model of our own adapters, beside their folder
@@ -93,9 +93,9 @@ def refuse(config, where):
         if key not in KNOWN | HARMLESS and value:
             raise UserError(f"{where}: {key} = {value!r} is not implemented")
     theirs = config.get("mora_type", 1)
-    if config.get("use_mora") and (theirs not in authors.TYPES or config.get("use_dora")):
+    if config.get("use_mora") and (theirs not in AUTHORS_TYPES or config.get("use_dora")):
         raise UserError(f"{where}: use_mora with mora_type {theirs} and use_dora {config.get('use_dora', False)} is not implemented, only "
-                        f"mora_type {', '.join(map(str, authors.TYPES))} without DoRA")
+                        f"mora_type {', '.join(map(str, AUTHORS_TYPES))} without DoRA")
 
 
 def weights(folder):
@@ -152,7 +152,7 @@ def update_of(config, name, linear):
                  dtype=torch.promote_types(linear.weight.dtype, torch.float32))
     rank = pattern(config, "rank_pattern", name, config["r"])
     if config.get("use_mora"):
-        return authors.Square(**shape, rank=rank, kind=config.get("mora_type", 1))
+        return AuthorsSquare(**shape, rank=rank, kind=config.get("mora_type", 1))
     if config["peft_type"] == "LORA":
         alpha = pattern(config, "alpha_pattern", name, config["lora_alpha"])
         update = LowRank(**shape, rank=rank, alpha=alpha, rslora=bool(config.get("use_rslora")))
@@ -172,3 +172,73 @@ def read_tensors(file):
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can not be read: {error}")
+
+
+# ------------------------------------------------------------
+# the fork of MoRA's authors
+
+AUTHORS_TYPES = (1, 2, 3, 4, 6)
+
+
+def authors_r_hat(rank, in_features, out_features, kind):
+    """Their width: sqrt(rank (in + out)) rounded to nearest; even for type 6."""
+    width = int(math.sqrt((in_features + out_features) * rank) + 0.5)
+    return width - width % 2 if kind == 6 else width
+
+
+def authors_check(kind, width, in_features):
+    """Raise ValueError for a width on which their forward fails: no such adapter was ever trained."""
+    if kind not in (2, 3) and width > 2 * in_features:
+        raise ValueError(f"mora_type {kind} wraps {in_features} inputs around once and can not fill r^ = {width} of them")
+    if kind == 6 and width % 2:
+        raise ValueError(f"mora_type 6 rotates pairs and needs an even r^, got {width}")
+
+
+def authors_delta(kind, M, in_features, out_features):
+    """dW (out, in) of a square M (r^, r^)."""
+    width = M.shape[0]
+    authors_check(kind, width, in_features)
+    padded = -(-in_features // width) * width
+    inputs = torch.arange(padded, device=M.device) % in_features  # the input that lies at each position of the pieces
+    if kind in (1, 4):
+        compressed = M.new_zeros(width, in_features).index_add(1, inputs, M.repeat(1, padded // width))
+    elif kind in (2, 3):
+        compressed = M[:, contiguous(in_features, width, M.device)]
+    else:
+        compressed = M.new_zeros(padded, in_features).index_add(1, inputs, torch.block_diag(*rotated(M, padded // width)))
+    if kind in (2, 4):
+        return compressed[contiguous(out_features, width, M.device)]
+    return compressed[torch.arange(out_features, device=M.device) % len(compressed)]
+
+
+def contiguous(features, width, device):
+    """The group of every feature: neighbours, the first features mod width groups one larger."""
+    groups = torch.arange(width, device=device)
+    return groups.repeat_interleave(features // width + (groups < features % width))
+
+
+def rotated(M, pieces):
+    """[M R_p]: R_p turns the pairs (j, j + r^/2) by p * 10000^(-2j/r^)."""
+    width = M.shape[0]
+    theta = 10000.0 ** (-torch.arange(0, width, 2, device=M.device, dtype=torch.float64) / width)
+    angles = torch.arange(pieces, device=M.device)[:, None] * theta
+    first, second = M.chunk(2, dim=1)
+    return [torch.cat((first * cos + second * sin, second * cos - first * sin), dim=1)
+            for cos, sin in zip(angles.cos().to(M), angles.sin().to(M))]
+
+
+class AuthorsSquare(nn.Module):
+    """An update of theirs. A is what their files call M."""
+
+    def __init__(self, in_features, out_features, rank, kind, device=None, dtype=None):
+        super().__init__()
+        self.kind, self.shape = kind, (in_features, out_features)
+        width = authors_r_hat(rank, in_features, out_features, kind)
+        authors_check(kind, width, in_features)
+        self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+
+    def delta(self):
+        return authors_delta(self.kind, self.A, *self.shape)
+
+    def forward(self, x):
+        return F.linear(x, self.delta().to(x.dtype))

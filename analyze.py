@@ -130,7 +130,7 @@ def plot_losses(named, file):
 
 
 def plot_schedule(cfg, file):
-    from train import learning_rate
+    from optimizer import learning_rate
     figure, axes = pyplot().subplots(figsize=(8, 3))
     axes.plot([learning_rate(step, cfg) for step in range(cfg.steps)], linewidth=1, label=f"restarts: {cfg.cycle(cfg.steps - 1)[0]}")
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))

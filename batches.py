@@ -1,82 +1,14 @@
 """Token shards -> batches: memory-mapped, a pure function of (seed, step), the same for any number of processes."""
-import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import UserError
-from data import read_manifest
 
 
-class Tokens:
-    """One split as one long, memory-mapped sequence of token ids."""
-    kind, id_bits = "text", 0xffffffff
-
-    def __init__(self, folder, split, verify=True):
-        """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
-        self.folder, self.split, manifest = Path(folder), split, read_manifest(folder)
-        self.totals, self.vocab_size, self.tokenizer = manifest["splits"][split], manifest["vocab_size"], manifest["tokenizer"]
-        shards, dtype = self.totals["shards"], np.dtype(manifest["dtype"])
-        self.manifest, found = manifest, manifest.get("kind", "text")
-        if found != self.kind:
-            raise UserError(f"{folder} holds {found}, {self.kind} is needed: `python data.py text` prepares text, `python data.py sft` samples")
-        if not shards:
-            raise UserError(f"{folder} has no {split} documents" + (": prepare it again with --val FILES" if split == "val" else ""))
-        for shard in shards:
-            path = self.folder / shard["file"]
-            expected, found = shard["tokens"] * dtype.itemsize, path.stat().st_size if path.exists() else "none"
-            if found != expected:
-                raise UserError(f"{path} should hold {expected} bytes and holds {found}: {self._advice()}")
-        self.shards = [np.memmap(self.folder / shard["file"], dtype, mode="r") for shard in shards]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        if verify:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for shard, crc in zip(shards, pool.map(_crc32, self.shards)):
-                    if crc != shard["crc32"]:
-                        raise UserError(f"{self.folder / shard['file']} is corrupt (checksum {crc}, expected {shard['crc32']}): "
-                                        f"{self._advice()}")
-
-    def must_suit(self, model, tok, where):
-        """Raise UserError if a model, or the tokenizer it speaks (None: unknown), can not be used with these tokens."""
-        if tok and tok.name != self.tokenizer:
-            raise UserError(f"{where} speaks {tok.name}, {self.folder} is written in {self.tokenizer}: prepare the text again, "
-                            f"with --tokenizer={where if tok.name.startswith('tokenizer.json:') else tok.name}")
-        if self.vocab_size > model.cfg.vocab_size:
-            raise UserError(f"{self.folder} has a vocabulary of {self.vocab_size}, {where} knows {model.cfg.vocab_size} tokens")
-
-    def _advice(self):
-        return f"remove {self.folder} and prepare it again"
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def read(self, start, count):
-        """Ids start ... start + count - 1 as int64, across shards."""
-        ids = self.words(start, count).astype(np.int64) & self.id_bits
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.folder}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}: {self._advice()}")
-        return ids
-
-    def words(self, start, count):
-        """The same as they are stored."""
-        parts, shard = [], int(np.searchsorted(self.starts, start, "right")) - 1
-        while count > 0:
-            offset = start - self.starts[shard]
-            part = self.shards[shard][offset:offset + count]
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts)
-
-
-def _crc32(shard, block=2 ** 26):
-    crc = 0
-    for start in range(0, len(shard), block):
-        crc = zlib.crc32(shard[start:start + block], crc)
-    return crc
+WINDOW = 32   # steps whose samples are sorted by length together
 
 
 class Ahead:
@@ -148,3 +80,74 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
             row[:count] = tokens.read(start, count)
         ids = torch.from_numpy(rows)
         yield ids[:, :-1].clamp(min=0), ids[:, 1:]
+
+
+class SampleBatches(Ahead):
+    """Training batches of whole samples: every sample once an epoch, but for the rest that fills no batch, another one every epoch.
+
+    An epoch is shuffled, the samples of every WINDOW steps are sorted by length and cut into global batches, which are shuffled
+    again. The micro-batches of a step hold neighbours in length, over all processes.
+    """
+
+    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
+        super().__init__(device)
+        samples.must_fit(seq_len)
+        self.samples, self.seed, self.seq_len, self.batch_size = samples, seed, seq_len, batch_size
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self.steps_an_epoch = len(samples.lengths) // batch_size
+        if not self.steps_an_epoch:
+            raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, fewer than batch_size {batch_size}")
+        self.plan = lru_cache(2)(self._plan)
+        self.tokens_a_step = float(samples.lengths[self.plan(0)].sum(1).mean()) - batch_size
+        self.padding = 1 - self.tokens_a_step * self.steps_an_epoch / float(self._shapes(self.plan(0)).sum() * micro_batch)
+        self.says = f"{batch_size} samples, {self.tokens_a_step:,.0f} tokens on average and {self.padding:.1%} of padding,"
+
+    def _plan(self, epoch):
+        """(steps, batch_size) indices of samples."""
+        random, size = np.random.default_rng((self.seed, epoch)), self.batch_size
+        order, parts = random.permutation(len(self.samples.lengths))[:self.steps_an_epoch * size], []
+        for start in range(0, len(order), WINDOW * size):
+            window = order[start:start + WINDOW * size]
+            window = window[np.argsort(self.samples.lengths[window], kind="stable")].reshape(-1, size)
+            parts.append(random.permutation(window))
+        return np.concatenate(parts)
+
+    def _shapes(self, which):
+        """Padded length of every micro-batch of (..., batch_size) samples."""
+        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len)
+
+    def step(self, step):
+        """Indices of a step's samples, over all processes."""
+        epoch, at = divmod(step, self.steps_an_epoch)
+        return self.plan(epoch)[at]
+
+    def size(self, step):
+        """Tokens of a step, over all processes, without padding."""
+        return int(self.samples.lengths[self.step(step)].sum()) - self.batch_size
+
+    def load(self, step):
+        """(inputs, targets, weights) of this step and rank by micro-batch.
+
+        A weight is a micro-batch's number of learned tokens over the average micro-batch's, so that the mean of weighted losses,
+        over micro-batches and processes, is the loss of the global batch's learned tokens, however it is split.
+        """
+        every = self.step(step)
+        micros = every.reshape(-1, self.world, self.micro_batch)
+        average = self.samples.learned[every].sum() / (micros.shape[0] * self.world)
+        mine = micros[:, self.rank]
+        pairs = [self.samples.rows(which, int(length)) for which, length in zip(mine, self._shapes(mine))]
+        inputs, targets = ([self.to_device(ids) for ids in column] for column in zip(*pairs))
+        return inputs, targets, (self.samples.learned[mine].sum(1) / average).tolist()
+
+
+def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
+    """(inputs, targets) over the whole split, shortest samples first, each (batch, padded length) int64. Ranks take turns.
+
+    limit: only the first samples of the split, up to so many tokens, 0 for all.
+    """
+    samples.must_fit(seq_len)
+    count = max(1, int(np.searchsorted(samples.first[1:], limit, "right"))) if limit else len(samples.lengths)
+    order = np.argsort(samples.lengths[:count], kind="stable")
+    for first in range(rank * batch, count, world * batch):
+        which = order[first:first + batch]
+        yield samples.rows(which, int(samples.padded(samples.lengths[which[-1]], seq_len)), batch)

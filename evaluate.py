@@ -23,9 +23,10 @@ import mora
 import tokenizer
 from batches import every_token_once
 from config import UserError, command_line
-from generate import greedy
+from sample import greedy
 from model import Llama
-from samples import Samples, every_sample_once, open_split
+from batches import every_sample_once
+from shards import Samples, open_split
 
 
 @torch.no_grad()

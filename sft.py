@@ -23,11 +23,10 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-import data
+import shards
 import tokenizer
 from config import UserError
-
-LEARNED, FIRST = 1 << 31, 1 << 30  # flags: the token is learned; it is the first one of its sample
+from shards import FIRST, LEARNED
 
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{instruction}\n\n### Response:")
@@ -175,29 +174,12 @@ def render(tok, messages, ask):
         raise UserError(f"the chat template of {tok.folder} can not write {str(messages)[:200]}: {error}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# preparing
-
-def rows_of(files):
-    """Lists of the rows of local files, in order."""
-    for path in files:
-        for table in data.tables(path, data.BUILDERS[data.kind(path)], data_files=[str(path)]):
-            yield table.to_pylist()
-
-
-def rows_of_hub(name):
-    """Lists of the rows of a dataset on the hub."""
-    advice = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python data.py sft NAME FILES..."
-    for table in data.tables(name, name, advice=advice):
-        yield table.to_pylist()
-
-
 def uuid_pairs(pairs, seed):
     """Lists of pairs of random UUIDs (version 4, with hyphens): given the first, answer the second."""
     draw, done = random.Random(seed), 0
     one = lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4))
     while done < pairs:
-        chunk = min(data.CHUNK_DOCUMENTS, pairs - done)
+        chunk = min(256, pairs - done)
         yield [{"prompt": one() + "\n", "response": one()} for _ in range(chunk)]
         done += chunk
 
@@ -209,21 +191,5 @@ def prepare(folder, tokenizer_name, request, stages, style="", seq_len=0, long="
     template = tok.chat if style == "messages" and tok.chat else FORMATS[style][2]
     facts = {"kind": "samples", "format": request.get("format", style), "template": template}
     facts |= {"template_with_input": ALPACA_INPUT} if style == "alpaca" else {}
-    return data.prepare(folder, tok, request | {"seq_len": seq_len, "long": long}, stages, facts=facts,
+    return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": long}, stages, facts=facts,
                         encode=partial(encode, style=style, seq_len=seq_len, long=long))
-
-
-def command(args):
-    """`python data.py sft | tulu | metamath | uuid`, its words parsed."""
-    if args.command == "uuid":
-        # the pairs are learned by heart: what is asked in the end is what was trained, so both splits hold them
-        read = partial(uuid_pairs, args.pairs, args.seed)
-        request = {"source": "uuid", "format": "uuid", "pairs": args.pairs, "seed": args.seed}
-        stages = [(read, lambda rows, first: {"train": rows, "val": rows})]
-        return prepare("data/uuid", args.tokenizer, request, stages, "prompt")
-    options = {"seq_len": args.seq_len, "long": args.long}
-    if args.command == "sft":
-        source, stages = data.of_files(args.files, args.val, rows_of, "sft", ("json", "parquet"))
-        return prepare(f"data/{args.name}", args.tokenizer, {"source": source}, stages, **options)
-    name, style = HUB[args.command]
-    return prepare(f"data/{args.command}", args.tokenizer, {"source": name}, [(partial(rows_of_hub, name), data.every_100th)], style, **options)

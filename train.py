@@ -31,23 +31,9 @@ from batches import Batches
 from config import UserError, accumulation, command_line, differences, load, write_json
 from evaluate import perplexity
 from model import Llama, LlamaConfig
-from samples import SampleBatches, Samples, open_split
-
-
-def learning_rate(step, cfg):
-    """The rate of a step, a pure function: warm-up, then a cosine or a line to min_lr_ratio * lr; after a restart, a short warm-up back to it."""
-    def long(at):
-        progress = (at - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        if cfg.schedule == "linear":
-            return 1 - (1 - cfg.min_lr_ratio) * progress
-        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
-
-    _, restarted = cfg.cycle(step)
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    if restarted and step - restarted < cfg.restart_warmup:
-        return cfg.lr * (step - restarted + 1) / cfg.restart_warmup * long(restarted + cfg.restart_warmup)
-    return cfg.lr * long(step)
+from optimizer import build_optimizer, learning_rate
+from batches import SampleBatches
+from shards import Samples, open_split
 
 
 def distributed(cfg):
@@ -88,16 +74,6 @@ def build_model(cfg, tokens):
     model = mora.merge(model) if mora.adapted_layers(model) else model
     shape = {key: value for key, value in dataclasses.asdict(model.cfg).items() if hasattr(cfg, key)}
     return dataclasses.replace(cfg, **shape), model
-
-
-def build_optimizer(cfg, model, device):
-    """AdamW over what trains; weight decay on matrices only. A group learns at `ratio` times the rate of the step: LoRA+'s is B's."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    faster = {p for name, p in mora.adapter_parameters(model) if name.endswith(".B") and cfg.lora_plus_ratio != 1}
-    groups = [{"params": [p for p in parameters if p.ndim >= 2 and p not in faster], "weight_decay": cfg.weight_decay, "ratio": 1.0},
-              {"params": [p for p in parameters if p in faster], "weight_decay": cfg.weight_decay, "ratio": cfg.lora_plus_ratio},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "ratio": 1.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
 
 
 def data_parallel(model, device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import authors
+import adapters as authors
 import checkpoint
 import merge
 from config import UserError
@@ -37,24 +37,24 @@ def their_forward(kind, M, x, d):
     return torch.cat([y] * (d // len(y) + 1))[:d]
 
 
-@pytest.mark.parametrize("kind", authors.TYPES)
+@pytest.mark.parametrize("kind", authors.AUTHORS_TYPES)
 @pytest.mark.parametrize("shape", [(70, 50, 12), (50, 130, 12), (24, 24, 6), (24, 48, 8), (48, 24, 16), (16, 200, 14), (200, 16, 14), (20, 22, 20), (20, 60, 26), (12, 9, 16)], ids=str)
 def test_delta_is_their_forward(kind, shape):
     k, d, r = shape
     M = torch.randn(r, r, dtype=torch.float64)
     expected = torch.stack([their_forward(kind, M, x, d) for x in torch.eye(k, dtype=torch.float64)], dim=1)
-    torch.testing.assert_close(authors.delta(kind, M, k, d), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(authors.authors_delta(kind, M, k, d), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_their_widths_and_what_crashes_there():
     # (in + out) r = 1025: sqrt is 32.02; 8192 * 8: 256; 15000 * 8: 346.4; 15096 * 8: 347.5, rounded up, odd
-    widths = [authors.r_hat(rank, k, d, kind) for rank, k, d, kind in ((5, 105, 100, 1), (8, 4096, 4096, 6), (8, 4096, 11008, 1), (8, 4096, 11008, 6), (1, 20, 23, 1))]
-    assert widths == [32, 256, 348, 348, 7] and authors.r_hat(1, 20, 23, 6) == 6
+    widths = [authors.authors_r_hat(rank, k, d, kind) for rank, k, d, kind in ((5, 105, 100, 1), (8, 4096, 4096, 6), (8, 4096, 11008, 1), (8, 4096, 11008, 6), (1, 20, 23, 1))]
+    assert widths == [32, 256, 348, 348, 7] and authors.authors_r_hat(1, 20, 23, 6) == 6
     for kind in (1, 4, 6):
         with pytest.raises(ValueError, match=f"mora_type {kind} wraps 4 inputs"):
-            authors.delta(kind, torch.zeros(10, 10), 4, 60)
+            authors.authors_delta(kind, torch.zeros(10, 10), 4, 60)
     with pytest.raises(ValueError, match="even r\\^, got 5"):
-        authors.delta(6, torch.zeros(5, 5), 10, 10)
+        authors.authors_delta(6, torch.zeros(5, 5), 10, 10)
 
 
 @pytest.mark.parametrize("kind", (1, 6))
@@ -64,7 +64,7 @@ def test_their_adapters_merge_here(run, tmp_path, kind):
     weights = load_file(base / "model.safetensors")
     targets = [name for name in weights if "self_attn.v_proj" in name or "up_proj" in name]
     for name in targets:
-        r = authors.r_hat(3, *reversed(weights[name].shape), kind)
+        r = authors.authors_r_hat(3, *reversed(weights[name].shape), kind)
         for key in ("lora_A", "lora_B"):
             tensors["base_model.model." + name.replace("weight", f"{key}.weight")] = torch.randn(r, r, generator=torch.Generator().manual_seed(r))
     folder = tmp_path / "adapter"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import data
+import shards
 import tokenizer
-from batches import Batches, Tokens, every_token_once
+from batches import Batches, every_token_once
+from shards import Tokens
 from config import UserError
 
 MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "def f(x):\n\treturn x<|endoftext|>", "a" * 300 + " " * 50]
@@ -60,7 +62,7 @@ def test_files_of_every_kind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("killed_at", (0, 5, 23))
 def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path, monkeypatch, killed_at):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
     chunks = [[f"document {i} of chunk {j} " * 5 for i in range(7)] for j in range(30)]
     whole = prepare(tmp_path / "whole", lambda: iter(chunks))
 
@@ -105,7 +107,7 @@ def test_damage_is_seen(tmp_path):
 
 def test_windows_cross_shards(tmp_path, monkeypatch):
     prepare(tmp_path / "one", lambda: iter([MIXED] * 50))
-    monkeypatch.setattr(data, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
     prepare(tmp_path / "many", lambda: iter([MIXED] * 50))
     one, many = Tokens(tmp_path / "one", "train"), Tokens(tmp_path / "many", "train")
     assert len(many.shards) > 10 and len(one.shards) == 1 and len(one) == len(many)
@@ -146,6 +148,6 @@ def test_evaluation_counts_every_token_once(corpus, world, limit):
 
 def test_ids_are_the_tokenizers_with_end_of_text_between():
     tok = tokenizer.load("bytes")
-    ids, ends, sizes = data.encode(tok, MIXED)
+    ids, ends, sizes = shards.encode(tok, MIXED)
     assert ids.tolist() == [i for text in MIXED for i in tok.encoding.encode_ordinary(text) + [256]]
     assert ends.tolist() == np.cumsum([len(t.encode()) + 1 for t in MIXED]).tolist() and sizes.sum() == sum(len(t.encode()) for t in MIXED)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import loss
+import model as loss
 
 
 @pytest.mark.parametrize("vocab, tokens, chunk", ((65, 30, 7), (64, 16, 16), (10, 5, 100)))

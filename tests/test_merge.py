@@ -64,7 +64,7 @@ def test_merged_directory_loads_in_transformers(run, corpus, method, capsys):
 
 
 def checkpoint_tokens(corpus):
-    from batches import Tokens
+    from shards import Tokens
     tokens = Tokens(corpus, "val")
     return torch.from_numpy(tokens.read(0, len(tokens)))
 

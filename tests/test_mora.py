@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mora
-from fold import contiguous_order, rolled_order
+from mora import contiguous_order, rolled_order
 
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 # (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, pieces that outnumber the other side's

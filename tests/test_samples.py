@@ -10,13 +10,14 @@ from test_train import records, same, torchrun
 import checkpoint
 import data
 import evaluate
-import generate
+import sample
 import mora
 import tokenizer
 import train
 from config import UserError
 from model import Llama, LlamaConfig
-from samples import SampleBatches, every_sample_once, open_split
+from batches import SampleBatches, every_sample_once
+from shards import open_split
 
 
 def tiny(**options):
@@ -164,15 +165,15 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
         for parameter in model.parameters():
             parameter.mul_(4).add_(torch.randn(parameter.shape) * 0.1)
     prompts = [draw.integers(0, 250, draw.integers(1, 20)).tolist() for _ in range(23)]
-    alone = [list(generate.generate(model, prompt, 250, 40, temperature=0.0)) for prompt in prompts]
+    alone = [list(sample.generate(model, prompt, 250, 40, temperature=0.0)) for prompt in prompts]
     stop = max(set(sum(alone, [])), key=lambda token: sum(token in answer for answer in alone))  # as many as possible end
-    alone = [list(generate.generate(model, prompt, 250, 40, temperature=0.0, stop=stop)) for prompt in prompts]
+    alone = [list(sample.generate(model, prompt, 250, 40, temperature=0.0, stop=stop)) for prompt in prompts]
     assert len({len(answer) for answer in alone}) > 3 and max(map(len, alone)) == 40 and min(map(len, alone)) < 12
     for batch in (1, 7, 23):
-        assert generate.greedy(model, prompts, 250, 40, stop, batch) == alone
+        assert sample.greedy(model, prompts, 250, 40, stop, batch) == alone
     model.compile_parts()  # as in a run on a GPU: generating compiles nothing
     torch._dynamo.utils.counters.clear()
-    assert generate.greedy(model, prompts, 250, 40, stop) == alone and not torch._dynamo.utils.counters["frames"]
+    assert sample.greedy(model, prompts, 250, 40, stop) == alone and not torch._dynamo.utils.counters["frames"]
 
 
 def test_pairs_are_learned_by_heart_and_the_answers_say_so(run, tmp_path, monkeypatch, capsys):

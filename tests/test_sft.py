@@ -6,11 +6,12 @@ import pytest
 from test_tokenizer import small_bpe
 
 import data
+import shards
 import sft
 import tokenizer
-from batches import Tokens
+from shards import Tokens
 from config import UserError
-from samples import open_split
+from shards import open_split
 
 BYTES = tokenizer.load("bytes")
 CHATML = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system
@@ -163,7 +164,7 @@ def test_files_become_a_folder_that_says_what_it_holds(tmp_path, monkeypatch, ca
 
 
 def test_a_killed_preparation_counts_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 400)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 400)
     chunks = [[{"prompt": "p" * (i + j), "response": "r" * j} for i in range(7)] for j in range(20)]
     whole = sft.prepare(tmp_path / "whole", "bytes", {"source": "s"}, [(lambda: iter(chunks), data.every_100th)], "prompt", 30, "truncate")
 
