@@ -24,7 +24,8 @@ import torch
 import mora
 from config import Config, UserError, command_line, write_json
 from model import Llama, LlamaConfig
-from train import data_parallel, distributed, next_step, prepare_model
+from optimizer import optimizer_step
+from train import data_parallel, join_processes, prepare_model
 
 # hidden, FFN, layers, heads, vocabulary, sequences at once on a GPU
 SHAPES = {
@@ -42,6 +43,13 @@ METHODS = {
     "mora_two_paths": dict(method="mora"),
     "mora_rotate": dict(method="mora", operator="rotate"),
     "remora_permute": dict(method="mora", groups="permute"),
+    "full_fp8": dict(method="full", matmul="fp8"),
+    "lora_fp8": dict(method="lora", matmul="fp8"),
+    "mora_fp8": dict(method="mora", matmul="fp8"),
+    "remora_permute_fp8": dict(method="mora", groups="permute", matmul="fp8"),
+    "full_muon": dict(method="full", optimizer="muon"),
+    "lora_muon": dict(method="lora", optimizer="muon"),
+    "mora_muon": dict(method="mora", optimizer="muon"),
 }
 
 
@@ -94,7 +102,7 @@ def needed_flops(model, cfg):
 def measure(args):
     """One method in this process (of torchrun's group, if there is one): a dict of numbers."""
     cfg = settings(args.shape, args.child, args.rank, args.seq_len, args.batch)
-    rank, world, device = distributed(cfg)
+    rank, world, device = join_processes(cfg)
     vocabulary = SHAPES[args.shape][4]
     torch.manual_seed(0)
     with device:
@@ -109,10 +117,7 @@ def measure(args):
 
     def block():
         for _ in range(args.steps):
-            next_step(parallel, ids, 1, device)
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(parallel, optimizer, ids, cfg.lr, cfg.grad_clip)
 
     block()  # compiles, and makes the optimizer's state
     if device.type == "cuda":

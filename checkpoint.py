@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import adapters
+import fp8
 import mora
 import tokenizer
 from adapters import read_tensors
@@ -108,7 +109,8 @@ def save(cfg, step, cycle, model, optimizer, tok):
     if updates:
         adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE, **cfg.adapter())
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
+    write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg),
+                                        "fp8_scales": fp8.scales(model)})
     os.replace(beside, final)
     for old in steps_of(cfg.out)[:-cfg.keep] if cfg.keep else []:
         gone = old.with_name(f".removing-{old.name}")

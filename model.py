@@ -233,8 +233,11 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, cfg, seed=None):
-        """Weights are drawn from N(0, 0.02) with a generator of its own (seed), or left as torch draws them (None)."""
+    def __init__(self, cfg, seed=None, residual_init=False):
+        """Weights are drawn from N(0, 0.02) with a generator of its own (seed), or left as torch draws them (None).
+
+        residual_init: o_proj and down_proj, which write into the residual stream, from N(0, 0.02 / sqrt(2 layers)).
+        """
         super().__init__()
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
@@ -242,9 +245,12 @@ class Llama(nn.Module):
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-            for weight in self.parameters():
+            for name, weight in self.named_parameters():
+                std = 0.02
+                if residual_init and ("o_proj" in name or "down_proj" in name):
+                    std = 0.02 / (2 * cfg.num_hidden_layers) ** 0.5
                 if weight.ndim == 2:
-                    nn.init.normal_(weight, 0.0, 0.02, generator=generator)
+                    nn.init.normal_(weight, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V) in float32 of ids (B, T), or with targets (B, T) their mean cross-entropy in nats.

@@ -192,6 +192,20 @@ class Square(nn.Module):
         return self.fold_out.adjoint(columns).T
 
 
+class Products:
+    """The two large products of a merged linear, in x's dtype; fp8.Float8Products is another pair."""
+
+    @staticmethod
+    def y(x, weight):
+        """(W x, what dx will need of W)"""
+        weight = weight.to(x.dtype)
+        return F.linear(x, weight), weight
+
+    @staticmethod
+    def dx(dy, saved):
+        return dy @ saved
+
+
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx; the update's gradients come from the compressed operands alone.
 
@@ -200,17 +214,17 @@ class MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, update, *parameters):
-        merged = (weight + update.delta()).to(x.dtype)
-        y = F.linear(x, merged)
-        ctx.update = update
-        ctx.save_for_backward(update.compress(x), merged)
+    def forward(ctx, x, weight, update, products, *parameters):
+        y, saved = products.y(x, weight + update.delta())
+        ctx.update, ctx.products = update, products
+        ctx.save_for_backward(update.compress(x), saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        compressed, merged = ctx.saved_tensors
-        return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
+        compressed, saved = ctx.saved_tensors
+        dx = ctx.products.dx(dy, saved)
+        return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 
 
 class AdaptedLinear(nn.Module):
@@ -225,6 +239,7 @@ class AdaptedLinear(nn.Module):
         self.linear = (linear,)  # in a tuple: kept to be given back by merge, but not a submodule
         self.weight, self.bias = linear.weight, linear.bias
         self.update, self.dropout = update, dropout
+        self.products = Products
         self.merges = hasattr(update, "gradients")  # set it to False for two paths always, to compare
 
     def forward(self, x):
@@ -234,7 +249,7 @@ class AdaptedLinear(nn.Module):
         if not self.merges or self.dropout or self.weight.dtype not in (torch.float32, torch.float64):
             y = F.linear(x, self.weight.to(x.dtype)) + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, self.weight, self.update, *self.update.parameters())
+            y = MergedLinear.apply(x, self.weight, self.update, self.products, *self.update.parameters())
         else:
             y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,32 +1,181 @@
-"""Which parameter learns how, and at which rate: parameter groups, schedule, one optimizer step."""
+"""How the parameters learn: groups, the learning rate, AdamW and Muon, one optimizer step.
+
+    matrices    the update's (M; LoRA's A and B), or the blocks' in full rank: rate lr, by AdamW or Muon
+    the rest    embeddings, head, norms: rate rest_lr (0: lr), always by AdamW
+
+Every rate follows one schedule, learning_rate(step, cfg), a pure function; a group has a fixed ratio
+to it: rest_lr / lr for the rest, lora_plus_ratio for LoRA's B (LoRA+, arXiv 2402.12354).
+"""
 import math
 
 import torch
+from torch.nn import functional as F
 
 import mora
 
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, and its number of steps:
+NEWTON_SCHULZ_STEPS = 5                    # Keller Jordan's Muon, and torch.optim.Muon's defaults
+BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at once
+
 
 def learning_rate(step, cfg):
-    """The rate of a step, a pure function: warm-up, then a cosine or a line to min_lr_ratio * lr; after a restart, a short warm-up back to it."""
-    def long(at):
-        progress = (at - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        if cfg.schedule == "linear":
-            return 1 - (1 - cfg.min_lr_ratio) * progress
-        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
+    """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr.
 
+    A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's "jagged" schedule).
+    """
     _, restarted = cfg.cycle(step)
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if restarted and step - restarted < cfg.restart_warmup:
-        return cfg.lr * (step - restarted + 1) / cfg.restart_warmup * long(restarted + cfg.restart_warmup)
-    return cfg.lr * long(step)
+        height = long_schedule(restarted + cfg.restart_warmup, cfg)
+        return cfg.lr * height * (step - restarted + 1) / cfg.restart_warmup
+    return cfg.lr * long_schedule(step, cfg)
+
+
+def long_schedule(step, cfg):
+    """Return the part of lr, from 1 down to min_lr_ratio, that a run without restarts has at a step."""
+    progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    if cfg.schedule == "linear":
+        return 1 - (1 - cfg.min_lr_ratio) * progress
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimizer(cfg, model, device):
-    """AdamW over what trains; weight decay on matrices only. A group learns at `ratio` times the rate of the step: LoRA+'s is B's."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    faster = {p for name, p in mora.adapter_parameters(model) if name.endswith(".B") and cfg.lora_plus_ratio != 1}
-    groups = [{"params": [p for p in parameters if p.ndim >= 2 and p not in faster], "weight_decay": cfg.weight_decay, "ratio": 1.0},
-              {"params": [p for p in parameters if p in faster], "weight_decay": cfg.weight_decay, "ratio": cfg.lora_plus_ratio},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "ratio": 1.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
+    """Return the optimizer of all parameters that require a gradient; see parameter_groups."""
+    return AdamWMuon(parameter_groups(cfg, model), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                     fused=device.type == "cuda")
+
+
+def parameter_groups(cfg, model):
+    """Return torch's parameter groups, with two keys more: "ratio" to the schedule's rate, "muon".
+
+    Weight decay acts on matrices only. Parameters that learn alike are in one group.
+    """
+    updates = {parameter for _, parameter in mora.adapter_parameters(model)}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_vector, is_update = parameter.ndim < 2, parameter in updates
+        is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
+        is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
+        muon = cfg.optimizer == "muon" and not is_rest and not is_vector
+        ratio = cfg.lora_plus_ratio if is_b else 1.0
+        if is_rest and cfg.rest_lr:
+            ratio = cfg.rest_lr / cfg.lr
+        settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
+                    "muon": muon}
+        key = (is_vector, is_b, is_rest and (ratio != 1 or cfg.optimizer == "muon"))
+        groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+class AdamWMuon(torch.optim.AdamW):
+    """AdamW, but the groups with muon = True take Muon's step: momentum, then orthogonalization.
+
+    Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
+    scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
+    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw;
+    matrices of one shape are orthogonalized in one batch, which launches far fewer kernels.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self.muon_step(group)
+
+    def muon_step(self, group):
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for batch in same_shapes(parameters):
+            updates = orthogonalize([directions[i] for i in batch])
+            scale = 0.2 * max(parameters[batch[0]].shape) ** 0.5
+            torch._foreach_add_([parameters[i] for i in batch], updates, alpha=-group["lr"] * scale)
+
+    def load_state_dict(self, state_dict):
+        """Take the state of the parameters alone: rates, decay and betas are those of this run."""
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, settings, strict=True):
+            group.update(own)
+
+
+def same_shapes(parameters):
+    """Return lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
+    shapes = {}
+    for i, parameter in enumerate(parameters):
+        shapes.setdefault(parameter.shape, []).append(i)
+    batches = []
+    for shape, indices in shapes.items():
+        count = max(1, BATCH_ELEMENTS // shape.numel())
+        batches += [indices[first:first + count] for first in range(0, len(indices), count)]
+    return batches
+
+
+def orthogonalize(matrices):
+    """Return matrices of one shape with their singular values moved to about 1, in float32.
+
+    Five Newton-Schulz steps, in bfloat16 on a GPU (float32 elsewhere, where equal runs must agree
+    to rounding). Rows and columns are padded with zeros to multiples of 8, which matrix units need.
+    """
+    rows, columns = matrices[0].shape
+    x = torch.stack(matrices)
+    x = x.bfloat16() if x.is_cuda else x
+    x = F.pad(x, (0, -columns % 8, 0, -rows % 8))
+    if rows > columns:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if rows > columns:
+        x = x.mT
+    return list(x[:, :rows, :columns].to(matrices[0].dtype))
+
+
+def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
+    """Take one step at a learning rate; return (loss, gradient norm before clipping), a tensor.
+
+    batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; see
+    batches.py. The loss is the mean over this process's tokens. grad_clip 0: no clipping.
+    """
+    loss = accumulate_gradients(model, batch)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack((loss, norm))
+
+
+def accumulate_gradients(model, batch):
+    """Run forward and backward of every micro-batch; return the mean loss, a tensor.
+
+    A micro-batch's weight corrects for unequal token counts. DDP all-reduces the gradients once,
+    in the last micro-batch.
+    """
+    count, loss = len(batch[0]), 0.0
+    for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
+        model.require_backward_grad_sync = i == count - 1
+        part = model(inputs, targets) / count
+        if weight:
+            part = part * weight[0]
+        part.backward()
+        loss = loss + part.detach()
+    return loss

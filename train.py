@@ -1,12 +1,14 @@
-"""Train a LLaMA: pretraining, continual pretraining, fine-tuning; full rank, LoRA, MoRA, ReLoRA, ReMoRA.
+"""Train a LLaMA: pretraining, fine-tuning; full rank, LoRA, MoRA, ReLoRA, ReMoRA.
 
-    torchrun train.py                                                  the tiny MoRA model of configs/tiny_mora.py, 3 minutes on a laptop
-    torchrun train.py configs/250m_mora.py --lr=1e-3                   one GPU, or plain `python train.py ...`
-    torchrun --nproc_per_node=8 train.py configs/250m_mora.py          8 GPUs, the same experiment
-    torchrun train.py configs/gsm8k_mora_r8.py --init_from=PATH        fine-tuning on prompts and responses (sft.py)
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py configs/1.3b_mora.py
+    torchrun train.py                                    configs/tiny_mora.py: 2 minutes on 2 cores
+    torchrun train.py configs/250m_mora.py --lr=1e-3     one GPU, or plain `python train.py ...`
+    torchrun --nproc_per_node=8 train.py configs/250m_mora.py      8 GPUs, the same experiment
+    torchrun train.py configs/gsm8k.py mora_r8 --init_from=PATH    fine-tuning, one of its variants
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
+        train.py configs/1.3b_mora.py                              16 GPUs of two machines
 
-`--resume` goes on from the newest checkpoint of the run; `--help` lists the keys.
+`--resume` continues from the newest checkpoint of the run. `--help` lists the keys, `--configs`
+the experiments.
 """
 import dataclasses
 import inspect
@@ -25,36 +27,108 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
+import fp8
 import mora
 import tokenizer
-from batches import Batches
+from batches import Batches, SampleBatches
 from config import UserError, accumulation, command_line, differences, load, write_json
 from evaluate import perplexity
 from model import Llama, LlamaConfig
-from optimizer import build_optimizer, learning_rate
-from batches import SampleBatches
+from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, open_split
 
+# keys that a resumed run may not change, beside the model's shape and the adapters' settings
+FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restart_every",
+         "restart_steps", "lora_plus_ratio", "optimizer", "rest_lr", "residual_init", "base_dtype")
 
-def distributed(cfg):
-    """(rank, processes, device) of this process; joins torchrun's group if there is one."""
+
+def train(cfg):
+    """Run one experiment, or what is left of it."""
+    rank, world, device = join_processes(cfg)
+    micro_batch, accumulate = accumulation(cfg, world)
+    tokens, val_tokens = open_data(cfg, rank, world)
+    tok = tokenizer.load(tokens.tokenizer, tokens.folder)
+    make_batches = SampleBatches if isinstance(tokens, Samples) else Batches
+    batches = make_batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device,
+                           rank, world)
+    if cfg.epochs:
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+
+    # the model, new or as the newest checkpoint left it
+    cfg, model = build_model(cfg, tokens)
+    newest = check_run_folder(cfg, rank)
+    cycle = checkpoint.read_json(newest / "state.json")["cycle"] if newest else 0
+    optimizer = prepare_model(cfg, model, device, cycle)
+    first_step = resume(newest, model, optimizer) if newest else 0
+    parallel = data_parallel(model, device) if world > 1 else model
+    log = Log(cfg, rank, header(cfg, model, device, world, micro_batch, accumulate, first_step,
+                                batches))
+    window, stop_requested, stopping = Window(world), stop_on_signal(), False
+
+    # one round more than there are steps, so that the last save and evaluation are ordinary ones
+    for step in range(first_step, cfg.steps + 1):
+        last, pause = step == cfg.steps, time.time()
+        if step > first_step and rank == 0 and (step % cfg.save_every == 0 or last or stopping):
+            checkpoint.save(cfg, step, cycle, model, optimizer, tok)
+        if stopping:
+            break
+        if step % cfg.eval_every == 0 or last:
+            log.scores(step, perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
+                                        cfg.eval_tokens))
+        if last:
+            break
+
+        # ReLoRA, ReMoRA: a cycle is over, its update joins the weights
+        if cfg.cycle(step)[0] > cycle:
+            cycle = cfg.cycle(step)[0]
+            log.restart(step, cycle, mora.restart(model, optimizer, cycle, cfg.seed,
+                                                  cfg.restart_keep))
+            fp8.fit_scales(model)
+        window.clock += time.time() - pause
+
+        # one step at this step's learning rate
+        if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+        rate, done = learning_rate(step, cfg), step + 1
+        window.add(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
+
+        # read the numbers now and then, and always before weights are saved; all ranks read the
+        # same and stop together
+        if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
+                or world == 1 and stop_requested.is_set()):
+            losses, norms, stopping = window.agree(stop_requested.is_set())
+            stop_if_not_finite(losses, norms, done, cfg)
+            fp8.fit_scales(model, only_if_tight=True)
+            log.steps(done, losses, norms, rate, window.restart(), batches)
+    log.close(step, stopping, tokens.kind)
+
+
+def join_processes(cfg):
+    """Join torchrun's group if there is one; return (rank, number of processes, device)."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
-    if kind == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are here; lower --nproc_per_node, or "
-                        "take --device=cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
+    device_type = cfg.device
+    if device_type == "auto":
+        device_type = "cpu"
+        if torch.cuda.is_available():
+            device_type = "cuda"
+        elif torch.backends.mps.is_available() and world == 1:
+            device_type = "mps"
+    if device_type != "cuda":
+        if world > 1:
+            dist.init_process_group("gloo")
+        return int(os.environ.get("RANK", 0)), world, torch.device(device_type)
+    if local >= torch.cuda.device_count():
+        raise UserError(f"process {local} of this machine has no GPU, it has "
+                        f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device=cpu")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        dist.init_process_group("nccl", device_id=device)
     return int(os.environ.get("RANK", 0)), world, device
 
 
 def open_data(cfg, rank, world):
-    """The splits (train, val) as Tokens or Samples; the embedded corpus is prepared on the way."""
+    """Return the splits (train, val) as Tokens or Samples; prepares data/stdlib if it is missing."""
     folder = Path(cfg.data)
     if rank == 0 and folder.name == "stdlib" and not (folder / "manifest.json").exists():
         data.prepare_stdlib(folder)
@@ -64,244 +138,262 @@ def open_data(cfg, rank, world):
 
 
 def build_model(cfg, tokens):
-    """(cfg, model without adapters): random weights by seed, or those of init_from, whose shape then replaces the config's."""
+    """Return (cfg, model without adapters): random weights by seed, or the weights of init_from.
+
+    The shape of init_from's model replaces the config's.
+    """
     if not cfg.init_from:
-        return cfg, Llama(LlamaConfig(vocab_size=tokens.vocab_size, **cfg.model()), seed=cfg.seed)
+        shape = LlamaConfig(vocab_size=tokens.vocab_size, **cfg.model())
+        return cfg, Llama(shape, cfg.seed, cfg.residual_init)
     model, tok, path = checkpoint.load(cfg.init_from)
     tokens.must_suit(model, tok, path)
     if not tok and os.environ.get("RANK", "0") == "0":
-        print(f"note: {path} does not say which tokenizer it speaks; {cfg.data} is written in {tokens.tokenizer}")
+        print(f"note: {path} does not name its tokenizer; {cfg.data} was prepared with "
+              f"{tokens.tokenizer}")
     model = mora.merge(model) if mora.adapted_layers(model) else model
-    shape = {key: value for key, value in dataclasses.asdict(model.cfg).items() if hasattr(cfg, key)}
+    shape = {k: v for k, v in dataclasses.asdict(model.cfg).items() if hasattr(cfg, k)}
     return dataclasses.replace(cfg, **shape), model
 
 
-def data_parallel(model, device):
-    """DDP that leaves buffers alone: they are equal on all ranks, and a broadcast in forward would hang an evaluation."""
-    names = inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13 renames the argument
-    leave = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **leave)
-
-
 def check_run_folder(cfg, rank):
-    """The checkpoint to go on from, or None. Raises UserError rather than mix two runs in a folder, or change one half way."""
+    """Return the checkpoint to continue from, or None.
+
+    Raises UserError rather than mix two runs in a folder, or change one half way.
+    """
     newest = (checkpoint.steps_of(cfg.out) or [None])[-1]
     if newest and not cfg.resume:
-        raise UserError(f"{cfg.out} holds a run that reached {newest.name}: go on with --resume, choose another --out=..., or remove it")
+        raise UserError(f"{cfg.out} holds a run that reached {newest.name}: continue it with "
+                        "--resume, choose another --out=..., or remove it")
     if not newest:
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
-    before = checkpoint.read_json(newest / "state.json")["config"]
-    fixed = {*cfg.model(), *cfg.adapter(), "method", "seed", "data", "seq_len", "batch_size", "restart_every", "restart_steps",
-             "lora_plus_ratio"}
-    fixed.discard("max_position_embeddings")
+    state = checkpoint.read_json(newest / "state.json")
+    before = json.loads(json.dumps(dataclasses.asdict(type(cfg)()))) | state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed) if before[key] != now[key]]
+    fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
+    changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)
+               if before[key] != now[key]]
     if changed:
         raise UserError(f"{newest} is of another experiment: {'; '.join(changed)}")
+    if state["step"] > cfg.steps:
+        raise UserError(f"{newest} is past the last step: steps is {cfg.steps}; take --steps="
+                        f"{state['step']} or more")
     return newest
 
 
 def prepare_model(cfg, model, device, cycle):
-    """Adapters, device, precision, compilation, in this order and in place; returns the optimizer."""
+    """Adapt, move, set precision, compile, in this order and in place; return the optimizer."""
     if cfg.adapter():
         try:
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
-            raise UserError(error)
+            raise UserError(error) from None
     if cfg.base_dtype == "bfloat16":
-        updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # a frozen A among them
+        updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # also a frozen A
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter not in updates:
                 parameter.data = parameter.data.bfloat16()
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if half else torch.float32
+    if cfg.matmul == "fp8":
+        fp8.must_have(device)
+        fp8.convert(model)
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         model.compile_parts()
     return build_optimizer(cfg, model, device)
 
 
-def next_step(model, batch, accumulate, device):
-    """Forward and backward of one step's micro-batches; returns the mean loss of this process, a tensor.
+def resume(newest, model, optimizer):
+    """Load a checkpoint in place; return its step."""
+    state = checkpoint.resume(newest, model, optimizer)
+    fp8.load_scales(model, state.get("fp8_scales", {}))
+    return state["step"]
 
-    batch: (inputs, targets) by micro-batch, or (inputs, targets, weights): of a mean over tokens that are not equally many.
+
+def data_parallel(model, device):
+    """Wrap a model in DDP without its broadcast of buffers.
+
+    Buffers are equal on all ranks, and a broadcast in forward would make an evaluation hang.
     """
-    loss = torch.zeros((), device=device)
-    for i, (inputs, targets, *weight) in enumerate(zip(*batch)):
-        model.require_backward_grad_sync = i == accumulate - 1  # DDP: gradients meet once, in the last micro-step
-        part = model(inputs, targets) * (weight[0] if weight else 1) / accumulate
-        part.backward()
-        loss += part.detach()
-    return loss
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    key = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{key: False})
 
 
 def stop_if_not_finite(losses, norms, step, cfg):
-    """Raise UserError at the first step, of those that end with `step`, whose loss or gradient norm is not finite."""
-    for i, (loss, norm) in enumerate(zip(losses, norms), step - len(losses) + 1):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            good = (checkpoint.steps_of(cfg.out) or ["none yet"])[-1]
-            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}. Stopped; the last good checkpoint is {good}. "
-                            f"Go on from it with --resume and a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a "
-                            f"smaller --grad_clip ({cfg.grad_clip:g})")
+    """Raise UserError at the first of the steps up to `step` whose loss or gradient norm is not
+    finite."""
+    for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
+        if math.isfinite(loss) and math.isfinite(norm):
+            continue
+        advice = f"a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a smaller " \
+                 f"--grad_clip ({cfg.grad_clip:g})"
+        saved = checkpoint.steps_of(cfg.out)
+        where = f"the last good checkpoint is {saved[-1]}: continue from it with --resume and " \
+            if saved else "nothing was saved: start again with "
+        raise UserError(f"step {i}: loss {loss}, gradient norm {norm}. Stopped; {where}{advice}")
 
 
-def train(cfg):
-    rank, world, device = distributed(cfg)
-    micro, accumulate = accumulation(cfg, world)
-    tokens, val_tokens = open_data(cfg, rank, world)
-    tok = tokenizer.load(tokens.tokenizer, tokens.folder)
-    make = SampleBatches if isinstance(tokens, Samples) else Batches
-    batches = make(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro, device, rank, world)
-    if cfg.epochs:
-        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+class Window:
+    """The losses and gradient norms of the steps since the last log line, and when they began."""
 
-    # the model, new or as the newest checkpoint left it
-    cfg, model = build_model(cfg, tokens)
-    newest = check_run_folder(cfg, rank)
-    cycle = checkpoint.read_json(newest / "state.json")["cycle"] if newest else 0
-    optimizer = prepare_model(cfg, model, device, cycle)
-    start = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
-    parallel = data_parallel(model, device) if world > 1 else model
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, world):
+        self.world, self.numbers, self.clock = world, [], time.time()
 
-    log = Log(cfg, rank, header(cfg, model, device, world, micro, accumulate, start, batches))
-    window, clock = [], time.time()
-    asked, stopping = stop_on_signal(), False
+    def add(self, loss_and_norm):
+        self.numbers.append(loss_and_norm)
 
-    # one round more than there are steps, so that the last save and evaluation are the ordinary ones
-    for step in range(start, cfg.steps + 1):
-        done, pause = step == cfg.steps, time.time()
-        if step > start and (step % cfg.save_every == 0 or done or stopping) and rank == 0:
-            checkpoint.save(cfg, step, cycle, model, optimizer, tok)
-        if stopping:
-            break
-        if step % cfg.eval_every == 0 or done:
-            scores = perplexity(model, val_tokens, cfg.seq_len, micro, rank, world, cfg.eval_tokens)
-            log(step, f"validation: loss {scores['loss']:.4f}   perplexity {scores['ppl']:.2f}   bits per byte {scores['bits_per_byte']:.4f}",
-                **{f"val_{key}": value for key, value in scores.items()})
-        if done:
-            break
+    def agree(self, stop_requested):
+        """Return (losses, norms, stop?): means over the ranks; stop if any rank was asked to.
 
-        # ReLoRA, ReMoRA: a cycle is over, its update joins the weights
-        if cfg.cycle(step)[0] > cycle:
-            cycle = cfg.cycle(step)[0]
-            report = mora.restart(model, optimizer, cycle, cfg.seed, cfg.restart_keep)
-            log(step, f"restart {cycle}: merged an update of norm {report['update_norm']:.4g}, {'pruned' if cfg.restart_keep else 'dropped'} "
-                f"{report['states']} optimizer states", restart=cycle, **report)
-        clock += time.time() - pause
+        All ranks get the same.
+        """
+        count = len(self.numbers)
+        flag = torch.full_like(self.numbers[0][:1], float(stop_requested))
+        numbers = torch.cat((torch.stack(self.numbers).T.flatten(), flag))
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        *numbers, stopping = (numbers / self.world).tolist()
+        return numbers[:count], numbers[count:], stopping > 0
 
-        # one step at this step's learning rate
-        if cfg.dropout:  # masks are a function of the step, so that a resumed run draws the same
-            torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg) * group["ratio"]
-        loss = next_step(parallel, batches(step), accumulate, device)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        window.append(torch.stack((loss, norm)))
-
-        # look at the numbers now and then, and always before they are saved; all ranks see the same and stop together
-        now = step + 1
-        if now % cfg.log_every == 0 or now % cfg.save_every == 0 or now == cfg.steps or world == 1 and asked.is_set():
-            losses, norms, stopping = agreed(window, asked.is_set(), world)
-            stop_if_not_finite(losses, norms, now, cfg)
-            spent = time.time() - clock
-            speed, left = sum(batches.size(now - 1 - i) for i in range(len(losses))) / spent, (cfg.steps - now) * spent / len(losses)
-            mean, lr = sum(losses) / len(losses), learning_rate(step, cfg)
-            log(now, f"loss {mean:.4f}   lr {lr:.2e}   norm {norms[-1]:.2f}   {speed:,.0f} tokens/s   {duration(left)} left",
-                loss=mean, lr=lr, grad_norm=norms[-1], tokens_per_s=speed)
-            window, clock = [], time.time()
-    log.close(step, stopping, tokens.kind)
-
-
-def agreed(window, asked, world):
-    """(losses, gradient norms, stop?) of the steps in the window: means over ranks, and whether any rank was asked to stop.
-
-    All ranks get the same.
-    """
-    numbers = torch.cat((torch.stack(window).T.flatten(), torch.full_like(window[0][:1], float(asked))))
-    if world > 1:
-        dist.all_reduce(numbers)
-    *numbers, stopping = (numbers / world).tolist()
-    return numbers[:len(window)], numbers[len(window):], stopping > 0
+    def restart(self):
+        """Return the seconds that these steps took, without pauses, and start the next window."""
+        seconds = time.time() - self.clock
+        self.numbers, self.clock = [], time.time()
+        return seconds
 
 
 def stop_on_signal():
-    """An event that Ctrl-C (or a cluster's SIGTERM) sets: the loop then saves and stops."""
-    stop = threading.Event()
+    """Return an event that Ctrl-C or SIGTERM sets: the loop saves and stops. A second one kills."""
+    event = threading.Event()
+
+    def handle(number, _):
+        event.set()
+        signal.signal(number, signal.SIG_DFL)
+
     if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: stop.set())
-    return stop
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+    return event
 
 
 def duration(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    """Return seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def header(cfg, model, device, world, micro, accumulate, start, batches):
-    """The first record of a run in log.jsonl: what ran where."""
-    count = lambda parameters: sum(p.numel() for p in parameters)
-    return {"config": dataclasses.asdict(cfg), "start": start, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "torch": torch.__version__, "python": platform.python_version(), "processes": world, "micro_batch": micro, "accumulate": accumulate,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+def header(cfg, model, device, world, micro_batch, accumulate, first_step, batches):
+    """Return the first record of a run in log.jsonl: what ran where."""
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    parameters = list(model.parameters())
+    return {"config": dataclasses.asdict(cfg), "start": first_step,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
+            "python": platform.python_version(), "processes": world, "micro_batch": micro_batch,
+            "accumulate": accumulate, "device": name,
             "dtype": str(model.compute_dtype).removeprefix("torch."),
-            "trainable_parameters": count(p for p in model.parameters() if p.requires_grad),
-            "parameters": count(model.parameters()), "tokens_per_step": batches.tokens_a_step, "step_is": batches.says}
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in parameters),
+            "fp8_layers": len(fp8.converted(model)), "linear_layers": len(fp8.linear_layers(model)),
+            "tokens_per_step": batches.tokens_a_step, "step_is": batches.says}
 
 
 class Log:
-    """One call a line: aligned for people on rank 0, and as JSON in the run's log.jsonl (and to wandb or TensorBoard, if asked)."""
+    """Each record as one line for people, on rank 0, and as JSON in the run's log.jsonl.
+
+    log_to sends the numbers to wandb or TensorBoard too.
+    """
 
     def __init__(self, cfg, rank, head):
-        self.cfg, self.speaks, self.also = cfg, rank == 0, None
-        if not self.speaks:
+        self.cfg, self.is_open, self.send = cfg, rank == 0, None
+        if not self.is_open:
             return
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", head["config"])
         self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
-        print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in differences(cfg).items())}")
-        print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on {head['processes']} x {head['device']}, "
-              f"{head['dtype']}; a step is {head['step_is']} in "
-              f"{head['accumulate']} x {head['micro_batch']} sequences a process")
-        try:
-            if cfg.log_to == "wandb":
-                import wandb
-                wandb.init(project="mora", name=out.name, config=head["config"], dir=cfg.out)
-                self.also = wandb.log
-            elif cfg.log_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(cfg.out)
-                self.also = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
-        except ImportError:
-            raise UserError(f"log_to={cfg.log_to} needs a package that is not installed: pip install {cfg.log_to}")
+        settings = ", ".join(f"{key}={value}" for key, value in differences(cfg).items())
+        print(f"{cfg.out}: {settings}")
+        print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on "
+              f"{head['processes']} x {head['device']}, {head['dtype']}; a step is "
+              f"{head['step_is']} in {head['accumulate']} x {head['micro_batch']} sequences per "
+              "process")
+        if cfg.matmul == "fp8":
+            print(f"{head['fp8_layers']} of {head['linear_layers']} linear layers of the blocks "
+                  "run in FP8")
+        if cfg.log_to:
+            self.send = tracker(cfg, head["config"])
 
     def __call__(self, step, line, **values):
-        if self.speaks:
-            print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
+        if self.is_open:
+            width = len(str(self.cfg.steps))
+            print(f"{step:>{width}}/{self.cfg.steps}   {line}", flush=True)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-            if self.also:
-                self.also(values, step=step)
+            if self.send:
+                self.send(values, step=step)
 
-    def close(self, step, stopped, kind):
-        """Say what comes next; a run that was stopped ends with exit status 130."""
-        if not self.speaks:
+    def scores(self, step, scores):
+        self(step, f"validation: loss {scores['loss']:.4f}   perplexity {scores['ppl']:.2f}   "
+             f"bits per byte {scores['bits_per_byte']:.4f}",
+             **{f"val_{key}": value for key, value in scores.items()})
+
+    def restart(self, step, cycle, report):
+        action = "pruned" if self.cfg.restart_keep else "dropped"
+        self(step, f"restart {cycle}: merged an update of norm {report['update_norm']:.4g}, "
+             f"{action} {report['states']} optimizer states", restart=cycle, **report)
+
+    def steps(self, done, losses, norms, rate, seconds, batches):
+        """Log the steps since the last line; `done` is how many the run has taken."""
+        speed = sum(batches.size(done - 1 - i) for i in range(len(losses))) / seconds
+        left = (self.cfg.steps - done) * seconds / len(losses)
+        mean = sum(losses) / len(losses)
+        self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
+             f"{speed:,.0f} tokens/s   {duration(left)} left",
+             loss=mean, lr=rate, grad_norm=norms[-1], tokens_per_s=speed)
+
+    def close(self, step, stopped, data_kind):
+        """Print what comes next; exit with status 130 if the run was stopped before its end."""
+        if not self.is_open:
             return
         self.file.close()
         if stopped and step < self.cfg.steps:
-            print(f"stopped and saved at step {step}: the same command with --resume goes on")
+            print(f"stopped and saved at step {step}: continue with the same command and --resume")
             raise SystemExit(130)
-        adapted = self.cfg.method in ("lora", "mora")
-        model = f"{self.cfg.out}/merged" if adapted else self.cfg.out
         print("\ndone; next:")
-        prompt = "def " if Path(self.cfg.data).name == "stdlib" else "The"
-        then = f"evaluate.py {model} {self.cfg.data} --answers" if kind == "samples" else f'sample.py {model} --prompt="{prompt}"'
-        print(f"  python merge.py {self.cfg.out}\n" * adapted + f"  python {then}")
+        model = self.cfg.out
+        if self.cfg.method in ("lora", "mora"):
+            print(f"  python merge.py {self.cfg.out}")
+            model = f"{self.cfg.out}/merged"
+        if data_kind == "samples":
+            print(f"  python evaluate.py {model} {self.cfg.data} --answers")
+        else:
+            prompt = "def " if Path(self.cfg.data).name == "stdlib" else "The"
+            print(f'  python sample.py {model} --prompt="{prompt}"')
+
+
+def tracker(cfg, settings):
+    """Return a function (values, step) that sends numbers to wandb or TensorBoard."""
+    try:
+        if cfg.log_to == "wandb":
+            import wandb
+            wandb.init(project="mora", name=Path(cfg.out).name, config=settings, dir=cfg.out)
+            return wandb.log
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(f"log_to={cfg.log_to} needs a package that is not installed: "
+                        f"pip install {cfg.log_to}") from None
+    writer = SummaryWriter(cfg.out)
+
+    def send(values, step):
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+    return send
 
 
 def main(argv):

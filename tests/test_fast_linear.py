@@ -51,7 +51,7 @@ def test_gradcheck(kind, shape):
     adapted = layer(kind, shape)
     parameters = tuple(adapted.update.parameters())
     x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *p: mora.MergedLinear.apply(x, adapted.weight, adapted.update, *p), (x, *parameters))
+    assert torch.autograd.gradcheck(lambda x, *p: mora.MergedLinear.apply(x, adapted.weight, adapted.update, mora.Products, *p), (x, *parameters))
 
 
 @pytest.mark.parametrize("kind", KINDS)
