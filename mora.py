@@ -25,7 +25,11 @@ from torch.nn import functional as F
 
 from dora import Rescaled
 from fold import ALIGNED, Fold
-from lora import LowRank
+from lora import KINDS_OF_A, LowRank
+
+METHODS = ("lora", "mora", "frozen")
+OPERATORS = ("truncate", "share", "decouple", "rotate")
+GROUPS = ("strided", "contiguous", "alternate", "permute")
 
 
 def r_hat(rank, in_features, out_features, even=False):
@@ -190,10 +194,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     float32 (float64 if the weight is) on the weight's device. Raises ValueError for an unknown name, an operator that the
     method does not take, a target that matches no nn.Linear, and a model that is adapted already.
     """
-    for value, choices, what in ((method, ("lora", "mora", "frozen"), "method"),
-                                 (operator, ("truncate", "share", "decouple", "rotate"), "operator"),
-                                 (groups, ("strided", "contiguous", "alternate", "permute"), "groups"),
-                                 (lora_A, ("uniform", "orthogonal", "frozen"), "lora_A")):
+    for value, choices, what in ((method, METHODS, "method"), (operator, OPERATORS, "operator"),
+                                 (groups, GROUPS, "groups"), (lora_A, KINDS_OF_A, "lora_A")):
         if value not in choices:
             raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
     if rank < 1:
