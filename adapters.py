@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mora
-from config import GROUPS, OPERATORS, UserError, read_json, write_json
+from config import UserError, read_json, write_json
 from lora import LowRank, Rescaled
 
 PREFIX = "base_model.model."
@@ -32,8 +32,8 @@ HARMLESS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_
             "auto_mapping", "peft_version", "revision", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
             "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 # other values of the first two change the biases or the base model itself
-ONLY = {"bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"), "operator": OPERATORS,
-        "groups": GROUPS}
+ONLY = {"bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"), "operator": mora.OPERATORS,
+        "groups": mora.GROUPS}
 
 
 def write(folder, updates, *, method, rank, targets, cycle=0, base=None, alpha=0.0, rslora=False, dora=False, dropout=0.0,

@@ -1,18 +1,23 @@
 """What a run is: one flat, frozen dataclass, filled from a config file and the command line.
 
     python train.py configs/250m_mora.py --rank=64 --steps=2000
+    python train.py configs/metamath.py mora_r8 --lr=2e-4           a file with variants: name one
+    python train.py --configs                                       lists the experiments
+    python train.py --help                                          lists the keys
 
-A config file is plain Python assignments to the names below; names that start with an underscore are its own.
-It may take another file's names with `from configs.c4_250m import *`. `--key=value` on the command line wins.
+A config file is plain Python: assignments to the keys of Config. It may take over the keys of
+another file with `from configs.c4_250m import *`; names that start with an underscore are private
+to the file. `variants = {"name": dict(key=value, ...)}` makes several experiments of one file.
+A variant overrides its file, and `--key=value` on the command line overrides both.
 """
 import ast
 import dataclasses
 import difflib
-import inspect
 import json
 import os
 import runpy
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -20,289 +25,554 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-METHODS = ("full", "frozen", "lora", "mora")
-OPERATORS = ("truncate", "share", "decouple", "rotate")
-GROUPS = ("strided", "contiguous", "alternate", "permute")
-KINDS_OF_A = ("uniform", "orthogonal", "frozen")
+import lora
+import mora
+
+ROOT = Path(__file__).parent
+LARGEST = 2 ** 32 - 1  # whole number: products of seed, step and rank must fit into 64 bits
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CHOICES = {
-    "method": METHODS, "operator": ("",) + OPERATORS, "groups": GROUPS, "schedule": ("cosine", "linear"),
-    "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16"), "base_dtype": ("float32", "bfloat16"),
-    "compile": ("auto", "on", "off"), "log_to": ("", "wandb", "tensorboard"),
-    "lora_A": KINDS_OF_A,
-}
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit status 2, never as a traceback."""
+    """A mistake that the user can correct: one line on stderr and exit status 2, no traceback."""
+
+
+def key(default, explanation, choices=(), least=None, group=""):
+    """A field of Config: its default, and what --help prints and check verifies.
+
+    choices: the values allowed; "" among them means unset. least: the smallest number allowed.
+    group: heading of the keys from here on.
+    """
+    details = {"explanation": explanation, "choices": choices, "least": least, "group": group}
+    return dataclasses.field(default=default, metadata=details)
 
 
 @dataclass(frozen=True)
 class Config:
-    # the run
-    out: str = ""                   # run folder; empty: out/<name of the config file>
-    seed: int = 1337                # of the initial weights, the adapters' draws and the order of the data
-    resume: bool = False            # go on from the newest whole checkpoint in `out`
-    init_from: str = ""             # start from the weights of this checkpoint or Hugging Face folder, not at random
-    # data
-    data: str = "data/stdlib"       # folder of token shards, made by data.py: a text, or samples of prompts and responses
-    seq_len: int = 512              # tokens a sequence; of samples: at most
-    batch_size: int = 64            # sequences a step, over all processes: the experiment does not depend on them
-    micro_batch: int = 0            # sequences a process pushes through at once; 0: all it has; accumulation follows
-    # model (names are Hugging Face's)
-    hidden_size: int = 512
-    intermediate_size: int = 1376
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 0    # fewer than the heads: grouped-query attention; 0: as many
-    tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    # method
-    method: str = "mora"            # full (nothing frozen), frozen (embeddings, norms, head only), lora, mora
-    rank: int = 8                   # LoRA's rank; MoRA spends the same budget on one square matrix
-    operator: str = ""              # mora only: truncate, share, decouple, rotate; empty: share
-    groups: str = "strided"         # mora only: strided, contiguous, alternate, permute
-    alpha: float = 0.0              # lora only: the update is scaled by alpha / rank; 0: scale 1
-    rslora: bool = False            # lora only: scaled by alpha / sqrt(rank) instead (rsLoRA)
-    lora_A: str = "uniform"         # lora only: how A starts: uniform, orthogonal, frozen (orthogonal and not trained) (AsyLoRA)
-    lora_plus_ratio: float = 1.0    # lora only: B learns so many times faster than A (LoRA+)
-    dora: bool = False              # lora, mora: the rows of W + dW are rescaled to trained magnitudes (DoRA)
-    dropout: float = 0.0            # on the adapters' input
-    targets: tuple[str, ...] = PROJECTIONS    # names of the linear layers that are adapted
-    train_rest: bool = True         # embeddings, norms and head train too (pretraining); False: adapters alone
-    restart_every: int = 0          # merge the update and start it again every so many steps: ReLoRA, ReMoRA
-    restart_steps: tuple[int, ...] = ()  # the same at these steps
-    restart_keep: float = 0.0       # part of the adapters' first moments, the largest, that a restart leaves; 0: forget all
-    # optimizer
-    steps: int = 10000
-    epochs: float = 0.0             # passes over the training data, instead of steps
-    schedule: str = "cosine"        # of the learning rate after the warm-up: cosine, linear
-    lr: float = 5e-4                # peak learning rate
-    min_lr_ratio: float = 0.1       # the schedule ends at this part of lr
-    warmup: int = 500               # steps of linear warm-up
-    restart_warmup: int = 50        # steps of linear warm-up after each restart
-    weight_decay: float = 0.0       # on matrices, not on norms
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0          # largest gradient norm; 0: no clipping
-    # what the run tells and keeps
-    log_every: int = 10             # steps between log lines
-    eval_every: int = 500           # steps between evaluations
-    eval_tokens: int = 0            # validation tokens an evaluation reads; 0: all
-    save_every: int = 500           # steps between checkpoints
-    keep: int = 2                   # newest checkpoints kept; 0: all
-    log_to: str = ""                # also to wandb or tensorboard
-    # machine
-    device: str = "auto"            # cuda, then mps, then cpu
-    dtype: str = "auto"             # of the computation, parameters are float32: bfloat16 on cuda, else float32
-    base_dtype: str = "float32"     # of the frozen weights; bfloat16 halves their memory, adapters then run two paths
-    compile: str = "auto"           # torch.compile each block: on for cuda, else off
+    out: str = key("", "run folder; empty: out/<config file>, with _<variant> if there is one",
+                   group="run")
+    seed: int = key(1337, "seed of initial weights, adapters and data order", least=0)
+    resume: bool = key(False, "continue from the newest whole checkpoint in out")
+    init_from: str = key("", "checkpoint or Hugging Face directory to start from; "
+                         "empty: random weights")
+
+    data: str = key("data/stdlib", "folder of token shards, prepared by data.py", group="data")
+    seq_len: int = key(512, "tokens per sequence; for samples: at most so many", least=1)
+    batch_size: int = key(64, "sequences per step, over all processes", least=1)
+    micro_batch: int = key(0, "sequences per forward pass per process; 0: the process's "
+                           "whole share", least=0)
+
+    hidden_size: int = key(512, "width of the residual stream", least=1,
+                           group="model (names as in Hugging Face's config.json)")
+    intermediate_size: int = key(1376, "width of the feed-forward layers", least=1)
+    num_hidden_layers: int = key(8, "transformer blocks", least=1)
+    num_attention_heads: int = key(8, "query heads", least=1)
+    num_key_value_heads: int = key(0, "key and value heads (grouped-query attention); 0: as many "
+                                   "as query heads", least=0)
+    tie_word_embeddings: bool = key(False, "the head is the embedding matrix")
+    rope_theta: float = key(10000.0, "base of the rotary position embedding")
+    rms_norm_eps: float = key(1e-6, "epsilon of RMSNorm", least=0)
+    residual_init: bool = key(False, "draw o_proj and down_proj with standard deviation "
+                              "0.02 / sqrt(2 num_hidden_layers); without init_from")
+
+    method: str = key("mora", "what trains: full: every parameter; frozen: embeddings, norms and "
+                      "head; lora, mora: these (see train_rest) and an update of each target",
+                      ("full", *mora.METHODS), group="method")
+    rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters",
+                    least=0)
+    operator: str = key("", "mora only: how inputs and outputs are folded; empty: share",
+                        ("", *mora.OPERATORS))
+    groups: str = key("strided", "mora only: which inputs, and which outputs, form a group",
+                      mora.GROUPS)
+    alpha: float = key(0.0, "lora only: the update is scaled by alpha / rank; 0: scale 1", least=0)
+    rslora: bool = key(False, "lora only: the scale is alpha / sqrt(rank) (rsLoRA)")
+    lora_A: str = key("uniform", "lora only: how A is drawn; frozen: orthogonal, not trained "
+                      "(AsyLoRA)", lora.KINDS_OF_A)
+    lora_plus_ratio: float = key(1.0, "lora only: learning rate of B over that of A (LoRA+)")
+    dora: bool = key(False, "lora, mora: rescale the rows of W + dW to trained magnitudes (DoRA)")
+    dropout: float = key(0.0, "dropout on the input of the adapters")
+    targets: tuple[str, ...] = key(PROJECTIONS, "names of the linear layers to adapt")
+    train_rest: bool = key(True, "embeddings, norms and head train too; False: adapters only")
+    restart_every: int = key(0, "steps between restarts, which merge the update and start a new "
+                             "one (ReLoRA, ReMoRA); 0: none", least=0)
+    restart_steps: tuple[int, ...] = key((), "steps of restarts, instead of restart_every")
+    restart_keep: float = key(0.0, "fraction of the adapters' first moments that a restart keeps, "
+                              "the largest ones; 0: optimizer state is dropped")
+
+    steps: int = key(10000, "optimizer steps", least=1, group="optimizer")
+    epochs: float = key(0.0, "passes over the training data, instead of steps; 0: steps", least=0)
+    optimizer: str = key("adamw", "muon: the matrices of the update (full rank: of the blocks) "
+                         "learn by Muon, everything else by AdamW", ("adamw", "muon"))
+    schedule: str = key("cosine", "learning rate after the warm-up", ("cosine", "linear"))
+    lr: float = key(5e-4, "peak learning rate")
+    rest_lr: float = key(0.0, "peak learning rate of embeddings, head and norms; 0: lr", least=0)
+    min_lr_ratio: float = key(0.1, "final learning rate as a fraction of lr")
+    warmup: int = key(500, "steps of linear warm-up", least=0)
+    restart_warmup: int = key(50, "steps of linear warm-up after each restart", least=0)
+    weight_decay: float = key(0.0, "weight decay of matrices; norms have none", least=0)
+    beta1: float = key(0.9, "AdamW's decay of the first moment")
+    beta2: float = key(0.999, "AdamW's decay of the second moment")
+    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
+
+    log_every: int = key(10, "steps between log lines", least=1, group="log and checkpoints")
+    eval_every: int = key(500, "steps between evaluations", least=1)
+    eval_tokens: int = key(0, "validation tokens per evaluation; 0: all", least=0)
+    save_every: int = key(500, "steps between checkpoints", least=1)
+    keep: int = key(2, "checkpoints kept, the newest; 0: all", least=0)
+    log_to: str = key("", "second log; empty: none", ("", "wandb", "tensorboard"))
+
+    device: str = key("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"),
+                      group="machine")
+    dtype: str = key("auto", "dtype of the computation, parameters are float32; auto: bfloat16 on "
+                     "cuda, else float32", ("auto", "float32", "bfloat16"))
+    base_dtype: str = key("float32", "dtype of the frozen weights; bfloat16 halves their memory "
+                          "and computes W x and the update apart", ("float32", "bfloat16"))
+    matmul: str = key("bf16", "fp8: products with frozen weights in FP8, on devices that have it",
+                      ("bf16", "fp8"))
+    compile: str = key("auto", "torch.compile of each block; auto: on for cuda, else off",
+                       ("auto", "on", "off"))
 
     def cycle(self, step):
-        """(restarts up to and with this step, step of the latest or 0)."""
+        """(number of restarts up to and including this step, step of the latest one or 0)."""
         if self.restart_every:
             return step // self.restart_every, step - step % self.restart_every
-        done = [at for at in self.restart_steps if at <= step]
+        done = [restart for restart in self.restart_steps if restart <= step]
         return len(done), done[-1] if done else 0
 
     def model(self):
-        """The fields that are a model's shape, under Hugging Face's names."""
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        """The shape of the model, under Hugging Face's names."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "tie_word_embeddings", "rope_theta", "rms_norm_eps")
         shape = {name: getattr(self, name) for name in names}
-        return shape | {"num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
-                        "max_position_embeddings": self.seq_len}
+        shape["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
+        return shape | {"max_position_embeddings": self.seq_len}
 
     def adapter(self):
         """The arguments of mora.adapt, or {} for full-rank training."""
         if self.method == "full":
             return {}
-        names = ("method", "targets", "train_rest", "seed")
-        names += ("rank", "dora", "dropout") if self.method in ("lora", "mora") else ()
-        names += ("alpha", "rslora", "lora_A") if self.method == "lora" else ()
-        names += ("operator", "groups") if self.method == "mora" else ()
+        names = ["method", "targets", "train_rest", "seed"]
+        if self.method in ("lora", "mora"):
+            names += ["rank", "dora", "dropout"]
+        if self.method == "lora":
+            names += ["alpha", "rslora", "lora_A"]
+        if self.method == "mora":
+            names += ["operator", "groups"]
         return {name: getattr(self, name) for name in names}
 
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
 
 
+# ---- from the command line to a Config
+
 def load(argv, default):
-    """The Config of a command line: `[FILE.py] [--key=value ...]`. Raises UserError."""
-    if "--help" in argv or "-h" in argv:
-        print(f"usage: python train.py [CONFIG.py] [--key=value ...]\n\nkeys and their defaults:\n{_fields_as_text()}")
-        raise SystemExit(0)
-    files = [word for word in argv if not word.startswith("-")]
-    if len(files) > 1:
-        raise UserError(f"one config file at a time, got {' and '.join(files)} (write overrides as --key=value)")
-    path = Path(files[0] if files else default)
-    values = read_file(path)
+    """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`. Raises UserError.
+
+    default: the config file of a command line that names none. --help and --configs print their
+    text and raise SystemExit.
+    """
+    for word, text in (("--help", help_text), ("-h", help_text), ("--configs", experiments_text)):
+        if word in argv:
+            print(text())
+            raise SystemExit(0)
+    words = [word for word in argv if not word.startswith("-")]
+    if len(words) > 2:
+        raise UserError(f"one config file and one variant at a time, got {' '.join(words)}; "
+                        "overrides are written --key=value")
+    path = Path(words[0] if words else default)
+    variant = words[1] if len(words) == 2 else None
+    values = settings(path, variant)
     for word in argv:
         if word.startswith("-"):
-            key, equals, text = word.lstrip("-").partition("=")
-            known(key, "on the command line")
-            if not equals and FIELDS[key] is not bool:
-                raise UserError(f"--{key} needs a value: --{key}={getattr(Config, key)}")
-            values[key] = parse(key, text if equals else "true")
-            if key == "steps":
-                values.pop("epochs", None)
-    values.setdefault("out", f"out/{path.stem}")
+            override(values, *read_override(word))
+    if not values.get("out"):
+        values["out"] = f"out/{path.stem}_{variant}" if variant else f"out/{path.stem}"
+    if values.get("method", Config.method) == "mora" and not values.get("operator"):
+        values["operator"] = "share"
     cfg = Config(**values)
-    if cfg.method == "mora" and not cfg.operator:
-        cfg = dataclasses.replace(cfg, operator="share")
     check(cfg)
     return cfg
 
 
+def settings(path, variant=None):
+    """{key: value} of a config file and of the variant named, if the file has variants."""
+    _, values, variants = read_file(path)
+    if not variants and variant is None:
+        return values
+    if not variants:
+        raise UserError(f"{path} has no variants, so it takes no second word, got {variant!r}; "
+                        "overrides are written --key=value")
+    if variant not in variants:
+        raise UserError(_choose_variant(path, variant, variants))
+    for name, value in variants[variant].items():
+        override(values, name, value)
+    return values
+
+
+def override(values, name, value):
+    """Set a key. A later `steps` replaces the `epochs` of the file, which would win otherwise."""
+    values[name] = value
+    if name == "steps":
+        values.pop("epochs", None)
+
+
+def read_override(word):
+    """(key, value) of a word `--key=value`; `--key` alone sets a switch."""
+    name, equals, text = word.lstrip("-").partition("=")
+    known(name, "on the command line")
+    if not equals and FIELDS[name] is not bool:
+        raise UserError(f"--{name} needs a value: --{name}={_shown(getattr(Config, name))}")
+    return name, parse(name, text if equals else "true")
+
+
 def read_file(path):
-    """{key: value} of a config file, cast to the fields' types."""
+    """(first docstring line, {key: value}, {variant: {key: value}}) of a config file."""
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], 1, 0.0)
-        raise UserError(f"no config file {path}" + (f", did you mean {near[0]}?" if near else ""))
-    root = str(Path(__file__).parent)
-    sys.path[:0] = [] if root in sys.path else [root]
+        raise UserError(_missing_file(path))
+    names = _run_file(path)
+    lines = (names.get("__doc__") or "").strip().splitlines()
+    variants = names.pop("variants", {})
+    named = variants.items() if isinstance(variants, dict) else [(None, variants)]
+    if not all(isinstance(name, str) and isinstance(values, dict) for name, values in named):
+        raise UserError(f'variants in {path} must be {{"name": dict(key=value, ...), ...}}')
+    public = {name: value for name, value in names.items()
+              if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    return (lines[0] if lines else "", _cast_all(public, f"in {path}"),
+            {name: _cast_all(values, f"in variant {name!r} of {path}")
+             for name, values in variants.items()})
+
+
+def _cast_all(values, where):
+    return {known(name, where): cast(name, value, where) for name, value in values.items()}
+
+
+def _run_file(path):
+    """{name: value} of a config file that is run as Python, with this folder on the path."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     try:
-        names = runpy.run_path(str(path))
+        return runpy.run_path(str(path))
     except Exception as error:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)),
-                    getattr(error, "lineno", "?"))
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}")
-    names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
-    return {known(key, f"in {path}"): cast(key, value) for key, value in names.items()}
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "?")
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {message}") from error
 
 
-def known(key, where):
-    if key not in FIELDS:
-        near = difflib.get_close_matches(key, FIELDS, 1, 0.5)
-        hint = f", did you mean {near[0]}?" if near else "; python train.py --help lists the keys"
-        raise UserError(f"unknown key {key!r} {where}{hint}")
-    return key
+def _shipped():
+    """The files of configs/, relative to the current folder, as they are typed."""
+    return [Path(os.path.relpath(path)) for path in sorted((ROOT / "configs").glob("*.py"))]
 
 
-def parse(key, text):
-    """The value of `--key=text`."""
-    if FIELDS[key] is str:
+def _missing_file(path):
+    """One line for a config file that does not exist: its new command, or the nearest file."""
+    shipped = _shipped()
+    for file in shipped:
+        variants = read_file(file)[2] if path.stem.startswith(f"{file.stem}_") else {}
+        variant = path.stem.removeprefix(f"{file.stem}_")
+        if variant in variants:
+            return (f"{path} is now a variant of {file}: "
+                    f"torchrun train.py {file} {variant} [--key=value ...]")
+        if variants:
+            return f"no config file {path}; {_choose_variant(file, variant, variants)}"
+    beside = [] if path.parent.resolve() == ROOT else path.parent.glob("*.py")
+    files = {file.stem: file for file in [*shipped, *beside]}
+    close = nearest(path.stem, files)
+    hint = f"did you mean {files[close]}?" if close else "python train.py --configs lists them"
+    return f"no config file {path}; {hint}"
+
+
+def _choose_variant(path, variant, variants):
+    """One line that lists the variants of a file, for a command line without a right one."""
+    listed = ", ".join(variants)
+    if variant is None:
+        return (f"{path} has variants, name one of {listed}: "
+                f"torchrun train.py {path} {list(variants)[-1]}")
+    close = nearest(variant, variants, 0.0)
+    return f"{path} has no variant {variant!r}, only {listed}; did you mean {close}?"
+
+
+def nearest(word, words, cutoff=0.5):
+    """The one of `words` that is most like `word`, or None if none is like enough."""
+    matches = difflib.get_close_matches(word, words, 1, cutoff)
+    return matches[0] if matches else None
+
+
+def known(name, where):
+    """`name`, if it is a key; where: for the message. Raises UserError."""
+    if name not in FIELDS:
+        close = nearest(name, FIELDS) if isinstance(name, str) else None
+        hint = f", did you mean {close}?" if close else "; python train.py --help lists the keys"
+        raise UserError(f"unknown key {name!r} {where}{hint}")
+    return name
+
+
+def parse(name, text):
+    """The value of `--name=text`."""
+    kind = FIELDS[name]
+    if kind is str:
         return text
-    if FIELDS[key] == tuple[str, ...] and not text.startswith(("(", "[")):
-        return tuple(part for part in text.split(",") if part)
-    if FIELDS[key] == tuple[int, ...] and not text.startswith(("(", "[")):
-        text = f"({text},)" if text else "()"
-    if FIELDS[key] is bool:
-        text = {"true": "True", "false": "False", "yes": "True", "no": "False", "1": "True", "0": "False"}.get(text.lower(), text)
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        return cast(name, words.get(text.lower(), text))
+    if get_args(kind) and not text.startswith(("(", "[")):
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        if kind == tuple[str, ...]:
+            return parts
+        text = f"({','.join(parts)},)" if parts else "()"
     try:
-        return cast(key, ast.literal_eval(text))
-    except (ValueError, SyntaxError):
-        return cast(key, text)
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    return cast(name, value)
 
 
-def cast(key, value):
-    """`value` as the field's type; integers may be written 1e4, floats as integers."""
-    kind = FIELDS[key]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and number and float(value).is_integer():
+def cast(name, value, where=""):
+    """`value` as the key's type: whole numbers may be written 1e4, numbers without a point."""
+    kind = FIELDS[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and is_number and value == value // 1:
         return int(value)
-    if kind is float and number:
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, (tuple, list)) and all(type(v) is get_args(kind)[0] for v in value):
-        return tuple(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
-             tuple[str, ...]: "names with commas between", tuple[int, ...]: "whole numbers with commas between"}
-    raise UserError(f"{key} must be {names[kind]}, got {value!r}")
+    if get_args(kind) and isinstance(value, (tuple, list)):
+        if all(type(part) is get_args(kind)[0] for part in value):
+            return tuple(value)
+    types_in_words = {
+        int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
+        tuple[str, ...]: "names with commas between",
+        tuple[int, ...]: "whole numbers with commas between",
+    }
+    subject = f"{name} {where}".strip()
+    raise UserError(f"{subject} must be {types_in_words[kind]}, got {_short(value)}")
+
+
+def _short(value):
+    """repr, cut to a length that fits on a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- what can run
+
+def need(condition, message):
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def check(cfg):
-    """Raise UserError, with the numbers, for a combination that can not run."""
-    def need(condition, message):
-        if not condition:
-            raise UserError(message)
+    """Raise UserError, with the numbers, for a config that cannot run."""
+    for field in dataclasses.fields(cfg):
+        _check_value(field, getattr(cfg, field.name))
+    for name in ("lr", "lora_plus_ratio", "rope_theta"):
+        need(getattr(cfg, name) > 0, f"{name} must be above 0, got {getattr(cfg, name)}")
+    for name in ("min_lr_ratio", "restart_keep"):
+        need(0 <= getattr(cfg, name) <= 1,
+             f"{name} must lie between 0 and 1, got {getattr(cfg, name)}")
+    for name in ("dropout", "beta1", "beta2"):
+        need(0 <= getattr(cfg, name) < 1, f"{name} must lie in [0, 1), got {getattr(cfg, name)}")
+    _check_model(cfg)
+    _check_method(cfg)
+    _check_restarts(cfg)
+    _check_optimizer(cfg)
+    _check_precision(cfg)
 
-    for key, choices in CHOICES.items():
-        value = getattr(cfg, key)
-        if value not in choices:
-            near = difflib.get_close_matches(value, choices, 1, 0.5)
-            listed = ", ".join(choice for choice in choices if choice)
-            raise UserError(f"{key} must be one of {listed}, got {value!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    for key in ("seq_len", "batch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "steps", "log_every", "eval_every", "save_every"):
-        need(getattr(cfg, key) >= 1, f"{key} must be at least 1, got {getattr(cfg, key)}")
-    for key in ("seed", "micro_batch", "num_key_value_heads", "warmup", "restart_warmup", "restart_every", "eval_tokens", "keep",
-                "alpha", "weight_decay", "grad_clip"):
-        need(getattr(cfg, key) >= 0, f"{key} must not be negative, got {getattr(cfg, key)}")
-    need(0 <= cfg.epochs < float("inf"), f"epochs must not be negative, got {cfg.epochs}")
-    need(cfg.lr > 0, f"lr must be above 0, got {cfg.lr}")
-    need(0 <= cfg.min_lr_ratio <= 1, f"min_lr_ratio must lie between 0 and 1, got {cfg.min_lr_ratio}")
-    need(0 <= cfg.dropout < 1, f"dropout must lie in [0, 1), got {cfg.dropout}")
-    for key in ("beta1", "beta2"):
-        need(0 <= getattr(cfg, key) < 1, f"{key} must lie in [0, 1), got {getattr(cfg, key)}")
 
-    heads, pairs = cfg.num_attention_heads, cfg.num_key_value_heads or cfg.num_attention_heads
-    need(cfg.hidden_size % (2 * heads) == 0, f"hidden_size {cfg.hidden_size} must be an even multiple of num_attention_heads {heads}")
-    need(heads % pairs == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads {pairs}")
+def _check_value(field, value):
+    """One key by itself: type, choices, range. Numbers are finite."""
+    name, choices, least = field.name, field.metadata["choices"], field.metadata["least"]
+    cast(name, value)
+    if choices and value not in choices:
+        listed = ", ".join(choice for choice in choices if choice)
+        close = nearest(value, choices)
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(f"{name} must be one of {listed}, got {value!r}{hint}")
+    if field.type is int:
+        need(value <= LARGEST, f"{name} must be at most {LARGEST}, got {_short(value)}")
+    if least == 0:
+        need(value >= 0, f"{name} must not be negative, got {_short(value)}")
+    elif least is not None:
+        need(value >= least, f"{name} must be at least {least}, got {_short(value)}")
 
-    adapts, mora = cfg.method in ("lora", "mora"), cfg.method == "mora"
-    need(not adapts or cfg.rank >= 1, f"rank must be at least 1 for method {cfg.method}, got {cfg.rank}")
-    need(not adapts or cfg.targets, f"targets names no layer: method {cfg.method} has nothing to adapt")
-    need(mora or not cfg.operator, f"method {cfg.method} takes no operator, got {cfg.operator!r}; operators are mora's")
-    need(mora or cfg.groups == "strided", f"method {cfg.method} takes no groups, got {cfg.groups!r}; groups are mora's")
-    for key in ("alpha", "rslora", "lora_A", "lora_plus_ratio"):
-        need(cfg.method == "lora" or getattr(cfg, key) == getattr(Config, key),
-             f"method {cfg.method} takes no {key}, got {getattr(cfg, key)!r}; it is LoRA's" + "; MoRA's scale is 1" * (key == "alpha"))
-    need(cfg.alpha or not cfg.rslora, "rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
-    need(cfg.lora_plus_ratio > 0, f"lora_plus_ratio must be above 0, got {cfg.lora_plus_ratio}")
-    restarts, half = bool(cfg.restart_every or cfg.restart_steps), cfg.base_dtype == "bfloat16"
-    need(adapts or not cfg.dora, f"method {cfg.method} takes no dora: it rescales what lora and mora adapt")
-    need(not (cfg.dora and half), "dora rescales rows by a little, which base_dtype bfloat16 would round away: take float32")
-    need("lm_head" not in cfg.targets, "targets may not name lm_head: the loss reads its weight alone, so an update of it would never train")
-    need(cfg.method != "full" or not half, f"method full freezes nothing, so base_dtype must be float32, got {cfg.base_dtype}")
-    need(not (restarts and half), "restarts merge small updates, which base_dtype bfloat16 would round away: take float32")
-    need(adapts or not cfg.dropout, f"method {cfg.method} takes no dropout, got {cfg.dropout}: it is on the adapters' input")
-    need(adapts or not restarts,
-         f"method {cfg.method} has no update to restart, got restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}")
-    need(not (cfg.restart_every and cfg.restart_steps),
-         f"restart_every {cfg.restart_every} and restart_steps {cfg.restart_steps}: give one of them")
-    need(list(cfg.restart_steps) == sorted({step for step in cfg.restart_steps if step > 0}),
+
+def _check_model(cfg):
+    heads = cfg.num_attention_heads
+    kv_heads = cfg.num_key_value_heads or heads
+    need(cfg.hidden_size % (2 * heads) == 0,
+         f"hidden_size {cfg.hidden_size} must be an even multiple of num_attention_heads {heads}")
+    need(heads % kv_heads == 0,
+         f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    need(not (cfg.residual_init and cfg.init_from),
+         f"residual_init draws new weights, but init_from {cfg.init_from} loads them: "
+         "remove one of the two")
+
+
+def _check_method(cfg):
+    """The keys that only some methods have."""
+    adapts = cfg.method in ("lora", "mora")
+    owners = {"operator": ("mora",), "groups": ("mora",), "alpha": ("lora",), "rslora": ("lora",),
+              "lora_A": ("lora",), "lora_plus_ratio": ("lora",), "dora": ("lora", "mora"),
+              "dropout": ("lora", "mora")}
+    for name, methods in owners.items():
+        value = getattr(cfg, name)
+        need(cfg.method in methods or value == getattr(Config, name),
+             f"method {cfg.method} takes no {name}, got {value!r}; only {' and '.join(methods)} "
+             "can have it")
+    need(not adapts or cfg.rank >= 1,
+         f"rank must be at least 1 for method {cfg.method}, got {cfg.rank}")
+    need(not adapts or cfg.targets,
+         f"targets names no layer, so method {cfg.method} has nothing to adapt")
+    need("lm_head" not in cfg.targets,
+         "targets may not name lm_head: the loss reads only its weight, so an update of it would "
+         "never train")
+    need(cfg.alpha or not cfg.rslora,
+         "rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+
+
+def _check_restarts(cfg):
+    restarts = bool(cfg.restart_every or cfg.restart_steps)
+    given = f"restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}"
+    need(cfg.method in ("lora", "mora") or not restarts,
+         f"method {cfg.method} has no update to restart, got {given}")
+    need(not (cfg.restart_every and cfg.restart_steps), f"{given}: give one of them")
+    rising = sorted({step for step in cfg.restart_steps if step > 0})
+    need(list(cfg.restart_steps) == rising,
          f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    need(0 <= cfg.restart_keep <= 1, f"restart_keep must lie between 0 and 1, got {cfg.restart_keep}")
+    need(not (restarts and cfg.base_dtype == "bfloat16"),
+         "restarts merge small updates, which base_dtype bfloat16 would round away: use float32")
+
+
+def _check_optimizer(cfg):
+    need(not cfg.rest_lr or cfg.train_rest or cfg.method == "full",
+         f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: embeddings, head and "
+         "norms do not train")
+    muon = cfg.optimizer == "muon"
+    need(not (muon and cfg.method == "frozen"),
+         "optimizer muon has no matrix to train with method frozen: use adamw")
+    need(not (muon and cfg.restart_keep),
+         f"restart_keep {cfg.restart_keep:g} keeps first moments of AdamW, which optimizer muon "
+         "does not have: use restart_keep 0 or adamw")
+
+
+def _check_precision(cfg):
+    half, fp8 = cfg.base_dtype == "bfloat16", cfg.matmul == "fp8"
+    need(not (half and cfg.method == "full"),
+         "method full freezes nothing, so base_dtype must be float32, got bfloat16")
+    need(not (half and cfg.dora),
+         "dora rescales rows by a little, which base_dtype bfloat16 would round away: use float32")
+    need(not (fp8 and half),
+         "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16")
+    need(not (fp8 and cfg.dropout),
+         f"matmul fp8 needs W and the update merged, but dropout {cfg.dropout:g} computes them "
+         "apart: use dropout 0 or matmul bf16")
+
+
+def schedule_warnings(cfg):
+    """Lines about restarts and warm-ups that do not fit into the steps of the run.
+
+    None of them stops a run: a trial of a few steps is normal. cfg.steps must be final, so call
+    it after epochs were turned into steps.
+    """
+    notes, steps = [], cfg.steps
+    if cfg.warmup >= steps:
+        notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the whole run is warm-up, "
+                     f"and the learning rate ends at {cfg.lr * steps / cfg.warmup:.3g} "
+                     f"(lr is {cfg.lr:g})")
+    if cfg.restart_every >= steps:
+        notes.append(f"restart_every {cfg.restart_every} is not below steps {steps}: "
+                     "no restart happens")
+    late = [step for step in cfg.restart_steps if step >= steps]
+    if late:
+        notes.append(f"restart_steps {', '.join(map(str, late))} are not below steps {steps}: "
+                     f"{len(late)} of {len(cfg.restart_steps)} restarts do not happen")
+    restarts = [step for step in cfg.restart_steps if step < steps]
+    if cfg.restart_every:
+        restarts = list(range(cfg.restart_every, steps, cfg.restart_every))
+    ends = [*restarts[1:], steps]
+    short = [(start, end - start) for start, end in zip(restarts, ends, strict=False)
+             if end - start <= cfg.restart_warmup]
+    if short:
+        first, length = short[0]
+        notes.append(f"restart_warmup {cfg.restart_warmup} is not below the {length} steps after "
+                     f"the restart at step {first}: {len(short)} of {len(restarts)} restarts are "
+                     "followed by warm-up alone")
+    return notes
 
 
 def accumulation(cfg, processes):
-    """(sequences a process pushes through at once, times it does so a step). The global batch is the knob."""
+    """(sequences per forward pass, forward passes per step) of each process.
+
+    The global batch is fixed, so the number of processes does not change the experiment. Raises
+    UserError if it does not divide.
+    """
     if cfg.batch_size % processes:
-        raise UserError(f"batch_size {cfg.batch_size} does not divide among {processes} processes: "
-                        f"take a multiple of {processes}")
+        raise UserError(f"batch_size {cfg.batch_size} does not divide among {processes} "
+                        f"processes: use a multiple of {processes}")
     share = cfg.batch_size // processes
     micro = cfg.micro_batch or share
     if share % micro:
-        raise UserError(f"batch_size {cfg.batch_size} over {processes} processes is {share} sequences each, which "
-                        f"micro_batch {micro} does not divide")
+        raise UserError(f"batch_size {cfg.batch_size} over {processes} processes is {share} "
+                        f"sequences each, which micro_batch {micro} does not divide")
     return micro, share // micro
 
 
-def differences(cfg, base=Config()):
-    """{key: value} of what differs from the defaults (or from another config)."""
-    return {key: getattr(cfg, key) for key in FIELDS if getattr(cfg, key) != getattr(base, key)}
+def differences(cfg, base=None):
+    """{key: value} of what differs from another config, or from the defaults."""
+    base = base or Config()
+    return {name: getattr(cfg, name) for name in FIELDS
+            if getattr(cfg, name) != getattr(base, name)}
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can not be read: {error}")
+# ---- what is printed
+
+def help_text():
+    """The keys with their defaults and explanations, in groups."""
+    lines = ["usage: python train.py [CONFIG.py [VARIANT]] [--key=value ...]",
+             "       python train.py --configs     lists the experiments", "",
+             "keys and their defaults:"]
+    for field in dataclasses.fields(Config):
+        details = field.metadata
+        if details["group"]:
+            lines += ["", details["group"]]
+        explanation = details["explanation"]
+        if details["choices"]:
+            choices = ", ".join(choice for choice in details["choices"] if choice)
+            explanation += f" [{choices}]"
+        lines += _columns(f"  --{field.name}={_shown(field.default)}", explanation)
+    return "\n".join(lines)
 
 
-def write_json(path, value):
-    """Write JSON so that the file appears whole or not at all."""
-    beside = Path(f"{path}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
+def _columns(left, right, width=29):
+    """Lines with `left` in a column of this width and `right` wrapped beside it."""
+    wrapped = textwrap.wrap(right, 100 - width - 1)
+    if len(left) > width:
+        return [left, *(" " * (width + 1) + line for line in wrapped)]
+    first = f"{left:{width}} {wrapped[0]}"
+    return [first, *(" " * (width + 1) + line for line in wrapped[1:])]
 
 
-def _fields_as_text():
-    lines = inspect.getsource(Config).split("    def ")[0].splitlines()[2:]
-    return "\n".join(lines).rstrip()
+def _shown(value):
+    """A default as it is written on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def experiments_text():
+    """The shipped config files with their first docstring line, and the variants of each."""
+    lines = ["torchrun train.py CONFIG.py [VARIANT] [--key=value ...]", ""]
+    for file in _shipped():
+        doc, _, variants = read_file(file)
+        lines.append(f"{file}{' VARIANT' if variants else ''}".ljust(29) + f" {doc}")
+        for variant, values in variants.items():
+            pairs = [f"{name}={_shown(values[name])}" for name in FIELDS if name in values]
+            lines.append(f"    {variant}".ljust(29) + f" {' '.join(pairs)}")
+    return "\n".join(lines)
 
 
 def command_line(main):
@@ -310,10 +580,36 @@ def command_line(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":  # most mistakes are everybody's: torchrun ends this process before it repeats what rank 0 has said
-            time.sleep(3)
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        _print_error(error)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        raise SystemExit(130) from None
+
+
+def _print_error(error):
+    """Print a UserError once. Under torchrun all processes usually raise the same one.
+
+    Those above rank 0 wait before they print: torchrun ends them when rank 0 has exited.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)
+    where = "" if rank == "0" else f" on rank {rank}"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+
+
+# ---- JSON files
+
+def read_json(path):
+    """The value of a JSON file; raises UserError."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path, value):
+    """Write JSON so that the file appears whole or not at all."""
+    beside = Path(f"{path}.tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+KINDS_OF_A = ("uniform", "orthogonal", "frozen")  # choices of lora_A
+
 
 class LowRank(nn.Module):
     """alpha 0 means scale 1. lora_A: "uniform", "orthogonal", or "frozen": orthogonal and not trained."""

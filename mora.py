@@ -23,8 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora import LowRank, Rescaled
+from lora import KINDS_OF_A, LowRank, Rescaled
 
+METHODS = ("lora", "mora", "frozen")
+OPERATORS = ("truncate", "share", "decouple", "rotate")
+GROUPS = ("strided", "contiguous", "alternate", "permute")
 ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products want rows that are multiples of it
 
 
@@ -313,10 +316,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     float32 (float64 if the weight is) on the weight's device. Raises ValueError for an unknown name, an operator that the
     method does not take, a target that matches no nn.Linear, and a model that is adapted already.
     """
-    for value, choices, what in ((method, ("lora", "mora", "frozen"), "method"),
-                                 (operator, ("truncate", "share", "decouple", "rotate"), "operator"),
-                                 (groups, ("strided", "contiguous", "alternate", "permute"), "groups"),
-                                 (lora_A, ("uniform", "orthogonal", "frozen"), "lora_A")):
+    for value, choices, what in ((method, METHODS, "method"), (operator, OPERATORS, "operator"),
+                                 (groups, GROUPS, "groups"), (lora_A, KINDS_OF_A, "lora_A")):
         if value not in choices:
             raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
     if rank < 1:

@@ -2,7 +2,8 @@
 
 One H200: about 273k tokens/s, 5.3 hours, 24.6 GiB; results/throughput_h200.
 
-Section 5.3; scale alpha / rank = 0.5. Table 3: perplexity 33.40 on C4 (with the paper's 32,100-token vocabulary).
+Section 5.3; the scale alpha / rank is 0.5. Table 3: perplexity 33.40 on C4, with the paper's
+vocabulary of 32,100 tokens.
 """
 from configs.c4_250m import *
 

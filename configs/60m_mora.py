@@ -1,7 +1,11 @@
-"""MoRA, r = 32, on a 60M shape (GaLore's: 512 / 1376 / 8 layers / 8 heads) and Wikipedia text, with GPT-2's vocabulary.
+"""MoRA, r = 32, 60M on Wikipedia: 400 steps x 128 x 512 = 26 M tokens.
 
-400 steps x 128 sequences x 512 tokens = 26 M tokens of the 36 M in data/wiki. 77 M parameters, 51 M of them in the embeddings and
-the head. Prepare the data with `python data.py text wiki wiki-train.*.json.gz --val wiki-validation.*.json.gz`, or any text of yours.
+    python data.py text wiki wiki-train.*.json.gz --val wiki-validation.*.json.gz
+    torchrun train.py configs/60m_mora.py
+
+The shape is GaLore's 60M (512 / 1376 / 8 layers / 8 heads), the vocabulary is GPT-2's: 77 M
+parameters, 51 M of them in the embeddings and the head. data/wiki has 36 M tokens; any other text
+can be prepared in the same way.
 """
 data = "data/wiki"
 seq_len = 512

@@ -1,7 +1,8 @@
-"""What the five 1.3B configs share: section 5.3's shape and protocol on C4, with GPT-2's vocabulary.
+"""Shared by the five 1.3B configs: section 5.3's shape and protocol on C4.
 
-10,000 steps x 1024 sequences x 512 tokens = 5.24 B tokens. 1.4 B parameters with 50,257 tokens in the vocabulary, of which
-1.2 B lie in the 168 adapted linear layers. (5461 is the paper's: a multiple of 64, as 5504, runs about 5 % faster.)
+10,000 steps x 1024 sequences x 512 tokens = 5.24 B tokens. The vocabulary is GPT-2's, 50,257
+tokens: 1.4 B parameters, 1.2 B of them in the 168 adapted linear layers. intermediate_size 5461 is
+the paper's; 5504, a multiple of 64, runs about 5 % faster.
 """
 from configs.c4_250m import *
 

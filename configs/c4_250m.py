@@ -1,7 +1,7 @@
-"""What the five 250M configs share: section 5.3's shape and protocol on C4, with GPT-2's vocabulary.
+"""Shared by the five 250M configs: section 5.3's shape and protocol on C4.
 
-10,000 steps x 1024 sequences x 512 tokens = 5.24 B tokens. 275 M parameters with 50,257 tokens in the vocabulary, of which
-198 M lie in the 168 adapted linear layers.
+10,000 steps x 1024 sequences x 512 tokens = 5.24 B tokens. The vocabulary is GPT-2's, 50,257
+tokens: 275 M parameters, 198 M of them in the 168 adapted linear layers.
 """
 data = "data/c4"
 seq_len = 512

@@ -30,10 +30,10 @@ from samples import open_split
 
 LIMIT = int(os.environ.get("LIMIT", 0))  # questions; 0: all
 COMMON = ["--data=data/gsm8k_fit", "--micro_batch=128"]
-FFT, LORA, MORA = (str(ROOT / f"configs/gsm8k_{name}.py") for name in ("fft", "lora_r8", "mora_r8"))
+FFT, LORA, MORA = ([str(ROOT / "configs/gsm8k.py"), name] for name in ("fft", "lora_r8", "mora_r8"))
 METHODS = {
-    "fft": [FFT], "lora": [LORA], "mora_rotate_r8": [MORA], "mora_share_r256": [MORA, "--rank=256", "--operator=share"],
-    **{f"operator_{name}": [MORA, "--rank=32", f"--operator={name}"] for name in ("rotate", "share", "decouple", "truncate")}, "base": [FFT],
+    "fft": FFT, "lora": LORA, "mora_rotate_r8": MORA, "mora_share_r256": [*MORA, "--rank=256", "--operator=share"],
+    **{f"operator_{name}": [*MORA, "--rank=32", f"--operator={name}"] for name in ("rotate", "share", "decouple", "truncate")}, "base": FFT,
 }
 # the first two rates: the paper's highest for its 7B model, or the next below, and the next on the grid
 RATES = {method: (3e-4, 1e-3) for method in METHODS} | {"fft": (3e-5, 1e-4), "mora_share_r256": (1e-4, 3e-4)}

@@ -31,7 +31,7 @@ RATES = {"mora_r8": (1e-3, 3e-3), "lora_r8": (1e-3, 3e-3), "mora_r256": (3e-4, 1
 # trained to the end as well, since short probes seem to favour rates that start steadily: the next higher rate, or where the probes found
 # that one useless the next lower
 SECOND = {"mora_r256": 3e-4, "fft": 3e-4, "mora_r8": 3e-3, "lora_r256": 3e-4, "lora_r8": 1e-3}
-METHODS = {name: [str(ROOT / f"configs/uuid_{name}.py")] for name in RATES}
+METHODS = {name: [str(ROOT / "configs/uuid.py"), name] for name in RATES}
 METHODS["base"] = METHODS["fft"]
 
 
