@@ -141,7 +141,7 @@ def plot_spectra(named, file):
                    for layers in spectra_by_kind.values() for values in layers]
         length = min(len(square) for square in squares)
         energy = torch.stack([square[:length] for square in squares]).mean(0).cumsum(0)
-        curves.plot(range(1, length + 1), energy, label=label)
+        curves.plot(range(1, length + 1), energy.numpy(), label=label)
     bars.set_xticks([x + 0.4 - width / 2 for x in range(len(kinds))],
                     [kind.removesuffix("_proj") for kind in kinds])
     bars.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
@@ -320,7 +320,8 @@ def plot_operators(file):
     for line, panels in zip(axes, rows, strict=True):
         for axis, (title, delta) in zip(line, panels, strict=True):
             limit = float(delta.abs().max())
-            axis.imshow(delta, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.imshow(delta.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit,
+                        interpolation="nearest")
             axis.set_title(f"{title}\nrank {int(torch.linalg.matrix_rank(delta))}", fontsize=10)
             axis.set(xticks=[], yticks=[])
         out_features, in_features = panels[0][1].shape
