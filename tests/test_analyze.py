@@ -1,40 +1,216 @@
-"""Spectra say what was put in."""
+"""Spectra, log reading and schedules report what was put in."""
+import json
+
 import pytest
 import torch
 
 import analyze
 import checkpoint
-from config import UserError
+from config import OPERATORS, UserError, load
 
+
+def write_log(path, *records, tail=""):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    return path
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A log of 40 steps of 100 tokens: 20 at 50 tokens/s, 20 at 200 tokens/s."""
+    return write_log(
+        tmp_path / "log.jsonl", {"config": {}, "start": 0, "tokens_per_step": 100},
+        {"step": 0, "val_loss": 5.0}, {"step": 20, "loss": 4.0, "tokens_per_s": 50.0},
+        {"step": 30, "val_loss": 3.5}, {"step": 40, "loss": 3.0, "tokens_per_s": 200.0},
+        {"step": 40, "val_loss": 3.0})
+
+
+# ---------------------------------------------------------------------------------------------
+# spectra
 
 def test_measures_of_a_known_spectrum():
     row = analyze.measures(torch.tensor([2.0, 1.0, 0.5, 0.05, 1e-4, 0.0]))
-    assert row["singular_above_0.1"] == 3 and row["rank"] == 4 and row["largest"] == 2.0
-    assert row["stable_rank"] == pytest.approx((4 + 1 + 0.25 + 0.0025 + 1e-8) / 4) and row["energy_90"] == 2
+    assert row["singular_above_0.1"] == 3
+    assert row["rank"] == 4
+    assert row["largest"] == 2.0
+    assert row["stable_rank"] == pytest.approx((4 + 1 + 0.25 + 0.0025 + 1e-8) / 4)
+    assert row["energy_90"] == 2
     assert analyze.measures(torch.zeros(5))["rank"] == 0
 
 
-def test_spectra_of_a_run_count_its_rank(run, capsys, tmp_path):
-    """LoRA of rank 2 adds rank 2; ReLoRA of three cycles rank 6; first weights come back from the seed."""
-    for restarts, rank in (([], 2), (["--restart_every=7", "--restart_warmup=1"], 6)):
-        out = run("--method=lora", "--lr=0.03", *restarts, f"--out={tmp_path / str(rank)}")
-        found = analyze.spectra(analyze.weights(out)[0], analyze.first_weights(checkpoint.steps_of(out)[-1]))
-        assert all(len(layers) == 2 for layers in found.values())
-        means = analyze.mean_measures(found)
-        assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
-    steps = checkpoint.steps_of(out)
-    assert analyze.mean_measures(analyze.spectra(analyze.weights(steps[1])[0], analyze.weights(steps[1])[0]))["all"]["largest"] == 0.0
+@pytest.mark.parametrize(("restarts", "rank"), [
+    ((), 2), (("--restart_every=7", "--restart_warmup=1"), 6)], ids=("LoRA", "ReLoRA"))
+def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
+    """LoRA of rank 2 adds rank 2, ReLoRA of three cycles rank 6, since the seed's weights."""
+    out = run("--method=lora", "--lr=0.03", *restarts)
+    before = analyze.first_weights(checkpoint.steps_of(out)[-1])
+    values = analyze.spectra(analyze.weights(out)[0], before)
+    assert all(len(layers) == 2 for layers in values.values())
+    means = analyze.mean_measures(values)
+    assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
+
+
+def test_a_checkpoint_does_not_differ_from_itself(run):
+    weights, _ = analyze.weights(run())
+    assert analyze.mean_measures(analyze.spectra(weights, weights))["all"]["largest"] == 0.0
+
+
+def test_first_weights_of_what_is_no_run_are_asked_for(run):
     with pytest.raises(UserError, match="--since"):
-        analyze.first_weights(steps[0] / "base")
+        analyze.first_weights(checkpoint.steps_of(run())[0] / "base")
 
 
-def test_commands_draw(run, config, tmp_path, capsys):
+# ---------------------------------------------------------------------------------------------
+# loss curves
+
+def test_the_x_axis_is_steps_tokens_or_seconds(log):
+    assert analyze.read_log(log) == {
+        "loss": [(20, 4.0), (40, 3.0)], "val_loss": [(0, 5.0), (30, 3.5), (40, 3.0)]}
+    tokens = analyze.read_log(log, "tokens")
+    assert tokens["loss"] == [(2000, 4.0), (4000, 3.0)]
+    assert tokens["val_loss"] == [(0, 5.0), (3000, 3.5), (4000, 3.0)]
+    seconds = analyze.read_log(log, "seconds")  # 2000 / 50 = 40 s, then 2000 / 200 = 10 s
+    assert seconds["loss"] == [(40.0, 4.0), (50.0, 3.0)]
+    assert seconds["val_loss"] == [(0.0, 5.0), (45.0, 3.5), (50.0, 3.0)]
+
+
+def test_validation_beyond_the_last_logged_loss_is_placed_at_the_last_speed(log):
+    with log.open("a") as file:
+        file.write(json.dumps({"step": 46, "val_loss": 2.0}) + "\n")
+    assert analyze.read_log(log, "seconds")["val_loss"][-1] == (pytest.approx(53.0), 2.0)
+
+
+def test_lines_of_a_resumed_run_replace_the_earlier_ones(log):
+    with log.open("a") as file:
+        file.write(json.dumps({"config": {}, "start": 20, "tokens_per_step": 100}) + "\n")
+        file.write(json.dumps({"step": 40, "loss": 2.5, "tokens_per_s": 400.0}) + "\n")
+    assert analyze.read_log(log, "seconds")["loss"] == [(40.0, 4.0), (45.0, 2.5)]
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_an_incomplete_last_line_is_left_out_with_a_note(log, ending, capsys):
+    whole = analyze.read_log(log)
+    with log.open("a") as file:
+        file.write('{"step": 60, "lo' + ending)
+    assert analyze.read_log(log) == whole
+    assert f"{log}, line 7 is incomplete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ['{"step": 25, "lo', "25", "\0\0\0"])
+def test_a_damaged_line_elsewhere_is_an_error_with_its_number(log, damage):
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:3], damage, *lines[3:]]) + "\n")
+    with pytest.raises(UserError, match=r"log\.jsonl, line 4 is not a JSON object"):
+        analyze.read_log(log)
+
+
+def test_a_log_that_lacks_what_an_axis_needs_is_an_error(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(UserError, match="cannot be read"):
+        analyze.main(["losses", str(tmp_path / "nothing")])
+    write_log(path, {"tokens_per_step": 100}, {"step": 0, "val_loss": 5.0})
+    with pytest.raises(UserError, match="no training loss yet"):
+        analyze.read_log(path)
+    write_log(path, {"step": 10, "loss": 5.0, "tokens_per_s": 1.0})
+    with pytest.raises(UserError, match="no header with tokens_per_step.*--x=step"):
+        analyze.read_log(path, "tokens")
+    write_log(path, {"tokens_per_step": 100}, {"step": 10, "loss": 5.0})
+    with pytest.raises(UserError, match="step 10 has no tokens_per_s"):
+        analyze.read_log(path, "seconds")
+
+
+def test_seconds_of_a_real_run_are_its_tokens_over_its_speed(run):
+    out = run("--log_every=5")
+    records = analyze.read_records(out / "log.jsonl")
+    speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
+    tokens = 5 * 8 * 16  # steps, batch_size, seq_len
+    expected = sum(tokens / speed for speed in speeds)
+    assert analyze.read_log(out, "seconds")["loss"][-1][0] == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# the learning rate
+
+@pytest.fixture
+def drawn_steps(monkeypatch):
+    """drawn_steps(words) is the number of steps that `analyze.py schedule` draws."""
     pytest.importorskip("matplotlib")
-    out = run()
-    for words in (["spectra", str(out)], ["losses", str(out), str(out / "log.jsonl")], ["schedule", str(config), "--restart_every=5"]):
+
+    def count(*words):
+        lines = []
+
+        def keep_lines(figure, axes, file):
+            lines.extend(axes[0].lines)
+
+        monkeypatch.setattr(analyze, "_save", keep_lines)
+        analyze.main(["schedule", *words])
+        (line,) = lines
+        return len(line.get_xdata())
+
+    return count
+
+
+@pytest.mark.parametrize("samples", [False, True], ids=("text", "samples"))
+def test_the_schedule_of_epochs_has_the_steps_that_training_takes(run, config, pairs, samples,
+                                                                  drawn_steps):
+    words = ["--epochs=0.5", "--warmup=2", "--eval_every=100", "--save_every=100"]
+    if samples:
+        words += ["--seq_len=64", f"--data={pairs}"]
+    records = analyze.read_records(run(*words) / "log.jsonl")
+    steps = max(record.get("step", 0) for record in records)
+    assert drawn_steps(str(config), *words) == steps
+    assert steps != drawn_steps(str(config)) == 20  # the steps that the config file sets
+
+
+def test_the_schedule_of_epochs_without_data_asks_for_steps(config, tmp_path, drawn_steps):
+    words = [str(config), "--epochs=3", f"--data={tmp_path / 'absent'}"]
+    with pytest.raises(UserError, match=r"epochs = 3 over .*absent.*--steps=N") as caught:
+        drawn_steps(*words)
+    assert "\n" not in str(caught.value)
+    assert drawn_steps(*words, "--steps=50") == 50
+
+
+def test_schedule_passes_all_other_words_to_config(config, monkeypatch, tmp_path):
+    words = []
+
+    def remember(argv, default):
+        words.extend(argv)
+        return load([str(config)], default)
+
+    monkeypatch.setattr(analyze, "load", remember)
+    monkeypatch.setattr(analyze, "plot_schedule", lambda cfg, file: None)
+    analyze.main(["schedule", "configs/task.py", "mora_r8", "--png=x.png", "--lr=1e-3"])
+    assert words == ["configs/task.py", "mora_r8", "--lr=1e-3"]
+
+
+# ---------------------------------------------------------------------------------------------
+# pictures
+
+def test_every_command_draws(run, config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = str(run())
+    for words in (["spectra", out], ["losses", out, f"{out}/log.jsonl", "--x=seconds"],
+                  ["schedule", str(config), "--restart_every=5"], ["operators"]):
         png = tmp_path / f"{words[0]}.png"
         analyze.main([*words, f"--png={png}"])
         assert png.read_bytes()[:4] == b"\x89PNG"
     assert "stable rank" in capsys.readouterr().out
-    with pytest.raises(UserError, match="can not be read"):
-        analyze.main(["losses", str(tmp_path / "nothing")])
+
+
+def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be written"):
+        analyze.main(["losses", str(log), f"--png={tmp_path / 'absent' / 'x.png'}"])
+    with pytest.raises(UserError, match="unknown arguments: --nonsense"):
+        analyze.main(["losses", str(log), "--nonsense"])
+
+
+def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
+    square, wide, merged = analyze.operator_panels()
+
+    def ranks(panels):
+        return [int(torch.linalg.matrix_rank(delta)) for _, delta in panels]
+
+    assert [title.split(",")[0] for title, _ in square] == ["LoRA", *OPERATORS]
+    assert ranks(square) == [1, 8, 8, 36, 36]
+    assert ranks(wide) == [1, 10, 10, 36, 36]
+    assert ranks(merged) == [8, 15, 15, 15, 29]
