@@ -117,3 +117,10 @@ def test_rates_are_written_in_full():
     rates = {1e-2: "1e-2", 3e-4: "3e-4", 1.5e-3: "1.5e-3"}
     for value, text in rates.items():
         assert tables.cell(column, "mora", {"mora.lr": value}, "metrics.json") == text
+
+
+def test_floors_prints_the_published_table():
+    folder = ROOT / "results" / "throughput_h200"
+    run = subprocess.run([sys.executable, folder / "floors.py"], capture_output=True, text=True,
+                         timeout=120)
+    assert run.stderr == "" and run.stdout == (folder / "floors.txt").read_text()
