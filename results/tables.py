@@ -1,0 +1,150 @@
+"""Write the result tables of README.md from the metrics.json of each results folder.
+
+    python results/tables.py            rewrite the tables in README.md
+    python results/tables.py --check    change nothing; exit 1 and name each table that differs
+
+A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`. A new table is one
+entry of TABLES and one pair of these comments. metrics.json maps names to finite numbers.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).resolve().parent
+MARKED_TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+class Column(NamedTuple):
+    header: str
+    metric: str        # name of the metric; {} stands for the row
+    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4
+    missing: str = ""  # the cell of a row that lacks the metric; "": the metric must exist
+
+
+# NAME: ({label in README: the row's part of the metrics' names}, columns). NAME is a folder of
+# results/, or FOLDER/ANYTHING for a further table from the same folder.
+TABLES = {
+    "restarts_60m": ({
+        "LoRA": "lora", "ReLoRA": "relora", "MoRA": "mora",
+        "ReMoRA, alternate": "remora_alternate", "ReMoRA, permute": "remora_permute",
+    }, (
+        Column("validation perplexity", "{}.ppl", "{:.1f}"),
+        Column("singular values of ΔW above 0.1", "{}.singular_above_0.1", "{:.0f}"),
+        Column("rank of ΔW", "{}.rank", "{:.0f}"),
+    )),
+    "throughput_h200": ({
+        "full rank": "full", "frozen (embeddings, norms, head alone)": "frozen",
+        "LoRA": "lora", "**MoRA**": "mora",
+        "MoRA, two paths": "mora_two_paths", "ReMoRA, permute": "remora_permute",
+    }, (
+        Column("1.3b tokens/s", "1.3b.{}.tokens_per_s", "{:,.0f}"),
+        Column("/ full", "1.3b.{}.to_full", "{:.2f}"),
+        Column("peak GiB", "1.3b.{}.peak_gib", "{:.1f}"),
+        Column("/ full", "1.3b.{}.peak_to_full", "{:.2f}"),
+        Column("250m tokens/s", "250m.{}.tokens_per_s", "{:,.0f}"),
+        Column("/ full", "250m.{}.to_full", "{:.2f}"),
+        Column("peak GiB", "250m.{}.peak_gib", "{:.1f}"),
+    )),
+    "uuid": ({
+        "full fine-tuning": "fft", "LoRA, r = 8": "lora_r8", "MoRA, r = 8": "mora_r8",
+        "LoRA, r = 256": "lora_r256", "MoRA, r = 256": "mora_r256",
+    }, (
+        Column("parameters trained", "{}.parameters", "{:,}"),
+        Column("step 500", "{}.accuracy_at_500", "{:.1%}"),
+        Column("700", "{}.accuracy_at_700", "{:.1%}", missing="done"),
+        Column("900", "{}.accuracy_at_900", "{:.1%}", missing="done"),
+        Column("last step", "{}.accuracy_final", "{:.2%}"),
+        Column("99 % at step", "{}.steps_to_99", "{}", missing="-"),
+    )),
+    "gsm8k": ({
+        "untrained": "base", "full fine-tuning": "fft",
+        "LoRA, r = 8": "lora", "MoRA, rotate, r = 8": "mora_rotate_r8",
+        "MoRA, share, r = 256": "mora_share_r256",
+        "MoRA, truncate, r = 32": "operator_truncate", "MoRA, share, r = 32": "operator_share",
+        "MoRA, decouple, r = 32": "operator_decouple", "MoRA, rotate, r = 32": "operator_rotate",
+    }, (
+        Column("parameters trained", "{}.parameters", "{:,}", missing="0"),
+        Column("rate", "{}.lr", "rate", missing="-"),
+        Column("exact match", "{}.exact_match", "{:.1%}"),
+        Column("test loss", "{}.test_loss", "{:.4f}"),
+    )),
+}
+
+
+def load_metrics(file):
+    """The numbers of a metrics.json by name; ValueError if one is not a finite number."""
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; it must hold the numbers of the table")
+    metrics = json.loads(file.read_text())
+    for name, value in metrics.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{file}: {name} is {value!r}; write a finite number or leave it out")
+    return metrics
+
+
+def cell(column, row, metrics, file):
+    """One number as text. ValueError if the metric does not exist and must."""
+    name = column.metric.format(row)
+    if name not in metrics:
+        if not column.missing:
+            raise ValueError(f"{file}: no metric {name!r}; add it, or correct TABLES in tables.py")
+        return column.missing
+    if column.form == "rate":
+        mantissa, exponent = f"{metrics[name]:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return column.form.format(metrics[name])
+
+
+def render(name, results=RESULTS):
+    """A table of TABLES in Markdown; each line ends with a newline."""
+    rows, columns = TABLES[name]
+    file = Path(results) / name.split("/")[0] / "metrics.json"
+    metrics = load_metrics(file)
+    lines = [["", *(column.header for column in columns)], ["---"] * (len(columns) + 1)]
+    for label, row in rows.items():
+        lines.append([label, *(cell(column, row, metrics, file) for column in columns)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def update(text, results=RESULTS):
+    """(text with its marked tables rendered again, names of the tables that differed)."""
+    found, changed = [], []
+
+    def replace(match):
+        name, before = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"table {name!r} is marked, but TABLES has only {', '.join(TABLES)}")
+        found.append(name)
+        after = render(name, results)
+        if after != before:
+            changed.append(name)
+        return f"<!-- table: {name} -->\n{after}<!-- end -->"
+
+    text = MARKED_TABLE.sub(replace, text)
+    for name in TABLES:
+        if (count := found.count(name)) != 1:
+            raise ValueError(f"'<!-- table: {name} -->' to '<!-- end -->': {count} times, not once")
+    return text, changed
+
+
+def main(arguments):
+    if arguments not in ([], ["--check"]):
+        raise ValueError(f"unknown arguments {' '.join(arguments)}; the only one is --check")
+    readme = RESULTS.parent / "README.md"
+    text, changed = update(readme.read_text())
+    if changed and arguments:
+        raise ValueError(f"README.md differs from metrics.json in {', '.join(changed)}; "
+                         "run python results/tables.py")
+    if changed:
+        readme.write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"tables.py: {error}")

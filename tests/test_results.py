@@ -1,0 +1,126 @@
+"""README's tables are what results/*/metrics.json gives, and every results folder is complete."""
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tables)
+
+FOLDERS = sorted(file.name for file in (ROOT / "results").iterdir()
+                 if file.is_dir() and file.name != "__pycache__")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A project of README.md, results/tables.py and each metrics.json, to be spoiled."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for file in [ROOT / "results" / "tables.py", *(ROOT / "results").glob("*/metrics.json")]:
+        target = tmp_path / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    return tmp_path
+
+
+def run_tables(project, *arguments):
+    command = [sys.executable, project / "results" / "tables.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def change_metric(project, folder, name, value):
+    """Set a metric; remove it if the value is None."""
+    file = project / "results" / folder / "metrics.json"
+    metrics = json.loads(file.read_text())
+    assert name in metrics
+    metrics[name] = value
+    if value is None:
+        del metrics[name]
+    file.write_text(json.dumps(metrics))
+
+
+def test_readme_has_the_tables_that_the_metrics_give():
+    text = (ROOT / "README.md").read_text()
+    assert tables.update(text) == (text, [])
+
+
+def test_table_lines_have_at_most_100_columns():
+    lines = [line for name in tables.TABLES for line in tables.render(name).splitlines()]
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_results_folder_has_a_readme_and_flat_finite_metrics(folder):
+    assert (ROOT / "results" / folder / "README.md").read_text().strip()
+    assert tables.load_metrics(ROOT / "results" / folder / "metrics.json")
+
+
+@pytest.mark.parametrize("name, folder, metric", [
+    ("restarts_60m", "restarts_60m", "remora_permute.ppl"),
+    ("throughput_h200", "throughput_h200", "1.3b.mora.to_full"),
+    ("uuid", "uuid", "lora_r8.accuracy_at_900"),
+    ("gsm8k", "gsm8k", "operator_rotate.test_loss"),
+])
+def test_a_changed_number_fails_the_check_until_the_table_is_rewritten(copy, name, folder, metric):
+    assert run_tables(copy, "--check").returncode == 0
+    before = (copy / "README.md").read_text()
+    change_metric(copy, folder, metric, 0.4321)
+    check = run_tables(copy, "--check")
+    assert check.returncode == 1 and f"in {name};" in check.stderr
+    assert (copy / "README.md").read_text() == before
+    assert run_tables(copy).returncode == 0
+    assert (copy / "README.md").read_text() != before
+    assert run_tables(copy, "--check").returncode == 0
+
+
+def test_a_number_edited_in_readme_fails_the_check(copy):
+    readme = copy / "README.md"
+    assert readme.read_text().count("| 81,716 |") == 1
+    readme.write_text(readme.read_text().replace("| 81,716 |", "| 91,716 |"))
+    check = run_tables(copy, "--check")
+    assert check.returncode == 1 and "throughput_h200" in check.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "12", True, [1.0], {"a": 1.0}])
+def test_a_metric_that_is_no_finite_number_is_an_error(copy, value):
+    change_metric(copy, "uuid", "fft.steps", value)
+    failed = run_tables(copy)
+    assert failed.returncode == 1 and "metrics.json: fft.steps is" in failed.stderr
+
+
+def test_a_metric_that_a_table_lacks_is_an_error(copy):
+    change_metric(copy, "gsm8k", "base.test_loss", None)
+    failed = run_tables(copy)
+    assert failed.returncode == 1 and "no metric 'base.test_loss'" in failed.stderr
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("<!-- table: uuid -->", "", "'<!-- table: uuid -->'"),
+    ("<!-- table: uuid -->", "<!-- table: uuids -->", "table 'uuids' is marked"),
+    ("<!-- end -->", "", "'<!-- table: "),
+])
+def test_a_lost_or_misspelt_marker_is_an_error(copy, old, new, message):
+    readme = copy / "README.md"
+    readme.write_text(readme.read_text().replace(old, new, 1))
+    failed = run_tables(copy)
+    assert failed.returncode == 1 and message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_rates_are_written_in_full():
+    column = tables.Column("rate", "{}.lr", "rate")
+    rates = {1e-2: "1e-2", 3e-4: "3e-4", 1.5e-3: "1.5e-3"}
+    for value, text in rates.items():
+        assert tables.cell(column, "mora", {"mora.lr": value}, "metrics.json") == text
+
+
+def test_floors_prints_the_published_table():
+    folder = ROOT / "results" / "throughput_h200"
+    run = subprocess.run([sys.executable, folder / "floors.py"], capture_output=True, text=True,
+                         timeout=120)
+    assert run.stderr == "" and run.stdout == (folder / "floors.txt").read_text()
