@@ -1,8 +1,10 @@
-"""Checkpoints: directories of safetensors and JSON. Weights are never pickled; a directory appears whole or not at all.
+"""Checkpoints: directories of safetensors and JSON. Weights are never pickled.
 
-    out/<run>/step-00002000/base/       a Hugging Face directory: the weights without the update
-    out/<run>/step-00002000/adapter/    the update, as adapters.py has it: what peft loads, if it is LoRA or DoRA
-    out/<run>/step-00002000/            optimizer.pt, state.json
+    out/<run>/step-00002000/base/      a Hugging Face directory: the weights without the update
+    out/<run>/step-00002000/adapter/   the update, see adapters.py; peft loads LoRA and DoRA
+    out/<run>/step-00002000/           optimizer.pt, state.json
+
+A directory appears whole or not at all: it is written under a temporary name and then renamed.
 """
 import dataclasses
 import os
@@ -19,42 +21,69 @@ from adapters import read_tensors
 from config import UserError, read_json, write_json
 from model import Llama, LlamaConfig
 
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # keys of its rope scaling
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+         "rope_theta", "tie_word_embeddings")
+# keys of LLaMA-3's rope scaling
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# keys of config.json of which some values are implemented, with their default and those values
+IMPLEMENTED = {
+    "model_type": (None, ("llama",)),
+    "hidden_act": ("silu", ("silu",)),
+    "attention_bias": (False, (False,)),
+    "mlp_bias": (False, (False,)),
+    "quantization_config": (None, (None,)),
+}
 
 
-def write_hugging_face(folder, weights, cfg, tok):
-    """A directory that transformers loads: {name: tensor} as model.safetensors, LlamaConfig as config.json.
+# ------------------------------------------------------------
+# Hugging Face directories
 
-    tok (see tokenizer.load; None: unknown) is named in one key more, which transformers ignores.
+def write_hugging_face(folder, weights, cfg, tok, seq_len=None):
+    """Write a directory that transformers loads: model.safetensors and config.json.
+
+    weights: {name: tensor}. cfg: LlamaConfig. tok: see tokenizer.load, or None if unknown.
+    seq_len: tokens per sequence in training, or None. config.json holds the tokenizer's name and
+    seq_len under two keys that transformers ignores.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(on_cpu, folder / "model.safetensors", {"format": "pt"})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype,
+              "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+              "head_dim": cfg.head_dim, "bos_token_id": None, "eos_token_id": None,
+              "tokenizer": None, "seq_len": seq_len}
     if tok:
         tok.keep(folder)
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim,
-        "bos_token_id": tok and tok.start[0], "eos_token_id": tok and tok.end,
-        "tokenizer": tok and tok.name, **{key: getattr(cfg, key) for key in SHAPE},
-        "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **cfg.rope_scaling}})
+        config |= {"bos_token_id": tok.start[0], "eos_token_id": tok.end, "tokenizer": tok.name}
+    config |= {key: getattr(cfg, key) for key in SHAPE}
+    config["rope_scaling"] = None
+    if cfg.rope_scaling:
+        config["rope_scaling"] = {"rope_type": "llama3", **cfg.rope_scaling}
+    write_json(folder / "config.json", config)
 
 
 def llama_config(config, where):
-    """LlamaConfig of a Hugging Face config.json (a dict), old or new style; raises UserError with the key that is not implemented.
+    """The LlamaConfig of a Hugging Face config.json (a dict).
 
-    RoPE's keys lie at the top with `rope_scaling` beside them (transformers 4) or together in `rope_parameters` (transformers 5).
+    The keys of RoPE stand at the top with `rope_scaling` beside them (transformers 4), or
+    together in `rope_parameters` (transformers 5). Raises UserError that names `where` and the key
+    that is missing or not implemented.
     """
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    def must_be(key, value, implemented):
+        if value not in implemented:
+            listed = " and ".join(map(repr, implemented))
+            raise UserError(f"{where}: {key} {value!r} is not implemented, only {listed}")
+
+    for key, (default, implemented) in IMPLEMENTED.items():
+        must_be(key, config.get(key, default), implemented)
+    rope = config.get("rope_parameters")
+    if not rope:
+        rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope |= config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    only = (("model_type", config.get("model_type"), ("llama",)), ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-            ("attention_bias", config.get("attention_bias", False), (False,)), ("mlp_bias", config.get("mlp_bias", False), (False,)),
-            ("quantization_config", config.get("quantization_config"), (None,)), ("rope_type", rope_type, ("default", "llama3")))
-    for key, value, known in only:
-        if value not in known:
-            raise UserError(f"{where}: {key} {value!r} is not implemented, only {' and '.join(map(repr, known))}")
+    must_be("rope_type", rope_type, ("default", "llama3"))
     values = {key: config[key] for key in SHAPE if config.get(key) is not None}
     values["rope_theta"] = rope.get("rope_theta", 10000.0)
     values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
@@ -63,82 +92,109 @@ def llama_config(config, where):
             values["rope_scaling"] = {key: rope[key] for key in LLAMA3}
         cfg = LlamaConfig(**values)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where} lacks a key: {error}")
-    if (config.get("head_dim") or cfg.head_dim) != cfg.head_dim:
-        raise UserError(f"{where}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads = {cfg.head_dim}")
+        raise UserError(f"{where} lacks a key: {error}") from None
+    head_dim = config.get("head_dim") or cfg.head_dim
+    if head_dim != cfg.head_dim:
+        raise UserError(f"{where}: head_dim {head_dim} is not hidden_size / num_attention_heads = "
+                        f"{cfg.head_dim}")
     return cfg
 
 
 def read_hugging_face(folder):
-    """(Llama in float32, tokenizer or None) of a Hugging Face directory, its weights in one file or in several with an index."""
+    """(Llama in float32, tokenizer or None) of a Hugging Face directory."""
     config = read_json(folder / "config.json")
     model = Llama(llama_config(config, folder / "config.json"))
     load_weights(model, base_weights(folder), folder)
     if config.get("tokenizer"):
         return model, tokenizer.load(config["tokenizer"], folder)
-    return model, tokenizer.load(str(folder)) if (folder / "tokenizer.json").exists() else None
+    if (folder / "tokenizer.json").exists():
+        return model, tokenizer.load(str(folder))
+    return model, None
 
 
 def base_weights(folder):
-    """{name: tensor} of a Hugging Face directory."""
-    index, weights = folder / "model.safetensors.index.json", {}
-    for name in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
-        weights |= read_tensors(folder / name)
+    """{name: tensor} of a Hugging Face directory: of one file, or of several with an index."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    weights = {}
+    for file in files:
+        weights |= read_tensors(folder / file)
     return weights
 
 
 def load_weights(model, weights, where):
-    """Copy {name: tensor} into a model; they must be all it has, and no more."""
+    """Copy {name: tensor} into a model. The names must be exactly the model's."""
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{where}: the weights do not fit the model: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: the weights do not fit the model: {reason}") from None
 
+
+# ------------------------------------------------------------
+# checkpoints of a run
 
 def save(cfg, step, cycle, model, optimizer, tok):
-    """Write <out>/step-<step>/, then remove all but the newest cfg.keep (0: keep all)."""
-    final, beside = Path(cfg.out) / f"step-{step:08d}", Path(cfg.out) / f".writing-step-{step:08d}"
-    for stray in Path(cfg.out).glob(".*ing-step-*"):  # what a kill left half written or half removed
-        shutil.rmtree(stray)
+    """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none)."""
+    out = Path(cfg.out)
+    for leftover in out.glob(".*ing-step-*"):  # a killed process left it half written or removed
+        shutil.rmtree(leftover)
+    final = out / f"step-{step:08d}"
+    beside = out / f".writing-{final.name}"
     weights = model.state_dict()
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
-    write_hugging_face(beside / "base", weights, model.cfg, tok)
+    write_hugging_face(beside / "base", weights, model.cfg, tok, cfg.seq_len)
     if updates:
-        adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE, **cfg.adapter())
+        adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
+                       **cfg.adapter())
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    write_json(beside / "state.json", {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
+    write_json(beside / "state.json",
+               {"step": step, "cycle": cycle, "config": dataclasses.asdict(cfg)})
     os.replace(beside, final)
-    for old in steps_of(cfg.out)[:-cfg.keep] if cfg.keep else []:
-        gone = old.with_name(f".removing-{old.name}")
-        os.replace(old, gone)
-        shutil.rmtree(gone)
+    if cfg.keep:
+        for old in steps_of(out)[:-cfg.keep]:
+            remove(old)
+
+
+def remove(step):
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no half checkpoint behind."""
+    hidden = step.with_name(f".removing-{step.name}")
+    os.replace(step, hidden)
+    shutil.rmtree(hidden)
 
 
 def steps_of(run):
-    """The whole checkpoints of a run folder, oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     return sorted(Path(run).glob("step-" + "[0-9]" * 8))
 
 
 def resume(path, model, optimizer):
-    """Load a checkpoint of the same shape and method into a model and its optimizer, in place; returns its state.json."""
+    """Load a checkpoint into a model of the same shape and method, and into its optimizer.
+
+    Returns the checkpoint's state.json.
+    """
     weights = base_weights(path / "base")
     if (path / "adapter").is_dir():
         weights |= adapters.weights(path / "adapter")
     load_weights(model, weights, path)
+    file = path / "optimizer.pt"
     try:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path / 'optimizer.pt'} can not be loaded: {error}")
+        raise UserError(f"{file} cannot be loaded: {error}") from None
     return read_json(path / "state.json")
 
 
 def load(path, base=None):
-    """(model in float32, tokenizer or None, its folder) of a run, of one of its steps, of a Hugging Face directory, or of an adapter folder.
+    """(model in float32, tokenizer or None, folder) of what a command line names.
 
-    A checkpoint with an update comes back adapted, and so does an adapter folder, on `base`, a Hugging Face directory (None: the one
-    that it names).
+    path: a run (its newest step is taken), a step, a Hugging Face directory, or an adapter folder.
+    A step with an update returns an adapted model; so does an adapter folder, on `base`, a Hugging
+    Face directory (None: the one that the folder names).
     """
     path = Path(path)
     if steps_of(path):
@@ -147,11 +203,29 @@ def load(path, base=None):
         model, tok = read_hugging_face(adapters.base_of(path, base))
         return adapters.attach(model, path), tok, path
     if base:
-        raise UserError(f"{path} is no adapter folder (it holds no adapter_config.json), so it takes no base, got {base}")
+        raise UserError(f"{path} is not an adapter folder (it has no adapter_config.json), so it "
+                        f"takes no base, got {base}")
     if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
         return *read_hugging_face(path), path
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     if not (path / "base").is_dir():
-        what = "holds no checkpoint: expected step-00000000/, base/, adapter_config.json, or config.json and model.safetensors"
-        raise UserError(f"{path} {what if path.exists() else 'does not exist'}")
+        raise UserError(f"{path} holds no checkpoint: expected step-00000000/, base/, "
+                        "adapter_config.json, or config.json and model.safetensors")
     model, tok = read_hugging_face(path / "base")
-    return adapters.attach(model, path / "adapter") if (path / "adapter").is_dir() else model, tok, path
+    if (path / "adapter").is_dir():
+        model = adapters.attach(model, path / "adapter")
+    return model, tok, path
+
+
+def trained_seq_len(folder):
+    """The tokens per sequence that a model was trained on, or None if nothing records them.
+
+    folder: as load() returns it. max_position_embeddings is another number after --init_from.
+    """
+    step = folder.parent if folder.name in ("base", "adapter") else folder
+    if (step / "state.json").exists():
+        return read_json(step / "state.json")["config"]["seq_len"]
+    if (folder / "config.json").exists():
+        return read_json(folder / "config.json").get("seq_len")
+    return None
