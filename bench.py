@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import mora
-from config import Config, UserError, command_line, read_json, write_json
+from config import Config, UserError, at_least, command_line, read_json, write_json
 from model import Llama, LlamaConfig
 from train import data_parallel, distributed, next_step, prepare_model
 
@@ -190,13 +190,16 @@ def parse_arguments(argv):
     parser.add_argument("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
     parser.add_argument("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
                         help=f"some of {', '.join(METHODS)}")
-    parser.add_argument("--rank", type=int, default=0, help="default: 128; at 7b 8, at tiny 16")
-    parser.add_argument("--seq_len", type=int, default=512 if gpu else 64)
-    parser.add_argument("--batch", type=int, default=0,
+    parser.add_argument("--rank", type=at_least(0), default=0,
+                        help="default: 128; at 7b 8, at tiny 16")
+    parser.add_argument("--seq_len", type=at_least(1), default=512 if gpu else 64)
+    parser.add_argument("--batch", type=at_least(0), default=0,
                         help="sequences per process and step; default: by shape")
-    parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="steps per block")
-    parser.add_argument("--repeats", type=int, default=5, help="blocks, of which the median counts")
-    parser.add_argument("--processes", type=int, default=1,
+    parser.add_argument("--steps", type=at_least(1), default=10 if gpu else 2,
+                        help="steps per block")
+    parser.add_argument("--repeats", type=at_least(1), default=5,
+                        help="blocks, of which the median counts")
+    parser.add_argument("--processes", type=at_least(1), default=1,
                         help="GPUs (or CPU processes) of this machine")
     parser.add_argument("--quick", action="store_true", help="do not time restarts")
     parser.add_argument("--json", type=Path,

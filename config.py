@@ -5,6 +5,7 @@
 A config file is plain Python assignments to the names below; names that start with an underscore are its own.
 It may take another file's names with `from configs.c4_250m import *`. `--key=value` on the command line wins.
 """
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -317,3 +318,21 @@ def command_line(main):
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number of this kind, finite and not below the minimum."""
+    name = "a whole number" if kind is int else "a number"
+    largest = 2 ** 32 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        if not minimum <= value <= largest:
+            raise argparse.ArgumentTypeError(f"must be {name} from {minimum} to {largest}, "
+                                             f"got {text}")
+        return value
+
+    return parse

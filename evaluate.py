@@ -23,7 +23,7 @@ import checkpoint
 import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from config import UserError, command_line
+from config import UserError, at_least, command_line
 from model import Llama
 from sample import greedy
 from shards import Samples, open_split
@@ -168,15 +168,15 @@ def parse_arguments(argv):
     parser.add_argument("--split", default="val", choices=("val", "train"))
     parser.add_argument("--answers", action="store_true",
                         help="of samples: answer greedily and compare with the responses")
-    parser.add_argument("--limit", type=int, default=0,
+    parser.add_argument("--limit", type=at_least(0), default=0,
                         help="answer the first samples, this many; default: all")
-    parser.add_argument("--max_new_tokens", type=int, default=0,
+    parser.add_argument("--max_new_tokens", type=at_least(0), default=0,
                         help="of an answer; default: one more than the longest response")
-    parser.add_argument("--seq_len", type=int, default=0,
+    parser.add_argument("--seq_len", type=at_least(0), default=0,
                         help="tokens per window; default: as in training, or the longest sample")
-    parser.add_argument("--batch", type=int, default=0,
+    parser.add_argument("--batch", type=at_least(0), default=0,
                         help="windows at once, default 16, or answers, default 512")
-    parser.add_argument("--tokens", type=int, default=0,
+    parser.add_argument("--tokens", type=at_least(0), default=0,
                         help="stop after this many; default: the whole split")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; "
                         "default: float32, of answers on a GPU bfloat16")
@@ -199,8 +199,9 @@ def main(argv):
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         result = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
     else:
-        seq_len = args.seq_len or window_of(model, folder, tokens)
-        result = perplexity(model, tokens, seq_len, args.batch or 16, limit=args.tokens)
+        seq_len = min(args.seq_len or window_of(model, folder, tokens), len(tokens))
+        batch = min(args.batch or 16, len(tokens) // seq_len + 1)
+        result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))
 
 

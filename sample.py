@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint
 import mora
 import tokenizer
-from config import UserError, command_line
+from config import UserError, at_least, command_line
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -142,17 +142,14 @@ def main(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     parser.add_argument("--prompt", default="", help="default: the start of a document")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_k", type=int, default=200,
+    parser.add_argument("--max_new_tokens", type=at_least(0), default=200)
+    parser.add_argument("--temperature", type=at_least(0.0, float), default=0.8)
+    parser.add_argument("--top_k", type=at_least(0), default=200,
                         help="draw among the likeliest tokens, this many; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a "
                         "tokenizer.json, for a directory that does not name its tokenizer")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0:
-        raise UserError(f"temperature {args.temperature} and top_k {args.top_k} must not be "
-                        "negative")
     model, tok = load_merged(args.checkpoint, args.tokenizer)
     prompt = tok.encode(args.prompt).tolist()
     if prompt[:1] != tok.start[:1]:
