@@ -9,11 +9,13 @@ The sum W + dW is computed in float32. Its logits are compared with the adapted 
 anything is written.
 """
 import argparse
+import copy
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import mora
@@ -43,7 +45,7 @@ def merged_model(source, base=None):
         if (folder / "base").is_dir():
             message += f"; {folder / 'base'} is a Hugging Face directory already"
         raise UserError(message)
-    merged = mora.merge(checkpoint.load(folder, base)[0])
+    merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
     difference, scale = largest_logit_difference(model, merged)
@@ -63,20 +65,27 @@ def merge_checkpoint(source, target=None, dtype=torch.float32, base=None):
     merged, tok, folder, difference = merged_model(source, base)
     target = Path(target) if target else folder.parent / "merged"
     must_be_free(target)
-    beside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_leftovers(target.parent, f".writing-{target.name}*")
+    beside = checkpoint.temporary(target, "writing")
     weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-    checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
-                                  checkpoint.trained_seq_len(folder))
-    if tok:
-        tok.export(beside)
-    os.replace(beside, target)
+    try:
+        checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
+                                      checkpoint.trained_seq_len(folder))
+        if tok:
+            tok.export(beside)
+        must_be_free(target)  # another process may have written it by now
+        os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return target, difference
 
 
 def must_be_free(target):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is not empty: remove it, or name another target")
+        raise UserError(f"{target} exists and is not empty: remove it, or name another target")
 
 
 def main(argv):

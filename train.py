@@ -92,7 +92,9 @@ def check_run_folder(cfg, rank):
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
-    before = checkpoint.read_json(newest / "state.json")["config"]
+    if rank == 0:
+        checkpoint.verify(newest)
+    before = checkpoint.read_state(newest)["config"]
     fixed = {*cfg.model(), *cfg.adapter(), "method", "seed", "data", "seq_len", "batch_size", "restart_every", "restart_steps",
              "lora_plus_ratio"}
     fixed.discard("max_position_embeddings")
@@ -160,7 +162,7 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest = check_run_folder(cfg, rank)
-    cycle = checkpoint.read_json(newest / "state.json")["cycle"] if newest else 0
+    cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
     optimizer = prepare_model(cfg, model, device, cycle)
     start = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 else model
