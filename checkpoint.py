@@ -32,6 +32,7 @@ COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 SHAPE = (*COUNTS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
 # keys of LLaMA-3's rope scaling
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # keys of config.json of which some values are implemented, with their default and those values
 IMPLEMENTED = {
     "model_type": (None, ("llama",)),
@@ -80,12 +81,12 @@ def positive_of(values, key, where, or_zero=False):
 # ------------------------------------------------------------
 # Hugging Face directories
 
-def write_hugging_face(folder, weights, cfg, tok, seq_len=None):
+def write_hugging_face(folder, weights, cfg, tok, seq_len=None, inherited=None):
     """Write a directory that transformers loads: model.safetensors and config.json.
 
     weights: {name: tensor}. cfg: LlamaConfig. tok: see tokenizer.load, or None if unknown.
     seq_len: tokens per sequence in training, or None. config.json holds the tokenizer's name and
-    seq_len under two keys that transformers ignores.
+    seq_len under two keys that transformers ignores. inherited: see inherited_of.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -102,7 +103,27 @@ def write_hugging_face(folder, weights, cfg, tok, seq_len=None):
     config["rope_scaling"] = None
     if cfg.rope_scaling:
         config["rope_scaling"] = {"rope_type": "llama3", **cfg.rope_scaling}
+    if inherited:
+        config |= inherited["config"]
+        if inherited["generation_config"]:
+            write_json(folder / "generation_config.json", inherited["generation_config"])
     write_json(folder / "config.json", config)
+
+
+def inherited_of(model):
+    """What the directory that a model was read from holds for other tools, or None without one.
+
+    {"config": {key: value} of bos, eos and pad in its config.json, "generation_config": dict or
+    None}. Training does not change it, so it goes into every directory written from the model.
+    """
+    return getattr(model, "inherited", None)
+
+
+def read_inherited(config, folder):
+    """inherited_of a model that is read from a folder with this config.json (a dict)."""
+    file = folder / "generation_config.json"
+    return {"config": {key: config[key] for key in SPECIAL_TOKENS if key in config},
+            "generation_config": read_object(file) if file.exists() else None}
 
 
 def llama_config(config, where):
@@ -181,6 +202,7 @@ def read_hugging_face(folder):
         model = Llama(cfg)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     load_weights(model, copies, folder, assign=True)
+    model.inherited = read_inherited(config, folder)
     name = config.get("tokenizer")
     if not isinstance(name, str | None):
         raise UserError(f"{file}: tokenizer must be a name, got {name!r}")
@@ -240,7 +262,8 @@ def save(cfg, step, cycle, model, optimizer, tok):
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = temporary(final, "writing")
     try:
-        write_hugging_face(beside / "base", weights, model.cfg, tok, cfg.seq_len)
+        write_hugging_face(beside / "base", weights, model.cfg, tok, cfg.seq_len,
+                           inherited_of(model))
         if updates:
             adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
                            **cfg.adapter())

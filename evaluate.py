@@ -2,7 +2,8 @@
 
     python evaluate.py out/60m_mora data/wiki                  the run's newest checkpoint
     python evaluate.py out/60m_mora/merged data/c4_sample      any LLaMA in Hugging Face's format
-    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers  greedy answers, compared
+    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl
+                                                               greedy answers, compared and kept
     python evaluate.py out/uuid_mora_r8 data/uuid --answers    right hex digits of second UUIDs
 
 The validation split is scored. Text: non-overlapping windows over the whole split; each token is
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import re
+from contextlib import nullcontext
 from decimal import Decimal
 
 import torch
@@ -85,12 +87,13 @@ def prompt_and_reference(samples, i, end):
     return ids[:first].tolist(), [token for token in ids[first:after].tolist() if token != end]
 
 
-def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
+def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
     """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
 
     limit: the first samples, this many; 0 for all. max_new_tokens of an answer; 0: one more than
-    the longest reference. A training loop may call it between two steps, on one rank, on the
-    unwrapped model: a merged copy generates.
+    the longest reference. file: an open file for {"question", "answer", "reference"} as JSON
+    lines. A training loop may call it between two steps, on one rank, on the unwrapped model: a
+    merged copy generates.
     """
     count = min(limit or len(samples.lengths), len(samples.lengths))
     parts = [prompt_and_reference(samples, i, tok.end) for i in range(count)]
@@ -99,8 +102,21 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     longest = max_new_tokens or max(map(len, references)) + 1
     vocab_size = min(tok.size, model.cfg.vocab_size)
     written = greedy(merged_copy(model), prompts, vocab_size, longest, tok.end, batch)
-    return scores([tok.decode(ids) for ids in written], [tok.decode(ids) for ids in references],
-                  samples.format)
+    questions = [question_text(tok, prompt) for prompt in prompts]
+    written = [tok.decode(ids) for ids in written]
+    references = [tok.decode(ids) for ids in references]
+    if file:
+        for texts in zip(questions, written, references, strict=True):
+            record = dict(zip(("question", "answer", "reference"), texts, strict=True))
+            file.write(json.dumps(record) + "\n")
+    return scores(written, references, samples.format)
+
+
+def question_text(tok, prompt):
+    """The text of a prompt's ids, without the ids that open a document."""
+    if prompt[:len(tok.start)] == tok.start:
+        prompt = prompt[len(tok.start):]
+    return tok.decode(prompt)
 
 
 def scores(written, references, style):
@@ -168,6 +184,8 @@ def parse_arguments(argv):
     parser.add_argument("--split", default="val", choices=("val", "train"))
     parser.add_argument("--answers", action="store_true",
                         help="of samples: answer greedily and compare with the responses")
+    parser.add_argument("--out", help="of answers: write each question, answer and reference to "
+                        "this file, as JSON lines")
     parser.add_argument("--limit", type=at_least(0), default=0,
                         help="answer the first samples, this many; default: all")
     parser.add_argument("--max_new_tokens", type=at_least(0), default=0,
@@ -180,7 +198,20 @@ def parse_arguments(argv):
                         help="stop after this many; default: the whole split")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; "
                         "default: float32, of answers on a GPU bfloat16")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out and not args.answers:
+        raise UserError("--out keeps answers: add --answers")
+    return args
+
+
+def open_output(name):
+    """The file to write to, opened before minutes of work, or a stand-in for None."""
+    if not name:
+        return nullcontext()
+    try:
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error.strerror}") from None
 
 
 def main(argv):
@@ -197,7 +228,9 @@ def main(argv):
     model.to(device)
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        result = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
+        with open_output(args.out) as file:
+            result = answers(model, tok, tokens, args.batch or 512, args.limit,
+                             args.max_new_tokens, file)
     else:
         seq_len = min(args.seq_len or window_of(model, folder, tokens), len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)

@@ -71,7 +71,8 @@ def merge_checkpoint(source, target=None, dtype=torch.float32, base=None):
     weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
     try:
         checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
-                                      checkpoint.trained_seq_len(folder))
+                                      checkpoint.trained_seq_len(folder),
+                                      checkpoint.inherited_of(merged))
         if tok:
             tok.export(beside)
         must_be_free(target)  # another process may have written it by now

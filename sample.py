@@ -2,10 +2,14 @@
 
     python sample.py out/tiny_mora --prompt="def "
     python sample.py out/tiny_mora/merged --prompt="def " --temperature=0.7 --max_new_tokens=300
+    python sample.py MODEL --chat --system="Answer briefly."   each line of input is a message
 
+A chat is written by the model's chat template, or by Tulu's format where it has none, as in
+training (sft.py). End of file (Ctrl-D) ends it.
 evaluate.py uses greedy(), which answers many prompts at once.
 """
 import argparse
+import sys
 import time
 
 import torch
@@ -13,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import mora
+import sft
 import tokenizer
 from config import UserError, at_least, command_line
 
@@ -127,21 +132,52 @@ def load_merged(path, tokenizer_name=None):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tok
 
 
-def print_text(tokens, tok):
-    """Print token ids as text while they arrive; returns how many there were."""
-    decode = tok.decoder()
-    count = 0
-    for token in tokens:
-        print(decode(token), end="", flush=True)
-        count += 1
-    return count
+def chat_ids(tok, messages):
+    """The ids of a chat [{"role", "content"}], up to where the next answer begins.
+
+    Special tokens of the template are tokens. Without a template these are the ids of training on
+    Tulu's format: the ids of a sample with an empty answer, without the end-of-text after it.
+    """
+    if tok.chat:
+        ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
+        if not ids:
+            raise UserError(f"the chat template of {tok.folder} writes nothing")
+        return ids
+    ids, _, _ = sft.chat(tok, {"messages": [*messages, {"role": "assistant", "content": ""}]})
+    return ids[:-1]
 
 
-def main(argv):
+def input_lines():
+    """Lines of standard input until its end, without empty ones; a terminal shows a prompt."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is no text: {error}") from None
+        if line.strip():
+            yield line
+
+
+def chat(write, tok, system):
+    """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for line in input_lines():
+        messages.append({"role": "user", "content": line})
+        answer = write(chat_ids(tok, messages))
+        print()
+        messages.append({"role": "assistant", "content": tok.decode(answer)})
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     parser.add_argument("--prompt", default="", help="default: the start of a document")
+    parser.add_argument("--chat", action="store_true", help="answer the lines of standard input")
+    parser.add_argument("--system", default="", help="the system message of a chat")
     parser.add_argument("--max_new_tokens", type=at_least(0), default=200)
     parser.add_argument("--temperature", type=at_least(0.0, float), default=0.8)
     parser.add_argument("--top_k", type=at_least(0), default=200,
@@ -150,16 +186,39 @@ def main(argv):
     parser.add_argument("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a "
                         "tokenizer.json, for a directory that does not name its tokenizer")
     args = parser.parse_args(argv)
+    if args.chat and args.prompt:
+        raise UserError("--chat reads messages from standard input: leave out --prompt")
+    if args.system and not args.chat:
+        raise UserError("--system is the first message of a chat: add --chat")
+    return args
+
+
+def main(argv):
+    args = parse_arguments(argv)
     model, tok = load_merged(args.checkpoint, args.tokenizer)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def write(ids):
+        """Print a continuation of ids as it is generated; returns its ids."""
+        if max(ids) >= model.cfg.vocab_size:
+            raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
+                            f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
+        decode = tok.decoder()
+        written = []
+        for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
+                              args.top_k, tok.end, generator):
+            print(decode(token), end="", flush=True)
+            written.append(token)
+        return written
+
+    if args.chat:
+        return chat(write, tok, args.system)
     prompt = tok.encode(args.prompt).tolist()
     if prompt[:1] != tok.start[:1]:
         prompt = tok.start + prompt
     print(args.prompt, end="", flush=True)
     begun = time.time()
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = generate(model, prompt, tok.size, args.max_new_tokens, args.temperature, args.top_k,
-                      tok.end, generator)
-    count = print_text(tokens, tok)
+    count = len(write(prompt))
     print(f"\n[{count} tokens, {count / (time.time() - begun):.0f} tokens/s]")
 
 
