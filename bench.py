@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 import mora
-from config import Config, UserError, at_least, command_line, read_json, write_json
+from checkpoint import read_object
+from config import Config, UserError, at_least, command_line, write_json
 from model import Llama, LlamaConfig
 from train import data_parallel, distributed, next_step, prepare_model
 
@@ -216,7 +217,7 @@ def compare(args, argv):
     """Measure the methods one after another; print a table and write --json."""
     numbers = {}
     if args.json and args.json.exists():
-        numbers = read_json(args.json)
+        numbers = read_object(args.json)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")

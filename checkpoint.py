@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from model import Llama, LlamaConfig
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
 SHAPE = (*COUNTS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
 # keys of LLaMA-3's rope scaling
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -198,8 +200,11 @@ def read_hugging_face(folder):
     if cfg.num_hidden_layers > len(weights):
         raise UserError(f"{file}: num_hidden_layers is {cfg.num_hidden_layers}, but the directory "
                         f"holds {len(weights)} tensors in all")
-    with torch.device("meta"):  # wrong shapes are found before memory is taken for them
-        model = Llama(cfg)
+    try:
+        with torch.device("meta"):  # wrong shapes are found before memory is taken for them
+            model = Llama(cfg)
+    except (RuntimeError, TypeError) as error:  # beyond 64 bits
+        raise UserError(f"{file}: no tensor has such a size: {one_line(error)[:200]}") from None
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     load_weights(model, copies, folder, assign=True)
     model.inherited = read_inherited(config, folder)
@@ -249,13 +254,17 @@ def load_weights(model, weights, where, assign=False):
 # ------------------------------------------------------------
 # checkpoints of a run: writing
 
-def save(cfg, step, cycle, model, optimizer, tok):
+def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none).
 
+    val_loss: the validation loss of these weights, or None if they were not evaluated; state.json
+    names it. keep_best: the step of the lowest val_loss stays too.
     Raises UserError, and leaves no trace, if a weight is not finite or the disk refuses.
     """
     out = Path(cfg.out)
     final = out / f"step-{step:08d}"
+    if val_loss is not None and not math.isfinite(val_loss):
+        val_loss = None  # JSON has no nan
     weights = model.state_dict()
     must_be_finite(weights, step, out)
     remove_leftovers(out, ".*ing-step-*")
@@ -269,8 +278,8 @@ def save(cfg, step, cycle, model, optimizer, tok):
                            **cfg.adapter())
         write_optimizer(optimizer, beside / "optimizer.pt")
         write_json(beside / "state.json", {
-            "step": step, "cycle": cycle, "config": dataclasses.asdict(cfg),
-            "files": file_records(beside)})
+            "step": step, "cycle": cycle, "val_loss": val_loss,
+            "config": dataclasses.asdict(cfg), "files": file_records(beside)})
         os.replace(beside, final)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final} cannot be written: {one_line(error)}; "
@@ -278,8 +287,10 @@ def save(cfg, step, cycle, model, optimizer, tok):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if cfg.keep:
+        best = best_of(out) if keep_best else None
         for old in steps_of(out)[:-cfg.keep]:
-            remove(old)
+            if old != best:
+                remove(old)
 
 
 def write_optimizer(optimizer, file):
@@ -314,7 +325,9 @@ def last_good(out):
 def file_records(folder):
     """{path in the folder: {"bytes", "crc32"}} of all files of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_record(path) for path in files}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(file_record, files), strict=True))
 
 
 def file_record(path):
@@ -365,6 +378,22 @@ def remove(step):
 def steps_of(run):
     """The checkpoints of a run folder, oldest first."""
     return sorted(Path(run).glob("step-" + "[0-9]" * 8))
+
+
+def best_of(run):
+    """The checkpoint of the lowest validation loss in a run folder, or None if none has a loss.
+
+    Damaged checkpoints are passed over, and so are losses that are not finite.
+    """
+    losses = {}
+    for step in steps_of(run):
+        try:
+            loss = read_state(step).get("val_loss")
+        except UserError:
+            continue
+        if isinstance(loss, float) and math.isfinite(loss):
+            losses[step] = loss
+    return min(losses, key=losses.get, default=None)
 
 
 def read_state(step):
@@ -506,15 +535,20 @@ def resume(path, model, optimizer):
     return state
 
 
-def load(path, base=None):
+def load(path, base=None, best=False):
     """(model in float32, tokenizer or None, folder) of what a command line names.
 
-    path: a run (its newest step is taken), a step, a Hugging Face directory, or an adapter folder.
+    path: a run (its newest step is taken, or with `best` the one of the lowest validation loss), a
+    step, a Hugging Face directory, or an adapter folder.
     A step with an update returns an adapted model; so does an adapter folder, on `base`, a Hugging
     Face directory (None: the one that the folder names).
     """
     path = Path(path)
-    if steps_of(path):
+    if best:
+        run, path = path, best_of(path)
+        if not path:
+            raise UserError(f"{run} has no checkpoint with a validation loss, so none is the best")
+    elif steps_of(path):
         path = steps_of(path)[-1]
     if (path / "adapter_config.json").exists():
         model, tok = read_hugging_face(adapters.base_of(path, base))

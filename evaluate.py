@@ -181,6 +181,7 @@ def parse_arguments(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     parser.add_argument("data", help="folder of token shards, as data/wiki")
+    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
     parser.add_argument("--split", default="val", choices=("val", "train"))
     parser.add_argument("--answers", action="store_true",
                         help="of samples: answer greedily and compare with the responses")
@@ -216,7 +217,7 @@ def open_output(name):
 
 def main(argv):
     args = parse_arguments(argv)
-    model, tok, folder = checkpoint.load(args.checkpoint)
+    model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)
     if args.answers and not isinstance(tokens, Samples):

@@ -34,12 +34,12 @@ def largest_logit_difference(model, other, length=64):
     return (logits - other(ids)).abs().max().item(), logits.abs().max().item()
 
 
-def merged_model(source, base=None):
+def merged_model(source, base=None, best=False):
     """(merged model in float32, tokenizer, folder, largest difference of logits) of a checkpoint.
 
     Raises UserError if there is nothing to merge, or if merged and adapted model differ.
     """
-    model, tok, folder = checkpoint.load(source, base)
+    model, tok, folder = checkpoint.load(source, base, best)
     if not mora.adapted_layers(model):
         message = f"{folder} holds no adapters: there is nothing to merge"
         if (folder / "base").is_dir():
@@ -55,21 +55,22 @@ def merged_model(source, base=None):
     return merged, tok, folder, difference
 
 
-def merge_checkpoint(source, target=None, dtype=torch.float32, base=None):
+def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=False):
     """Write the merged model of a run, a step, or an adapter folder (on `base`).
+
+    best: of a run, the step of the lowest validation loss instead of the newest.
 
     Returns (target, largest difference of the logits before the cast to dtype).
     """
     if target:
         must_be_free(Path(target))
-    merged, tok, folder, difference = merged_model(source, base)
+    merged, tok, folder, difference = merged_model(source, base, best)
     target = Path(target) if target else folder.parent / "merged"
     must_be_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.remove_leftovers(target.parent, f".writing-{target.name}*")
     beside = checkpoint.temporary(target, "writing")
     weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-    try:
+    try:  # creates the folders above target, too
         checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
                                       checkpoint.trained_seq_len(folder),
                                       checkpoint.inherited_of(merged))
@@ -95,13 +96,14 @@ def main(argv):
     parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
     parser.add_argument("target", nargs="?", help="an empty or new folder; default: merged, in "
                         "the run's folder or beside the adapter folder")
+    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
     parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; "
                         "default: the one that it names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the written weights")
     args = parser.parse_args(argv)
     target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype),
-                                          args.base)
+                                          args.base, args.best)
     print(f"merged into {target}: a Hugging Face directory; "
           f"largest difference of the logits {difference:.2g}")
 

@@ -119,9 +119,9 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     return answers
 
 
-def load_merged(path, tokenizer_name=None):
+def load_merged(path, tokenizer_name=None, best=False):
     """(model in evaluation mode, its updates merged, on the GPU if there is one; tokenizer)."""
-    model, tok, folder = checkpoint.load(path)
+    model, tok, folder = checkpoint.load(path, best=best)
     if tokenizer_name:
         tok = tokenizer.load(tokenizer_name)
     if not tok:
@@ -175,6 +175,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
     parser.add_argument("--prompt", default="", help="default: the start of a document")
     parser.add_argument("--chat", action="store_true", help="answer the lines of standard input")
     parser.add_argument("--system", default="", help="the system message of a chat")
@@ -195,7 +196,7 @@ def parse_arguments(argv):
 
 def main(argv):
     args = parse_arguments(argv)
-    model, tok = load_merged(args.checkpoint, args.tokenizer)
+    model, tok = load_merged(args.checkpoint, args.tokenizer, args.best)
     generator = torch.Generator().manual_seed(args.seed)
 
     def write(ids):

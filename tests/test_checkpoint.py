@@ -266,6 +266,8 @@ WRONG = [
     ({"head_dim": "8"}, "head_dim '8' is not hidden_size"),
     ({"vocab_size": -5}, "vocab_size must be a whole number of at least 1, got -5"),
     ({"vocab_size": 10 ** 12}, "the weights do not fit the model"),
+    ({"vocab_size": 10 ** 30}, "no tensor has such a size"),
+    ({"intermediate_size": 2 ** 62}, "no tensor has such a size"),
     ({"intermediate_size": None}, "lacks a key: intermediate_size"),
     ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, but the directory holds"),
     ({"num_hidden_layers": 3}, "the weights do not fit the model: .*Missing key"),
@@ -316,3 +318,44 @@ def test_seq_len_of_another_kind_is_named(directory, corpus):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seq_len": "16"}))
     with pytest.raises(UserError, match="seq_len must be a whole number of at least 1, got '16'"):
         evaluate.main([str(directory), str(corpus)])
+
+
+# ------------------------------------------------------------
+# the best checkpoint
+
+def save_steps(trained, out, losses, **options):
+    """Save steps 1, 2, ... with these validation losses; returns the names of what is kept."""
+    model, tok, _ = checkpoint.load(trained / "run")
+    cfg = train.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2"], default=None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, loss in enumerate(losses, 1):
+        checkpoint.save(cfg, step, 0, model, optimizer, tok, loss, **options)
+    return [int(path.name[5:]) for path in checkpoint.steps_of(out)]
+
+
+@pytest.mark.parametrize("losses, kept", [
+    ((3.0, 1.0, 2.0, 2.5, 2.6), [2, 4, 5]), ((3.0, 2.0, 1.0), [2, 3]), ((None, None, None), [2, 3]),
+    ((2.0, None, None, 1.0, None, None), [4, 5, 6]), ((float("nan"), 2.0, 3.0, 4.0), [2, 3, 4]),
+], ids=str)
+def test_the_best_is_kept_beside_the_newest(trained, tmp_path, losses, kept):
+    assert save_steps(trained, tmp_path / "run", losses, keep_best=True) == kept
+
+
+def test_without_keep_best_the_newest_are_kept(trained, tmp_path):
+    assert save_steps(trained, tmp_path / "run", (1.0, 2.0, 3.0, 4.0)) == [3, 4]
+
+
+def test_the_verbs_take_the_best(trained, tmp_path, corpus, capsys):
+    out = tmp_path / "run"
+    save_steps(trained, out, (3.0, 1.0, 2.0), keep_best=True)
+    (out / "step-00000003" / "state.json").write_text("{")  # passed over, as it is not the best
+    evaluate.main([str(out), str(corpus), "--best"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == str(out / "step-00000002")
+    sample.main([str(out), "--best", "--max_new_tokens=3"])
+    merge.main([str(out), "--best"])
+    assert (out / "merged" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="state.json can ?not be read.*step-00000002 is whole"):
+        checkpoint.load(out)
+    with pytest.raises(UserError, match="has no checkpoint with a validation loss"):
+        checkpoint.load(trained / "run", best=True)
