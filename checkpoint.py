@@ -543,6 +543,8 @@ def load(path, base=None, best=False):
     A step with an update returns an adapted model; so does an adapter folder, on `base`, a Hugging
     Face directory (None: the one that the folder names).
     """
+    if not str(path):
+        raise UserError("the path of the checkpoint is empty")
     path = Path(path)
     if best:
         run, path = path, best_of(path)

@@ -105,6 +105,8 @@ def test_mistakes_of_sample_are_named(tmp_path, monkeypatch):
         words = [word.replace("other", str(tmp_path)) for word in words]
         with pytest.raises(UserError, match=line):
             sample.main([str(tmp_path / "small"), *words])
+    with pytest.raises(UserError, match="the path of the checkpoint is empty"):
+        sample.main([""])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(UserError, match="standard input is no text"):
         sample.main([str(tmp_path / "small"), "--chat"])
