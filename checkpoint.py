@@ -266,7 +266,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     if val_loss is not None and not math.isfinite(val_loss):
         val_loss = None  # JSON has no nan
     weights = model.state_dict()
-    must_be_finite(weights, step, out)
+    must_be_finite(weights, step, cfg)
     remove_leftovers(out, ".*ing-step-*")
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = temporary(final, "writing")
@@ -300,7 +300,7 @@ def write_optimizer(optimizer, file):
         raise OSError(one_line(error)) from error
 
 
-def must_be_finite(weights, step, out):
+def must_be_finite(weights, step, cfg):
     """Raise UserError if a tensor of {name: tensor} holds nan or inf.
 
     aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core).
@@ -311,15 +311,16 @@ def must_be_finite(weights, step, out):
     finite = extremes.isfinite().all(dim=1).tolist()
     if not all(finite):
         raise UserError(f"step {step}: {names[finite.index(False)]} is not finite, so nothing was "
-                        f"saved; {last_good(out)}")
+                        f"saved; {last_good(cfg.out)}; lower --lr (now {cfg.lr:g}) or lengthen "
+                        f"--warmup ({cfg.warmup})")
 
 
 def last_good(out):
-    """What to do after a step that could not be saved, in words."""
+    """Where to continue after a step that could not be saved, in words."""
     steps = steps_of(out)
     if steps:
         return f"the last good checkpoint is {steps[-1]}: continue from it with --resume"
-    return "there is no checkpoint yet: start again when the cause is removed"
+    return "there is no checkpoint yet: start again"
 
 
 def file_records(folder):
@@ -353,7 +354,7 @@ def remove_leftovers(folder, pattern):
 
 
 def is_running(process):
-    """Whether another process of this machine has this id."""
+    """Whether another process of this machine has this id. (Other machines cannot be asked.)"""
     if process == os.getpid():
         return False
     try:
