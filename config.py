@@ -10,6 +10,7 @@ another file with `from configs.c4_250m import *`; names that start with an unde
 to the file. `variants = {"name": dict(key=value, ...)}` makes several experiments of one file.
 A variant overrides its file, and `--key=value` on the command line overrides both.
 """
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -613,3 +614,21 @@ def write_json(path, value):
     beside = Path(f"{path}.tmp")
     beside.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(beside, path)
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number of this kind, finite and not below the minimum."""
+    name = "a whole number" if kind is int else "a number"
+    largest = 2 ** 32 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        if not minimum <= value <= largest:
+            raise argparse.ArgumentTypeError(f"must be {name} from {minimum} to {largest}, "
+                                             f"got {text}")
+        return value
+
+    return parse

@@ -1,9 +1,15 @@
-"""Text from a checkpoint, as it comes.
+"""Generate text from a checkpoint and print it as it is generated.
 
     python sample.py out/tiny_mora --prompt="def "
     python sample.py out/tiny_mora/merged --prompt="def " --temperature=0.7 --max_new_tokens=300
+    python sample.py MODEL --chat --system="Answer briefly."   each line of input is a message
+
+A chat is written by the model's chat template, or by Tulu's format where it has none, as in
+training (sft.py). End of file (Ctrl-D) ends it.
+evaluate.py uses greedy(), which answers many prompts at once.
 """
 import argparse
+import sys
 import time
 
 import torch
@@ -11,111 +17,210 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import mora
+import sft
 import tokenizer
-from config import UserError, command_line
+from config import UserError, at_least, command_line
 
-GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN plans anew for every length of a cache
+# cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
+GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CHECK_EVERY = 16  # positions; reading which rows have ended synchronizes with the GPU
 
 
 @torch.no_grad()
-def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None):
-    """Yield one token id after another, drawn with a key/value cache.
+def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None,
+             generator=None):
+    """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache.
 
-    vocab_size: ids from here on do not exist for the tokenizer and are never drawn. temperature 0: the likeliest token.
+    vocab_size: the tokenizer has no ids from here on, so they are never drawn. temperature 0: the
+    likeliest token. top_k: draw among the top_k likeliest tokens, 0 for all. stop: the token that
+    ends the text; it is not yielded. generator: a CPU torch.Generator.
     """
     cache = model.new_cache()
-    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
-        logits = model.logits(model.hidden(ids, cache)[0, -1])[:vocab_size].cpu()
-        if top_k:
-            logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = -torch.inf
-        if temperature:
-            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-        else:
-            token = int(logits.argmax())
+        logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()
+        token = draw(logits, temperature, top_k, generator)
         if token == stop:
             return
         yield token
-        ids = torch.tensor([[token]], device=ids.device)
+        inputs = torch.tensor([[token]], device=inputs.device)
+
+
+def draw(logits, temperature, top_k, generator):
+    """One token id from logits (V,); see generate()."""
+    if not temperature:
+        return int(logits.argmax())
+    if top_k:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = torch.softmax(logits / temperature, -1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
-    """The likeliest continuations of many prompts (lists of ids), each without `stop` and what follows it.
+    """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`.
 
-    Prompts of similar length go through together.
+    Prompts of similar length share a batch.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)
-    for first in range(0, len(order), batch):
-        some = order[first:first + batch]
-        for i, answer in zip(some, continuations(model, [prompts[i] for i in some], vocab_size, max_new_tokens, stop)):
+    for first in range(0, len(by_length), batch):
+        indices = by_length[first:first + batch]
+        together = [prompts[i] for i in indices]
+        written = greedy_batch(model, together, vocab_size, max_new_tokens, stop)
+        for i, answer in zip(indices, written, strict=True):
             answers[i] = answer
     return answers
 
 
 @torch.no_grad()
-def continuations(model, prompts, vocab_size, max_new_tokens, stop):
-    """greedy for one batch, without padding and without a mask: all rows stand at the same position, always.
+def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
+    """greedy() of one batch, without padding and without a mask: all rows advance in lockstep.
 
-    The tokens that every prompt has go through at once, then one position at a time: a row whose prompt is longer is given its own
-    next token, the others write. Rows that have ended are dropped from the batch when they are half of it.
+    The first forward pass reads as many tokens as the shortest prompt has; each later pass reads
+    one position. At a position inside its prompt a row takes the prompt's token, after it the
+    likeliest token. Once at least half of the rows have ended, these leave the batch.
     """
-    device, lengths = next(model.parameters()).device, torch.tensor([len(prompt) for prompt in prompts])
-    shortest, end = int(lengths.min()), int(lengths.max()) + max_new_tokens
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    end = max(lengths) + max_new_tokens
     ids = torch.full((len(prompts), end), stop)
-    for row, prompt in zip(ids, prompts):
+    for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt)] = torch.tensor(prompt)
-    ids, given, cache = ids.to(device), lengths.to(device), model.new_cache()
-    rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    inputs = ids[:, :shortest]
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):  # the cache grows: every token would be a shape of its own
-        for at in range(shortest, end):
-            likeliest = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size].argmax(-1)
-            tokens = torch.where(at < given[rows], ids[rows, at], likeliest)
-            ids[rows, at] = tokens
-            ended |= (at >= given[rows]) & ((tokens == stop) | (at + 1 >= given[rows] + max_new_tokens))
+    ids = ids.to(device)
+    prompt_ends = torch.tensor(lengths, device=device)
+    rows = torch.arange(len(prompts), device=device)  # the rows of ids that are still in the batch
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    cache = model.new_cache()
+    inputs = ids[:, :min(lengths)]
+    # eager, because compiled blocks would be compiled again for each length of the cache
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):
+        for position in range(min(lengths), end):
+            logits = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size]
+            in_prompt = position < prompt_ends[rows]
+            tokens = torch.where(in_prompt, ids[rows, position], logits.argmax(-1))
+            ids[rows, position] = tokens
+            is_last = position + 1 >= prompt_ends[rows] + max_new_tokens
+            ended |= ~in_prompt & ((tokens == stop) | is_last)
             inputs = tokens[:, None]
-            if at % 16 == 0 and (left := int((~ended).sum())) <= len(rows) // 2:  # asking waits for the device: now and then
-                if not left:
-                    break
-                keep = (~ended).nonzero()[:, 0]
-                rows, ended, inputs = rows[keep], ended[keep], inputs[keep]
+            if position % CHECK_EVERY:
+                continue
+            remaining = (~ended).nonzero()[:, 0]
+            if not len(remaining):
+                break
+            if len(remaining) <= len(rows) // 2:
+                rows, ended, inputs = rows[remaining], ended[remaining], inputs[remaining]
                 for past in cache:
-                    past.keep(keep)
-    answers = [row[length:length + max_new_tokens] for row, length in zip(ids.tolist(), lengths.tolist())]
-    return [answer[:answer.index(stop)] if stop in answer else answer for answer in answers]
+                    past.keep(remaining)
+    answers = []
+    for row, length in zip(ids.tolist(), lengths, strict=True):
+        answer = row[length:length + max_new_tokens]
+        answers.append(answer[:answer.index(stop)] if stop in answer else answer)
+    return answers
+
+
+def load_merged(path, tokenizer_name=None, best=False):
+    """(model in evaluation mode, its updates merged, on the GPU if there is one; tokenizer)."""
+    model, tok, folder = checkpoint.load(path, best=best)
+    if tokenizer_name:
+        tok = tokenizer.load(tokenizer_name)
+    if not tok:
+        raise UserError(f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another "
+                        "encoding of tiktoken, bytes, or a folder with a tokenizer.json)")
+    if mora.adapted_layers(model):
+        model = mora.merge(model)  # the sum W + dW is computed once, not for each token
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tok
+
+
+def chat_ids(tok, messages):
+    """The ids of a chat [{"role", "content"}], up to where the next answer begins.
+
+    Special tokens of the template are tokens. Without a template these are the ids of training on
+    Tulu's format: the ids of a sample with an empty answer, without the end-of-text after it.
+    """
+    if tok.chat:
+        ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
+        if not ids:
+            raise UserError(f"the chat template of {tok.folder} writes nothing")
+        return ids
+    ids, _, _ = sft.chat(tok, {"messages": [*messages, {"role": "assistant", "content": ""}]})
+    return ids[:-1]
+
+
+def input_lines():
+    """Lines of standard input until its end, without empty ones; a terminal shows a prompt."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is no text: {error}") from None
+        if line.strip():
+            yield line
+
+
+def chat(write, tok, system):
+    """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for line in input_lines():
+        messages.append({"role": "user", "content": line})
+        answer = write(chat_ids(tok, messages))
+        print()
+        messages.append({"role": "assistant", "content": tok.decode(answer)})
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
+    parser.add_argument("--prompt", default="", help="default: the start of a document")
+    parser.add_argument("--chat", action="store_true", help="answer the lines of standard input")
+    parser.add_argument("--system", default="", help="the system message of a chat")
+    parser.add_argument("--max_new_tokens", type=at_least(0), default=200)
+    parser.add_argument("--temperature", type=at_least(0.0, float), default=0.8)
+    parser.add_argument("--top_k", type=at_least(0), default=200,
+                        help="draw among the likeliest tokens, this many; 0 for all")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a "
+                        "tokenizer.json, for a directory that does not name its tokenizer")
+    args = parser.parse_args(argv)
+    if args.chat and args.prompt:
+        raise UserError("--chat reads messages from standard input: leave out --prompt")
+    if args.system and not args.chat:
+        raise UserError("--system is the first message of a chat: add --chat")
+    return args
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
-    parser.add_argument("--prompt", default="", help="default: the start of a document")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_k", type=int, default=200, help="draw among so many likeliest tokens, 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="tiktoken's name, bytes, or a folder with a tokenizer.json, for a directory that does not say")
-    args = parser.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0:
-        raise UserError(f"temperature {args.temperature} and top_k {args.top_k} must not be negative")
-    model, tok, path = checkpoint.load(args.checkpoint)
-    tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
-    if not tok:
-        raise UserError(f"{path} does not say which tokenizer it speaks: add --tokenizer=gpt2 (or another of tiktoken's, bytes, or a "
-                        "folder with a tokenizer.json)")
-    model = mora.merge(model) if mora.adapted_layers(model) else model  # a sum once, not for every token
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    prompt = tok.encode(args.prompt).tolist()
-    prompt = prompt if prompt[:1] == tok.start[:1] else tok.start + prompt
-    text = tok.decoder()
-    print(args.prompt, end="", flush=True)
-    start, count = time.time(), 0
+    args = parse_arguments(argv)
+    model, tok = load_merged(args.checkpoint, args.tokenizer, args.best)
     generator = torch.Generator().manual_seed(args.seed)
-    for token in generate(model, prompt, tok.size, args.max_new_tokens, args.temperature, args.top_k, tok.end, generator):
-        print(text(token), end="", flush=True)
-        count += 1
-    print(f"\n[{count} tokens, {count / (time.time() - start):.0f} tokens/s]")
+
+    def write(ids):
+        """Print a continuation of ids as it is generated; returns its ids."""
+        if max(ids) >= model.cfg.vocab_size:
+            raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
+                            f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
+        decode = tok.decoder()
+        written = []
+        for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
+                              args.top_k, tok.end, generator):
+            print(decode(token), end="", flush=True)
+            written.append(token)
+        return written
+
+    if args.chat:
+        return chat(write, tok, args.system)
+    prompt = tok.encode(args.prompt).tolist()
+    if prompt[:1] != tok.start[:1]:
+        prompt = tok.start + prompt
+    print(args.prompt, end="", flush=True)
+    begun = time.time()
+    count = len(write(prompt))
+    print(f"\n[{count} tokens, {count / (time.time() - begun):.0f} tokens/s]")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ class Tiktoken:
         if tokenizer.token_to_id(end) != self.end:
             raise UserError(f"tokenizer {self.name} leaves gaps between its ids, which tokenizer.json can not say")
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-                                                            "clean_up_tokenization_spaces": False})
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+            "pad_token": end, "clean_up_tokenization_spaces": False})
 
 
 class Json:

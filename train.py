@@ -31,7 +31,8 @@ import fp8
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
-from config import UserError, accumulation, command_line, differences, load, write_json
+from config import UserError, accumulation, command_line, differences, load, schedule_warnings
+from config import write_json
 from evaluate import perplexity
 from model import Llama, LlamaConfig
 from optimizer import build_optimizer, learning_rate, optimizer_step
@@ -54,10 +55,13 @@ def train(cfg):
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
 
+    if rank == 0:
+        print("".join(f"note: {note}\n" for note in schedule_warnings(cfg)), end="")
+
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest = check_run_folder(cfg, rank)
-    cycle = checkpoint.read_json(newest / "state.json")["cycle"] if newest else 0
+    cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
     optimizer = prepare_model(cfg, model, device, cycle)
     first_step = resume(newest, model, optimizer) if newest else 0
     parallel = data_parallel(model, device) if world > 1 else model
@@ -168,8 +172,10 @@ def check_run_folder(cfg, rank):
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None
-    state = checkpoint.read_json(newest / "state.json")
-    before = json.loads(json.dumps(dataclasses.asdict(type(cfg)()))) | state["config"]
+    if rank == 0:
+        checkpoint.verify(newest)
+    state = checkpoint.read_state(newest)
+    before = state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)

@@ -1,4 +1,4 @@
-"""What leaves the house: merged directories, samples, scores. transformers is the judge."""
+"""What a run leaves for other tools: merged directories, samples, scores. transformers judges."""
 import json
 import math
 import os
@@ -17,56 +17,91 @@ import merge
 import mora
 import sample
 from config import UserError
+from shards import Tokens
 
 ROOT = Path(__file__).parent.parent
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def transformers_model(folder):
+    """The model of a directory, loaded strictly."""
     from transformers import LlamaForCausalLM
     model, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
 
-@pytest.mark.parametrize("method", (["--method=lora", "--alpha=4"], ["--operator=rotate", "--tie_word_embeddings=true"],
-                                    ["--groups=permute", "--restart_every=6", "--restart_warmup=2"]), ids=" ".join)
-def test_merged_directory_loads_in_transformers(run, corpus, method, capsys):
-    """Strictly, with the adapted model's logits and perplexity; the last case is a ReMoRA checkpoint in its third cycle."""
-    out = run(*method)
-    merge.main([str(out)])
-    printed = float(re.search(r"difference of the logits (\S+)", capsys.readouterr().out).group(1))
-    adapted, _, path = checkpoint.load(out)
-    assert json.loads((path / "state.json").read_text())["cycle"] == (3 if "--restart_every=6" in method else 0)
-    other, ids = transformers_model(out / "merged"), torch.randint(257, (2, 40))
-    for _, layer in mora.adapted_layers(adapted):
-        layer.merges = False  # two paths, so that the comparison is not of W + dW with itself
-    with torch.no_grad():
-        difference = (adapted(ids) - other(ids).logits).abs().max()
-    assert difference < 1e-4 and printed < 1e-4
-    assert mora.adapted_layers(adapted) and any(layer.delta().abs().sum() > 0 for _, layer in mora.adapted_layers(adapted))
-    base = transformers_model(path / "base")  # W alone is a Hugging Face directory too, and another function
-    with torch.no_grad():
-        assert (base(ids).logits - other(ids).logits).abs().max() > 1e-3
+REMORA = ["--groups=permute", "--restart_every=6", "--restart_warmup=2"]
+METHODS = (["--method=lora", "--alpha=4"], ["--operator=rotate", "--tie_word_embeddings=true"],
+           REMORA)
 
+
+@pytest.mark.parametrize("method", METHODS, ids=" ".join)
+@torch.no_grad()
+def test_merged_directory_loads_in_transformers(run, method, capsys):
+    """With the adapted model's logits; the last method's checkpoint is in its third cycle."""
+    with torch.enable_grad():
+        out = run(*method)
+    merge.main([str(out)])
+    printed = re.search(r"difference of the logits (\S+)", capsys.readouterr().out).group(1)
+    adapted, _, path = checkpoint.load(out)
+    state = json.loads((path / "state.json").read_text())
+    assert state["cycle"] == (3 if method == REMORA else 0)
+    layers = [layer for _, layer in mora.adapted_layers(adapted)]
+    assert any(layer.delta().abs().sum() > 0 for layer in layers)
+    for layer in layers:
+        layer.merges = False  # two paths, so that W + dW is not compared with itself
+    merged, ids = transformers_model(out / "merged"), torch.randint(257, (2, 40))
+    difference = (adapted(ids) - merged(ids).logits).abs().max()
+    assert difference < 1e-4 and float(printed) < 1e-4
+    base = transformers_model(path / "base")  # W alone loads too, and is another function
+    assert (base(ids).logits - merged(ids).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_perplexity_of_a_merged_directory_is_transformers(run, corpus, capsys):
+    with torch.enable_grad():
+        out = run()
+    merge.main([str(out)])
+    capsys.readouterr()
     evaluate.main([str(out / "merged"), str(corpus)])
     result = json.loads(capsys.readouterr().out)
-    tokens = checkpoint_tokens(corpus)
+    model = transformers_model(out / "merged")
+    split = Tokens(corpus, "val")
+    tokens = torch.from_numpy(split.read(0, len(split)))
     nats, count = 0.0, 0
-    for start in range(0, len(tokens) - 1, 16):
-        window = tokens[None, start:start + 17]
-        with torch.no_grad():
-            nats += torch.nn.functional.cross_entropy(other(window[:, :-1]).logits[0], window[0, 1:], reduction="sum").item()
-        count += window.shape[1] - 1
+    for first in range(0, len(tokens) - 1, 16):
+        window = tokens[None, first:first + 17]
+        logits = model(window[:, :-1]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+        nats, count = nats + losses.sum().item(), count + len(losses)
     assert result["tokens"] == count == len(tokens) - 1
     assert result["ppl"] == pytest.approx(math.exp(nats / count), rel=1e-4)
-    manifest = json.loads((corpus / "manifest.json").read_text())["splits"]["val"]
-    assert result["bits_per_byte"] == pytest.approx(nats / count * manifest["tokens"] / manifest["bytes"] / math.log(2), rel=1e-4)
+    totals = json.loads((corpus / "manifest.json").read_text())["splits"]["val"]
+    bits_per_token = nats / count / math.log(2)
+    bits_per_byte = bits_per_token * totals["tokens"] / totals["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-4)
 
 
-def checkpoint_tokens(corpus):
-    from shards import Tokens
-    tokens = Tokens(corpus, "val")
-    return torch.from_numpy(tokens.read(0, len(tokens)))
+@pytest.mark.parametrize("seq_len", (8, 32))
+def test_evaluate_prints_the_log_s_figure_after_init_from(run, corpus, capsys, seq_len):
+    """With the window of the run, not of the model that it started from (16)."""
+    first = run("--steps=10")
+    out = first.with_name("second")
+    run(f"--init_from={first}", f"--out={out}", f"--seq_len={seq_len}", "--steps=10")
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    expected = [line["val_loss"] for line in logged if "val_loss" in line][-1]
+    step = checkpoint.steps_of(out)[-1]
+    merge.main([str(out)])
+    for path in (out, step / "adapter", out / "merged"):
+        capsys.readouterr()
+        evaluate.main([str(path), str(corpus)])
+        loss = json.loads(capsys.readouterr().out)["loss"]
+        assert loss == pytest.approx(expected, rel=1e-5), path
+    assert checkpoint.trained_seq_len(step / "base") == seq_len
+    evaluate.main([str(out), str(corpus), "--seq_len=16"])
+    assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(expected, rel=1e-4)
 
 
 def test_merge_refuses(run, tmp_path):
@@ -86,24 +121,6 @@ def test_merge_refuses(run, tmp_path):
         merge.main([str(tmp_path / "full")])
 
 
-def test_a_damaged_checkpoint_is_named(run):
-    out = run("--steps=10")
-    weights = checkpoint.steps_of(out)[-1] / "base" / "model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-100])
-    with pytest.raises(UserError, match="model.safetensors can not be read"):
-        checkpoint.load(out)
-    config = weights.with_name("config.json")
-    weights.write_bytes(good)
-    for key, value in (("attention_bias", True), ("model_type", "gpt2"), ("rope_type", {"rope_type": "linear", "factor": 2}), ("mlp_bias", True), ("quantization_config", {})):
-        values = checkpoint.read_json(config)
-        config.write_text(json.dumps(values | {"rope_scaling" if key == "rope_type" else key: value}))
-        with pytest.raises(UserError, match=key):
-            checkpoint.load(out)
-        config.write_text(json.dumps(values))
-    checkpoint.load(out)
-
-
 def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     out = run("--steps=10")
     merge.main([str(out)])
@@ -115,28 +132,41 @@ def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("docu") and len(texts[0]) > 4
 
 
-def commands():
+# ------------------------------------------------------------
+# README
+
+def readme_block(pattern):
+    return re.search(pattern, (ROOT / "README.md").read_text(), re.S).group(1)
+
+
+def readme_commands():
     """The lines of README's ```sh blocks."""
-    return [line.strip() for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) for line in block.splitlines() if line.strip()]
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def test_readme_commands_run(tmp_path):
-    """The newcomer's path with a few steps appended, in a copy of the tree; what a run prints as next works as printed."""
-    for path in [*ROOT.glob("*.py"), ROOT / "configs"]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    listed = commands()
-    first = next(c for c in listed if c.endswith("&& torchrun train.py")).partition("&& ")[2]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """The newcomer's commands in a copy of the tree, cut to a few steps, and what a run prints as
+    the next commands, as printed."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    listed = readme_commands()
+    install_and_train = next(c for c in listed if c.endswith("&& torchrun train.py"))
+    train = install_and_train.partition("&& ")[2]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def shell(command):
-        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PATH": path})
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    output = shell(f"{first} --steps=3 --eval_tokens=2000 --device=cpu")
+    output = shell(f"{train} --steps=3 --eval_tokens=2000 --device=cpu")
     assert "tokens/s" in output and "left" in output and "perplexity" in output
     printed = [line.strip() for line in output.splitlines() if line.startswith("  python")]
-    assert [c.split()[1] for c in printed] == ["merge.py", "sample.py"] and set(printed) <= set(listed)
+    assert [command.split()[1] for command in printed] == ["merge.py", "sample.py"]
+    assert set(printed) <= set(listed)
     assert "largest difference" in shell(printed[0])
     assert "tokens/s" in shell(printed[1] + " --max_new_tokens=5")
     shell("python evaluate.py out/tiny_mora data/stdlib --tokens=2000")
@@ -150,10 +180,10 @@ def test_readme_names_every_file():
 
 
 def test_readme_python_runs():
-    """The three lines that adapt any torch module."""
-    block = re.search(r"```python\n(import mora.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    """The lines that adapt any torch module."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    block = readme_block(r"```python\n(import mora.*?)```")
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **SHAPE))
     names = {"model": model, "torch": torch}
     adapt, rest = block.split("...", 1)
     ids = torch.randint(50, (2, 8))
@@ -169,9 +199,8 @@ def test_readme_python_runs():
 
 
 def test_readmes_new_method_obeys_the_laws():
-    block = re.search(r"```python\n(class Diagonal.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     names = {"nn": torch.nn, "F": torch.nn.functional, "torch": torch}
-    exec(block, names)
+    exec(readme_block(r"```python\n(class Diagonal.*?)```"), names)
     for k, d in ((5, 7), (7, 5)):
         linear, update, x = torch.nn.Linear(k, d), names["Diagonal"](k, d), torch.randn(3, k)
         update.start(0, None, None)

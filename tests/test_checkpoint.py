@@ -1,0 +1,361 @@
+"""A damaged checkpoint, or a wrong value in a file, is one line: the file, the key, a way out."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import evaluate
+import merge
+import sample
+import train
+from config import UserError
+
+WEIGHTS, ADAPTER = "base/model.safetensors", "adapter/adapter_model.safetensors"
+CONFIGS = ("base/config.json", "adapter/adapter_config.json")
+FILES = (WEIGHTS, ADAPTER, *CONFIGS, "optimizer.pt", "state.json")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A run with checkpoints at steps 5 and 10, and its config file. Tests work on copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "tiny.py"
+    config.write_text(TINY + f"data, save_every, steps = {str(corpus)!r}, 5, 10\n")
+    train.main([str(config), f"--out={folder / 'run'}"])
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """(run folder, its newest step, a function that resumes it)."""
+    out = tmp_path / "run"
+    shutil.copytree(trained / "run", out)
+
+    def resume(*words):
+        train.main([str(trained / "tiny.py"), f"--out={out}", "--resume", "--steps=12", *words])
+
+    return out, checkpoint.steps_of(out)[-1], resume
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mknod, (str(self.file),)
+
+
+def damaged(file, kind, tmp_path):
+    """Damage a file in one of several ways."""
+    content = file.read_bytes()
+    if kind == "missing":
+        file.unlink()
+    elif kind == "bomb":
+        torch.save(Bomb(tmp_path / "exploded"), file)
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    elif kind == "one bit":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    else:
+        file.write_bytes({"truncated": content[:-7], "empty": b"", "list": b"[1, 2]",
+                          "deep": b"[" * 100_000, "garbage": bytes(range(256)) * 9}[kind])
+
+
+def forget_records(out):
+    """Make a run's checkpoints those of an older version, which recorded no checksums."""
+    for step in checkpoint.steps_of(out):
+        state = json.loads((step / "state.json").read_text())
+        del state["files"]
+        (step / "state.json").write_text(json.dumps(state))
+
+
+KINDS = ("truncated", "empty", "missing", "garbage", "list", "deep", "bomb", "pickle")
+
+
+@pytest.mark.parametrize("records", (True, False), ids=("records", "older version"))
+@pytest.mark.parametrize("name", FILES)
+def test_resume_from_a_damaged_checkpoint_is_one_line(copy, name, records, tmp_path):
+    """It names the file, the whole checkpoint and the command, and that command works."""
+    out, step, resume = copy
+    if not records:
+        forget_records(out)
+    original = (step / name).read_bytes()
+    for kind in KINDS:
+        damaged(step / name, kind, tmp_path)
+        with pytest.raises(UserError) as caught:
+            resume()
+        text = str(caught.value)
+        assert str(step / name) in text and "\n" not in text and "weights_only" not in text, text
+        assert f"{out / 'step-00000005'} is whole: `rm -r {step}`" in text, (kind, text)
+        assert not (tmp_path / "exploded").exists()
+        (step / name).write_bytes(original)
+    damaged(step / name, "truncated", tmp_path)
+    shutil.rmtree(step)
+    resume()
+    assert checkpoint.steps_of(out)[-1].name == "step-00000012"
+
+
+@pytest.mark.parametrize("name", (WEIGHTS, ADAPTER, "optimizer.pt"))
+def test_one_changed_bit_is_found(copy, name, tmp_path):
+    out, step, resume = copy
+    damaged(step / name, "one bit", tmp_path)
+    with pytest.raises(UserError, match=f"{name} has changed since it was saved"):
+        resume()
+
+
+@pytest.mark.parametrize("name", (WEIGHTS, ADAPTER, *CONFIGS, "state.json"))
+def test_the_verbs_name_a_damaged_checkpoint(copy, corpus, name, tmp_path):
+    out, step, _ = copy
+    damaged(step / name, "truncated", tmp_path)
+    for verb, words in ((merge, []), (evaluate, [str(corpus)]), (sample, [])):
+        with pytest.raises(UserError, match=f"{name}.*step-00000005 is whole: name it instead"):
+            verb.main([str(out), *words])
+    merge.main([str(out / "step-00000005"), str(tmp_path / "merged")])
+
+
+def test_the_verbs_need_no_optimizer(copy, tmp_path):
+    out, step, _ = copy
+    (step / "optimizer.pt").unlink()
+    merge.main([str(out)])
+
+
+def test_all_damaged_checkpoints_are_told(copy, tmp_path):
+    out, step, resume = copy
+    for other in checkpoint.steps_of(out):
+        damaged(other / WEIGHTS, "empty", tmp_path)
+    with pytest.raises(UserError, match="has 0 bytes.*no older checkpoint in .*run is whole"):
+        resume()
+
+
+def test_tensors_of_other_shapes_are_named(copy):
+    out, step, resume = copy
+    forget_records(out)
+    optimizer = torch.load(step / "optimizer.pt", weights_only=True)
+    moments = optimizer["state"][0]
+    moments["exp_avg"] = moments["exp_avg"][:1]
+    torch.save(optimizer, step / "optimizer.pt")
+    with pytest.raises(UserError, match="optimizer.pt: exp_avg of shape .* does not fit"):
+        resume()
+    torch.save({"state": {}, "param_groups": []}, step / "optimizer.pt")
+    with pytest.raises(UserError, match="optimizer.pt does not fit the optimizer"):
+        resume()
+    tensors = load_file(step / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:3].clone()
+    save_file(tensors, step / WEIGHTS)
+    with pytest.raises(UserError, match="the weights do not fit the model: .*model.norm.weight"):
+        resume()
+
+
+def test_a_state_of_another_form_is_named(copy):
+    _, step, resume = copy
+    state = json.loads((step / "state.json").read_text())
+    for change in ({"step": "10"}, {"cycle": None}, {"config": []}, {"files": [1]},
+                   {"files": {"optimizer.pt": 3}}):
+        (step / "state.json").write_text(json.dumps(state | change))
+        with pytest.raises(UserError, match=f"state.json.*{next(iter(change))}.*step-00000005 is"):
+            resume()
+
+
+# ------------------------------------------------------------
+# what is never saved, and what a save leaves
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+def test_save_refuses_one_bad_number(trained, bad, tmp_path):
+    model, tok, step = checkpoint.load(trained / "run")
+    cfg = train.load([str(trained / "tiny.py"), f"--out={tmp_path}"], default=None)
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values())
+    checkpoint.save(cfg, 1, 0, model, optimizer, tok)
+    with torch.no_grad():
+        weights["model.norm.weight"][3] = bad
+    with pytest.raises(UserError, match="step 2: model.norm.weight is not finite, so nothing was "
+                                        "saved; the last good checkpoint is .*step-00000001"):
+        checkpoint.save(cfg, 2, 0, model, optimizer, tok)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+FULL_DISK = """
+import resource, sys, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from config import command_line
+sys.argv[1:] = sys.argv[2:]
+command_line(train.main)
+"""
+
+
+@pytest.mark.parametrize("limit", (20_000, 45_000))
+def test_a_full_disk_is_one_line_and_leaves_no_trace(trained, tmp_path, limit):
+    """20 kB: the weights do not fit; 45 kB: they do, the optimizer's state does not."""
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    command = [sys.executable, str(tmp_path / "full_disk.py"), str(limit),
+               str(trained / "tiny.py"), f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(checkpoint.__file__)[:-14]})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "step-00000005 cannot be written: " in done.stderr
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl"]
+
+
+def test_only_the_leftovers_of_dead_processes_are_removed(copy):
+    out, _, resume = copy
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".writing-step-00000003.{dead.pid}", ".removing-step-00000001",
+             f".writing-step-00000003.{os.getppid()}"]
+    for name in names:
+        (out / name / "base").mkdir(parents=True)
+    resume()
+    assert [name for name in names if (out / name).exists()] == names[2:]
+
+
+def test_two_merges_into_one_target_do_not_mix(copy, tmp_path, monkeypatch):
+    """The other process finishes while this one writes."""
+    out, _, _ = copy
+    write = checkpoint.write_hugging_face
+
+    def write_and_be_overtaken(folder, *arguments):
+        write(folder, *arguments)
+        (tmp_path / "target").mkdir()
+        (tmp_path / "target" / "of_another").touch()
+
+    monkeypatch.setattr(checkpoint, "write_hugging_face", write_and_be_overtaken)
+    with pytest.raises(UserError, match="target exists and is not empty"):
+        merge.main([str(out), str(tmp_path / "target")])
+    assert sorted(os.listdir(tmp_path)) == ["run", "target"]
+    assert os.listdir(tmp_path / "target") == ["of_another"]
+
+
+# ------------------------------------------------------------
+# config.json and the index of any directory
+
+WRONG = [
+    ({"attention_bias": True}, "attention_bias True is not implemented"),
+    ({"mlp_bias": True}, "mlp_bias True is not implemented"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not implemented"),
+    ({"model_type": ["llama"]}, "model_type .'llama'. is not implemented"),
+    ({"quantization_config": {}}, "quantization_config {} is not implemented"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_type 'linear' is not impl"),
+    ({"rope_scaling": [1]}, "rope_scaling must be a JSON object"),
+    ({"rope_parameters": "x"}, "rope_parameters must be a JSON object"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "lacks a key: factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
+                       "high_freq_factor": 4, "original_max_position_embeddings": 64}},
+     "low_freq_factor 4 must be below"),
+    ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+    ({"rope_theta": "1e4"}, "rope_theta must be a number above 0, got '1e4'"),
+    ({"rope_theta": float("nan")}, "rope_theta must be a number above 0, got nan"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number of at least 0, got -1e-06"),
+    ({"rms_norm_eps": []}, "rms_norm_eps must be a number"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
+    ({"num_key_value_heads": 3}, "num_attention_heads 2 must be a multiple of num_key_value_heads"),
+    ({"hidden_size": "16"}, "hidden_size must be a whole number of at least 1, got '16'"),
+    ({"hidden_size": 16.5}, "hidden_size must be a whole number"),
+    ({"hidden_size": 18}, "hidden_size 18 must be an even multiple"),
+    ({"hidden_size": True}, "hidden_size must be a whole number"),
+    ({"hidden_size": 32, "head_dim": None}, "the weights do not fit the model"),
+    ({"head_dim": "8"}, "head_dim '8' is not hidden_size"),
+    ({"vocab_size": -5}, "vocab_size must be a whole number of at least 1, got -5"),
+    ({"vocab_size": 10 ** 12}, "the weights do not fit the model"),
+    ({"vocab_size": 10 ** 30}, "no tensor has such a size"),
+    ({"intermediate_size": 2 ** 62}, "no tensor has such a size"),
+    ({"intermediate_size": None}, "lacks a key: intermediate_size"),
+    ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, but the directory holds"),
+    ({"num_hidden_layers": 3}, "the weights do not fit the model: .*Missing key"),
+    ({"max_position_embeddings": {}}, "max_position_embeddings must be a whole number"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+    ({"tokenizer": 3}, "tokenizer must be a name, got 3"),
+]
+
+
+@pytest.fixture
+def directory(trained, tmp_path):
+    """A Hugging Face directory."""
+    return shutil.copytree(checkpoint.steps_of(trained / "run")[-1] / "base", tmp_path / "model")
+
+
+@pytest.mark.parametrize("change, line", WRONG, ids=[str(change)[:50] for change, _ in WRONG])
+def test_wrong_values_in_config_json_are_named(directory, change, line):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=line) as caught:
+        checkpoint.load(directory)
+    assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_config_json_of_another_form_is_named(directory):
+    for text, line in (("[1, 2]", "must hold a JSON object"), ("{", "can ?not be read"),
+                       ("", "can ?not be read"), ("[" * 100_000, "nested too deeply")):
+        (directory / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"config.json.* {line}"):
+            checkpoint.load(directory)
+
+
+def test_an_index_of_another_form_is_named(directory):
+    index = directory / "model.safetensors.index.json"
+    for value in ([], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}},
+                  {"weight_map": {"a": "../model.safetensors"}},
+                  {"weight_map": {"a": "/etc/passwd"}}):
+        index.write_text(json.dumps(value))
+        with pytest.raises(UserError, match="index.json.*(JSON object|weight_map must)"):
+            checkpoint.load(directory)
+    index.write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
+    with pytest.raises(UserError, match="absent.safetensors can ?not be read"):
+        checkpoint.load(directory)
+
+
+def test_seq_len_of_another_kind_is_named(directory, corpus):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seq_len": "16"}))
+    with pytest.raises(UserError, match="seq_len must be a whole number of at least 1, got '16'"):
+        evaluate.main([str(directory), str(corpus)])
+
+
+# ------------------------------------------------------------
+# the best checkpoint
+
+def save_steps(trained, out, losses, **options):
+    """Save steps 1, 2, ... with these validation losses; returns the names of what is kept."""
+    model, tok, _ = checkpoint.load(trained / "run")
+    cfg = train.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2"], default=None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, loss in enumerate(losses, 1):
+        checkpoint.save(cfg, step, 0, model, optimizer, tok, loss, **options)
+    return [int(path.name[5:]) for path in checkpoint.steps_of(out)]
+
+
+@pytest.mark.parametrize("losses, kept", [
+    ((3.0, 1.0, 2.0, 2.5, 2.6), [2, 4, 5]), ((3.0, 2.0, 1.0), [2, 3]), ((None, None, None), [2, 3]),
+    ((2.0, None, None, 1.0, None, None), [4, 5, 6]), ((float("nan"), 2.0, 3.0, 4.0), [2, 3, 4]),
+], ids=str)
+def test_the_best_is_kept_beside_the_newest(trained, tmp_path, losses, kept):
+    assert save_steps(trained, tmp_path / "run", losses, keep_best=True) == kept
+
+
+def test_without_keep_best_the_newest_are_kept(trained, tmp_path):
+    assert save_steps(trained, tmp_path / "run", (1.0, 2.0, 3.0, 4.0)) == [3, 4]
+
+
+def test_the_verbs_take_the_best(trained, tmp_path, corpus, capsys):
+    out = tmp_path / "run"
+    save_steps(trained, out, (3.0, 1.0, 2.0), keep_best=True)
+    (out / "step-00000003" / "state.json").write_text("{")  # passed over, as it is not the best
+    evaluate.main([str(out), str(corpus), "--best"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == str(out / "step-00000002")
+    sample.main([str(out), "--best", "--max_new_tokens=3"])
+    merge.main([str(out), "--best"])
+    assert (out / "merged" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="state.json can ?not be read.*step-00000002 is whole"):
+        checkpoint.load(out)
+    with pytest.raises(UserError, match="has no checkpoint with a validation loss"):
+        checkpoint.load(trained / "run", best=True)

@@ -1,0 +1,168 @@
+"""The command lines of evaluate, sample, merge and bench."""
+import io
+import json
+
+import pytest
+import torch
+from test_sft import chat_folder
+from test_tokenizer import gpt2, small_bpe
+
+import bench
+import checkpoint
+import data
+import evaluate
+import merge
+import sample
+import tokenizer
+from config import UserError
+from model import Llama, LlamaConfig
+
+WORDS = {evaluate: ["model", "data"], sample: ["model"], bench: []}
+NUMBERS = [
+    (evaluate, "batch", ("-1", "1.5", "nan", "many", "99999999999")),
+    (evaluate, "limit", ("-1",)), (evaluate, "tokens", ("-1",)), (evaluate, "seq_len", ("-8",)),
+    (evaluate, "max_new_tokens", ("-3",)),
+    (sample, "max_new_tokens", ("-1", "1e3")), (sample, "top_k", ("-1",)),
+    (sample, "seed", ("-1", "99999999999999999999999")),
+    (sample, "temperature", ("-0.5", "nan", "inf", "-inf", "warm")),
+    (bench, "steps", ("0", "-1")), (bench, "repeats", ("0",)), (bench, "seq_len", ("0",)),
+    (bench, "processes", ("0",)), (bench, "batch", ("-1",)), (bench, "rank", ("-1",)),
+]
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("verb, key, values", NUMBERS,
+                         ids=[f"{verb.__name__} {key}" for verb, key, _ in NUMBERS])
+def test_numbers_out_of_range_are_refused_by_name(verb, key, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            verb.main([*WORDS[verb], f"--{key}={value}"])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and f"argument --{key}: must be a" in error, error
+
+
+def write_model(folder, tok):
+    """A directory with random weights for a tokenizer."""
+    model = Llama(LlamaConfig(vocab_size=tok.size, **SHAPE), seed=1)
+    checkpoint.write_hugging_face(folder, model.state_dict(), model.cfg, tok)
+    return folder
+
+
+def chat(folder, lines, monkeypatch, *words):
+    """The ids that sample.py --chat continues for these lines of input, and its answers' texts."""
+    prompts, answers = [], []
+    generate = sample.generate
+
+    def spy(model, ids, *arguments):
+        prompts.append(ids)
+        answers.append(list(generate(model, ids, *arguments)))
+        yield from answers[-1]
+
+    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    sample.main([str(folder), "--chat", "--max_new_tokens=6", "--temperature=5", *words])
+    return prompts, answers
+
+
+@pytest.mark.parametrize("system", ("", "Be kind <|im_end|>"))
+def test_a_chat_gives_the_model_transformers_ids(tmp_path, monkeypatch, capsys, system):
+    """At each turn, with the earlier ones; the template's special tokens are tokens."""
+    from transformers import AutoTokenizer
+    tok = chat_folder(tmp_path / "chat")
+    write_model(tmp_path / "chat", tok)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    words = [f"--system={system}"] if system else []
+    prompts, answers = chat(tmp_path / "chat", "How are you?\n\n naïve\n", monkeypatch, *words)
+    assert len(prompts) == 2
+    messages = [{"role": "system", "content": system}] if system else []
+    for line, ids, answer in zip(("How are you?", " naïve"), prompts, answers, strict=True):
+        messages.append({"role": "user", "content": line})
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ids == theirs(text, add_special_tokens=False).input_ids
+        assert ids.count(theirs.convert_tokens_to_ids("<|im_start|>")) == len(messages) + 1 + (
+            not system)
+        messages.append({"role": "assistant", "content": tok.decode(answer)})
+    assert messages[-3]["content"] + "\n" in capsys.readouterr().out
+
+
+def test_a_chat_without_a_template_is_that_of_training(tmp_path, monkeypatch):
+    """Tulu's format, as `python data.py tulu` writes it for such a tokenizer."""
+    tok = tokenizer.load("bytes")
+    write_model(tmp_path / "model", tok)
+    prompts, answers = chat(tmp_path / "model", "a\nb\n", monkeypatch)
+    first = [tok.end, *b"<|user|>\na\n<|assistant|>\n"]
+    second = [*tok.decode(answers[0]).encode(), tok.end, *b"\n<|user|>\nb\n<|assistant|>\n"]
+    assert prompts == [first, first + second]
+
+
+def test_mistakes_of_sample_are_named(tmp_path, monkeypatch):
+    write_model(tmp_path / "small", tokenizer.load("bytes"))
+    for words, line in ((["--chat", "--prompt=x"], "leave out --prompt"),
+                        (["--system=x"], "add --chat"),
+                        (["--prompt=日本語", "--tokenizer=other"], "gives the id .* 257 tokens")):
+        small_bpe().export(tmp_path)
+        words = [word.replace("other", str(tmp_path)) for word in words]
+        with pytest.raises(UserError, match=line):
+            sample.main([str(tmp_path / "small"), *words])
+    with pytest.raises(UserError, match="the path of the checkpoint is empty"):
+        sample.main([""])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(UserError, match="standard input is no text"):
+        sample.main([str(tmp_path / "small"), "--chat"])
+
+
+def test_answers_are_kept_with_their_questions_and_references(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} + 1 = ", "response": f"é{i + 1}"} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.main(["sft", "sums", "sums.jsonl", "--val", "sums.jsonl", "--tokenizer=bytes"])
+    write_model(tmp_path / "model", tokenizer.load("bytes"))
+    evaluate.main(["model", "data/sums", "--answers", "--out=answers.jsonl", "--limit=7"])
+    records = [json.loads(line) for line in open("answers.jsonl", encoding="utf-8")]
+    assert [record["question"] for record in records] == [row["prompt"] for row in rows[:7]]
+    assert [record["reference"] for record in records] == [row["response"] for row in rows[:7]]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    exact = [record["answer"].strip() == record["reference"] for record in records]
+    assert result["answers"] == 7 and result["exact"] == sum(exact) / 7
+    assert all(isinstance(record["answer"], str) and record["answer"] for record in records)
+    for words, line in ((["--out=x"], "add --answers"),
+                        (["--answers", "--out=absent/x"], "absent/x cannot be written")):
+        with pytest.raises(UserError, match=line):
+            evaluate.main(["model", "data/sums", *words])
+
+
+def test_a_merged_directory_keeps_special_tokens_and_generation_config(run, tmp_path):
+    """bos, eos and pad of the directory that the run started from, through its checkpoints."""
+    import transformers
+    values = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
+    config = transformers.LlamaConfig(vocab_size=257, **SHAPE, **values)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(**values, do_sample=True, top_p=0.9)
+    model.save_pretrained(tmp_path / "hf")
+    out = run(f"--init_from={tmp_path / 'hf'}", "--train_rest=false", "--steps=10")
+    run(f"--init_from={tmp_path / 'hf'}", "--train_rest=false", "--steps=12", "--resume")
+    step = checkpoint.steps_of(out)[-1]
+    merge.main([str(out)])
+    merge.main([str(step / "adapter"), str(out / "second"), f"--base={tmp_path / 'hf'}"])
+    for folder in (step / "base", out / "merged", out / "second"):
+        kept = transformers.AutoConfig.from_pretrained(folder)
+        assert {key: getattr(kept, key) for key in values} == values, folder
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+        assert generation.to_diff_dict() == model.generation_config.to_diff_dict(), folder
+    (tmp_path / "hf" / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match="generation_config.json must hold a JSON object"):
+        checkpoint.load(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("make", (small_bpe, gpt2, lambda: tokenizer.load("bytes")),
+                         ids=("small", "gpt2", "bytes"))
+def test_transformers_pads_with_a_written_tokenizer(tmp_path, make):
+    from transformers import AutoTokenizer
+    tok = make()
+    tok.export(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(["a", "a longer text"], padding=True)
+    lengths = [len(tok.encode(text)) for text in ("a", "a longer text")]
+    assert [sum(mask) for mask in batch.attention_mask] == lengths
+    assert batch.input_ids[0][lengths[0]:] == [tok.end] * (lengths[1] - lengths[0])
