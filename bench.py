@@ -137,7 +137,7 @@ def restart(model, cycle):
     layers = mora.adapted_layers(model)
     for _, layer in layers:
         layer.merge_()
-    mora.start(layers, seed=0, cycle=cycle)
+    mora.start_cycle(layers, seed=0, cycle=cycle)
 
 
 def child(args, name):
