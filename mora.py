@@ -88,10 +88,15 @@ def rotations(width, pieces):
 class Permute(torch.autograd.Function):
     """x[..., order], whose gradient is a gather; the gradient of indexing is a slow scatter."""
 
+    generate_vmap_rule = True  # torch.func.vmap
+
     @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
+    def forward(x, order, inverse):
         return x[..., order]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, dy):
@@ -264,6 +269,9 @@ class Square(nn.Module):
 # ------------------------------------------------------------
 # the adapted layer
 
+TWO_PATHS = "set layer.merges = False for every (name, layer) of mora.adapted_layers(model)"
+
+
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
 
@@ -276,14 +284,25 @@ class MergedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, update, *parameters):
         merged = (weight + update.delta()).to(x.dtype)
         y = F.linear(x, merged)
-        ctx.update = update
+        ctx.update, ctx.parameters = update, parameters
         ctx.save_for_backward(update.compress(x), merged)
         return y
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_other_derivatives(ctx.update, ctx.parameters)
         compressed, merged = ctx.saved_tensors
         return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
+
+
+def refuse_other_derivatives(update, parameters):
+    """Raise RuntimeError in a backward that would be wrong; `parameters` are the forward's."""
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("the merged product of an adapted layer can be differentiated once, "
+                           f"not twice: {TWO_PATHS}")
+    if any(now is not before for now, before in zip(update.parameters(), parameters, strict=True)):
+        raise RuntimeError("the parameters of an adapted layer were replaced between forward and "
+                           f"backward (torch.func.functional_call does that): {TWO_PATHS}")
 
 
 class AdaptedLinear(nn.Module):
@@ -309,8 +328,7 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        is_wide = self.weight.dtype in (torch.float32, torch.float64)
-        if not (self.merges and is_wide) or self.dropout:
+        if not self.can_merge() or self.dropout:
             dropped = F.dropout(x, self.dropout, self.training)
             y = F.linear(x, self.weight.to(x.dtype)) + self.update(dropped)
         elif torch.is_grad_enabled():
@@ -318,6 +336,11 @@ class AdaptedLinear(nn.Module):
         else:
             y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def can_merge(self):
+        """Whether one product with W + dW will do; the transforms of torch.func take two paths."""
+        is_wide = self.weight.dtype in (torch.float32, torch.float64)
+        return self.merges and is_wide and not torch._C._are_functorch_transforms_active()
 
     def delta(self):
         """dW, (out, in), in float32 or float64."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_mora import SHAPES
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -148,6 +149,77 @@ def test_activation_checkpointing_changes_nothing():
         x.grad = None
         adapted.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ------------------------------------------------------------
+# second derivatives and torch.func
+
+VARIANTS = {"lora": {"method": "lora"}, "share": {}, "dora": {"method": "lora", "dora": True},
+            "rotate": {"operator": "rotate", "groups": "permute"}}
+
+
+def small_network(variant):
+    """Two adapted layers and {name: parameter} of the updates, all random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).double()
+    mora.adapt(model, targets=("0", "2"), rank=2, cycle=1, **VARIANTS[variant])
+    parameters = dict(mora.adapter_parameters(model))
+    for parameter in parameters.values():
+        nn.init.normal_(parameter, std=0.3)
+    return model, parameters
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_second_derivative_of_the_merged_product_is_refused(variant):
+    model, parameters = small_network(variant)
+    loss, inputs = model(torch.randn(5, 12).double()).square().sum(), list(parameters.values())
+    with pytest.raises(RuntimeError, match="differentiated once, not twice: set layer.merges"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_paths_have_second_derivatives(variant):
+    model, parameters = small_network(variant)
+    for _, adapted in mora.adapted_layers(model):
+        adapted.merges = False
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    if variant == "dora":  # its norm has no gradient, by definition: x alone
+        assert torch.autograd.gradgradcheck(model, (x,))
+        return
+
+    def output(x, *values):
+        return functional_call(model, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(output, (x, *parameters.values()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_func_grad_and_vmap_work(variant):
+    model, parameters = small_network(variant)
+    x = torch.randn(5, 12).double()
+    expected = torch.autograd.grad(model(x).square().sum(), list(parameters.values()))
+
+    def loss(values, x):
+        return functional_call(model, values, (x,)).square().sum()
+
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    whole = grad(loss)(values, x)
+    by_sample = vmap(grad(loss), in_dims=(None, 0))(values, x)
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(whole[name], gradient)
+        torch.testing.assert_close(by_sample[name].sum(0), gradient)
+    torch.testing.assert_close(vmap(model)(x), model(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_that_functional_call_replaced_are_refused(variant):
+    """The backward would read the module's own ones."""
+    model, parameters = small_network(variant)
+    values = {name: (parameter * 2).detach().requires_grad_()
+              for name, parameter in parameters.items()}
+    loss = functional_call(model, values, (torch.randn(5, 12).double(),)).sum()
+    with pytest.raises(RuntimeError, match="were replaced between forward and backward"):
+        loss.backward()
 
 
 def test_dropout_takes_two_paths_and_warns_once():
