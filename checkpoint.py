@@ -91,8 +91,10 @@ def load_weights(model, weights, where):
     """Copy {name: tensor} into a model; they must be all it has, and no more."""
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+    # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
+    own = {name: value for name, value in model.state_dict().items() if not torch.is_tensor(value)}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights | own)
     except RuntimeError as error:
         raise UserError(f"{where}: the weights do not fit the model: {' '.join(str(error).split())}")
 
@@ -102,7 +104,7 @@ def save(cfg, step, cycle, model, optimizer, tok):
     final, beside = Path(cfg.out) / f"step-{step:08d}", Path(cfg.out) / f".writing-step-{step:08d}"
     for stray in Path(cfg.out).glob(".*ing-step-*"):  # what a kill left half written or half removed
         shutil.rmtree(stray)
-    weights = model.state_dict()
+    weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     write_hugging_face(beside / "base", weights, model.cfg, tok)
     if updates:

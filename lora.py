@@ -80,6 +80,10 @@ class LowRank(nn.Module):
         """dW = scale B A, (out, in)."""
         return self.B @ self.A * self.scale
 
+    def settings(self):
+        """What A and B do not say about dW; a state dict keeps it beside them."""
+        return {"scale": self.scale}
+
 
 class Rescaled(nn.Module):
     """DoRA (arXiv 2402.09353) around any update: the rows of W + dW get trained lengths m.
@@ -103,6 +107,10 @@ class Rescaled(nn.Module):
         """Start the inner update and set m to the lengths of the rows: dW = 0."""
         self.inner.start_cycle(cycle, generator)
         self.magnitude.copy_(row_norms(self.whole()))
+
+    def settings(self):
+        """The inner update's."""
+        return self.inner.settings()
 
     def weight(self):
         """W, (out, in)."""

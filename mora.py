@@ -216,6 +216,7 @@ class Square(nn.Module):
             raise ValueError(f"rank {rank} leaves no matrix to train for a layer "
                              f"{in_features} -> {out_features}")
         self.rank, self.operator, self.groups = rank, operator, groups
+        self.seed = self.cycle = None  # mora.start_cycle sets them
         pieces_in, pieces_out = -(-in_features // width), -(-out_features // width)
         if operator == "truncate":
             pieces_in = pieces_out = 1
@@ -264,6 +265,11 @@ class Square(nn.Module):
             is_own = block[:, None] == torch.arange(m, device=columns.device)  # (in, m)
             columns = columns * is_own[..., None]  # (in, m, r^)
         return self.fold_out.adjoint(columns).T
+
+    def settings(self):
+        """What M does not say about dW; a state dict keeps it beside M."""
+        return {"operator": self.operator, "groups": self.groups, "seed": self.seed,
+                "cycle": self.cycle}
 
 
 # ------------------------------------------------------------
@@ -363,6 +369,20 @@ class AdaptedLinear(nn.Module):
         linear = self.linear[0]
         linear.weight, linear.bias = self.weight, self.bias
         return linear
+
+    def get_extra_state(self):
+        """{"operator": ..., "groups": ..., "seed": ..., "cycle": ...}: in the state dict, so that
+        load_state_dict can refuse an update that is another map here."""
+        return self.update.settings() if hasattr(self.update, "settings") else {}
+
+    def set_extra_state(self, state):
+        """Compare with the state of another model. Raises RuntimeError at the first difference."""
+        own = self.get_extra_state()
+        for key in {**own, **state}:
+            if own.get(key) != state.get(key):
+                raise RuntimeError(f"the update that is loaded has {key} {state.get(key)!r}, the "
+                                   f"model's has {own.get(key)!r}: adapt the model as the saved "
+                                   "one was")
 
     def extra_repr(self):
         rows, columns = self.weight.shape
@@ -513,6 +533,7 @@ def start_cycle(layers, seed, cycle):
         layer.update.start_cycle(cycle, seeded_generator(seed, cycle, name))
         for module in layer.update.modules():
             if isinstance(module, Square):
+                module.seed, module.cycle = seed, cycle
                 input_folds[module.fold_in] = f"{name.rpartition('.')[0]} {layer.weight.shape[1]}"
     for fold, name_of_input in input_folds.items():  # a fold that layers share is drawn once
         fold.move(cycle, seeded_generator(seed, cycle, name_of_input).initial_seed())
@@ -550,6 +571,7 @@ def merged_weights(model):
     weights = model.state_dict()
     for name, layer in adapted_layers(model):
         weights[f"{name}.weight"] = layer.merged().to(layer.weight.dtype)
+        del weights[f"{name}._extra_state"]
     for name, _ in adapter_parameters(model):
         del weights[name]
     return weights

@@ -196,6 +196,10 @@ def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
+def tensors_of(model):
+    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+
+
 def adapted(method, options, **more):
     model = small_model()
     with warnings.catch_warnings():
@@ -228,8 +232,8 @@ def test_merge_preserves_function(method, options):
 def test_merged_weights_are_what_merge_leaves_and_leave_the_model_alone(method, options):
     model = adapted(method, options, train_rest=True)
     train(model, optimizer_of(model), 2)
-    before, weights = copy.deepcopy(model.state_dict()), mora.merged_weights(model)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    before, weights = tensors_of(copy.deepcopy(model)), mora.merged_weights(model)
+    assert all(torch.equal(value, tensors_of(model)[key]) for key, value in before.items())
     merged = mora.merge(model).state_dict()
     assert weights.keys() == merged.keys()
     assert all(torch.equal(weights[key], merged[key]) for key in merged)
@@ -370,6 +374,48 @@ def test_dropout_acts_in_training_alone():
 
 
 # ------------------------------------------------------------
+# state dicts
+
+OTHER_MAPS = [
+    ("mora", {"operator": "decouple"}, {"operator": "share"}),
+    ("mora", {"groups": "permute"}, {"groups": "contiguous"}),
+    ("mora", {"groups": "permute", "seed": 1}, {"groups": "permute", "seed": 2}),
+    ("mora", {"groups": "alternate", "cycle": 0}, {"groups": "alternate", "cycle": 1}),
+    ("mora", {"dora": True, "seed": 1}, {"dora": True, "seed": 2}),
+    ("lora", {"alpha": 6.0}, {"alpha": 12.0}),
+    ("lora", {"alpha": 6.0, "dora": True}, {"alpha": 12.0, "dora": True}),
+]
+
+
+@pytest.mark.parametrize("method, saved, here", OTHER_MAPS, ids=str)
+def test_the_state_of_another_map_is_refused_with_both_values(method, saved, here):
+    state = adapted(method, saved).state_dict()
+    key = next(key for key in saved if saved[key] != here[key])
+    values = [saved[key], here[key]]
+    if key == "alpha":
+        key, values = "scale", [2.0, 4.0]
+    with pytest.raises(RuntimeError, match=f"has {key} {values[0]!r}, the model's.*{values[1]!r}"):
+        adapted(method, here).load_state_dict(state)
+
+
+def test_a_state_dict_brings_a_trained_model_back(tmp_path):
+    options = {"groups": "permute", "operator": "rotate", "seed": 5, "cycle": 2}
+    model, ids = adapted("mora", options), torch.arange(11)[None]
+    train(model, optimizer_of(model), 2)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = adapted("mora", options)
+    assert not torch.equal(run(other, ids), run(model, ids))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(run(other, ids), run(model, ids))
+
+
+def test_a_state_dict_without_the_map_is_refused():
+    model = adapted("mora", {})
+    with pytest.raises(RuntimeError, match="Missing key.*q_proj._extra_state"):
+        model.load_state_dict(tensors_of(model))
+
+
+# ------------------------------------------------------------
 # weights that are replaced or shared
 
 DORA = [("lora", {"dora": True}), ("mora", {"groups": "permute", "operator": "rotate"})]
@@ -378,7 +424,8 @@ DORA = [("lora", {"dora": True}), ("mora", {"groups": "permute", "operator": "ro
 @pytest.mark.parametrize("method, options", DORA)
 def test_merge_takes_the_weight_that_load_state_dict_assigned(method, options):
     model, ids = adapted(method, options), torch.arange(11)[None]
-    state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    state |= {name: torch.randn_like(tensor) for name, tensor in tensors_of(model).items()}
     model.load_state_dict(state, assign=True)
     before = run(model, ids)
     torch.testing.assert_close(run(mora.merge(model), ids), before, rtol=1e-5, atol=1e-4)
