@@ -180,7 +180,7 @@ def attach(model, folder):
         except ValueError as error:
             raise UserError(f"{folder}: {name}: {error}") from None
         dora = bool(config.get("use_dora"))
-        mora.replace_module(model, name, mora.AdaptedLinear(linears[name], update, dora=dora))
+        mora.replace(model, name, mora.AdaptedLinear(linears[name], update, dora=dora))
     adapted = mora.adapted_layers(model)
     if config["peft_type"] == "MORA":
         mora.start_cycle(adapted, config["seed"], config["cycle"])  # the groups of its cycle

@@ -275,6 +275,20 @@ class Square(nn.Module):
 # ------------------------------------------------------------
 # the adapted layer
 
+class Products:
+    """The two large products of a merged linear, in x's dtype; fp8.py has another pair."""
+
+    @staticmethod
+    def y(x, merged):
+        """(W x, what dx needs of W)."""
+        merged = merged.to(x.dtype)
+        return F.linear(x, merged), merged
+
+    @staticmethod
+    def dx(dy, merged):
+        return dy @ merged
+
+
 TWO_PATHS = "set layer.merges = False for every (name, layer) of mora.adapted_layers(model)"
 
 
@@ -287,10 +301,9 @@ class MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, update, *parameters):
-        merged = (weight + update.delta()).to(x.dtype)
-        y = F.linear(x, merged)
-        ctx.update, ctx.parameters = update, parameters
+    def forward(ctx, x, weight, update, products, *parameters):
+        y, merged = products.y(x, weight + update.delta())
+        ctx.update, ctx.products, ctx.parameters = update, products, parameters
         ctx.save_for_backward(update.compress(x), merged)
         return y
 
@@ -298,7 +311,8 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         refuse_other_derivatives(ctx.update, ctx.parameters)
         compressed, merged = ctx.saved_tensors
-        return dy @ merged, None, None, *ctx.update.gradients(compressed, dy)
+        dx = ctx.products.dx(dy, merged)
+        return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 
 
 def refuse_other_derivatives(update, parameters):
@@ -327,7 +341,7 @@ class AdaptedLinear(nn.Module):
         self.linear = (linear,)
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
-        self.dropout = dropout
+        self.dropout, self.products = dropout, Products
         self.merges = hasattr(update, "gradients")  # False: two paths always
 
     def forward(self, x):
@@ -338,7 +352,8 @@ class AdaptedLinear(nn.Module):
             dropped = F.dropout(x, self.dropout, self.training)
             y = F.linear(x, self.weight.to(x.dtype)) + self.update(dropped)
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, self.weight, self.update, *self.update.parameters())
+            y = MergedLinear.apply(x, self.weight, self.update, self.products,
+                                   *self.update.parameters())
         else:
             y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -442,7 +457,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
-        replace_module(model, name, AdaptedLinear(linear, update, dropout, dora))
+        replace(model, name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
     if dropout:
         warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers "
@@ -489,8 +504,31 @@ def find_targets(model, targets):
                              f"named {', '.join(last_parts) or 'nothing'}")
         chosen.update(names)
     found = {name: linear for name, linear in linears.items() if name in chosen}
+    refuse_read_weights(model, found)
     refuse_shared_weights(model, found)
     return found
+
+
+def refuse_read_weights(model, linears):
+    """Raise ValueError for a layer whose weight another module of torch multiplies by itself.
+
+    The update would be merged into the weight, but would not be computed in training or (in the
+    fast path of nn.TransformerEncoderLayer) not in evaluation.
+    """
+    for parent_name, parent in model.named_modules():
+        if not isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            continue
+        for name in linears:
+            if name.rpartition(".")[0] == parent_name:
+                reader = type(parent).__name__
+                raise ValueError(f"{name} is no target: nn.{reader} reads its weight and would "
+                                 "pass over the update")
+    for name, linear in linears.items():
+        shape = (linear.out_features, linear.in_features)
+        weight = linear._parameters.get("weight")  # None: computed by a parametrization
+        if weight is None or weight.shape != shape or not weight.is_floating_point():
+            raise ValueError(f"{name} is no target: {type(linear).__name__} holds no weight of "
+                             f"{shape[0]} x {shape[1]} floating-point numbers to merge into")
 
 
 def refuse_shared_weights(model, linears):
@@ -517,7 +555,7 @@ def update_shape(linear):
             "dtype": torch.promote_types(linear.weight.dtype, torch.float32)}
 
 
-def replace_module(model, name, module):
+def replace(model, name, module):
     """Put a module in the place of the one of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -558,7 +596,7 @@ def merge(model):
         raise ValueError("the model has no adapted layers to merge")
     for name, layer in layers:
         layer.merge_()
-        replace_module(model, name, layer.plain())
+        replace(model, name, layer.plain())
     return model
 
 

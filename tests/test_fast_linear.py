@@ -59,7 +59,8 @@ def test_gradcheck(kind, shape):
     x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
 
     def merged(x, *parameters):
-        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, *parameters)
+        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, mora.Products,
+                                       *parameters)
 
     assert torch.autograd.gradcheck(merged, (x, *parameters))
 

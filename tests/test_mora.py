@@ -444,6 +444,22 @@ def test_merge_takes_the_weight_that_to_empty_made(method, options):
     torch.testing.assert_close(run(mora.merge(empty), ids), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ("linear1", "linear2", "out_proj"))
+def test_a_layer_whose_weight_torch_reads_is_refused_by_name(target):
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16)})
+    reader = "MultiheadAttention" if target == "out_proj" else "TransformerEncoderLayer"
+    message = rf"encoder\.(self_attn\.)?{target} is no target: nn.{reader} reads its weight"
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(model, rank=1, targets=(target,))
+
+
+def test_a_layer_without_a_weight_to_merge_into_is_refused():
+    model = small_model()
+    nn.utils.parametrizations.weight_norm(model["head"])
+    with pytest.raises(ValueError, match="head is no target: .* holds no weight of 11 x 24"):
+        mora.adapt(model, targets=("head",))
+
+
 def test_a_layer_whose_weight_another_module_shares_is_refused():
     model = small_model()
     model["head"].weight = model["embed"].weight
