@@ -91,16 +91,16 @@ class Rescaled(nn.Module):
         y = diag(m / ||W + dW||) (W + dW) x        m starts at ||W||, and the norm has no gradient
 
     As an update of W it is s (W + dW) - W with s = diag(m / ||W + dW||). `layer` is the module that
-    holds W in `.weight`, (out, in); `inner` is the update that makes dW.
+    has W as `.matrix`, (out, in); `inner` is the update that makes dW.
     """
 
     def __init__(self, layer, inner):
         super().__init__()
         self.layer = (layer,)  # in a tuple: its current weight is read, but it is not a submodule
         self.inner = inner
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        rows = layer.weight.shape[0]
-        self.magnitude = nn.Parameter(torch.zeros(rows, device=layer.weight.device, dtype=dtype))
+        W = layer.matrix
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        self.magnitude = nn.Parameter(torch.zeros(len(W), device=W.device, dtype=dtype))
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -114,7 +114,7 @@ class Rescaled(nn.Module):
 
     def weight(self):
         """W, (out, in)."""
-        return self.layer[0].weight
+        return self.layer[0].matrix
 
     def whole(self):
         """W + the inner dW, (out, in), in float32 or float64."""

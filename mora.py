@@ -18,7 +18,9 @@ Merging and restarting do not change the function.
 
 Letters: k in_features, d out_features, r^ (r_hat) the width of M, m the blocks that share M.
 """
+import functools
 import math
+import re
 import warnings
 import zlib
 
@@ -326,7 +328,9 @@ def refuse_other_derivatives(update, parameters):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with an update: y = W x + dW x + b. W (out, in) stays in `.weight`.
+    """A frozen linear layer with an update: y = W x + dW x + b. W stays in `.weight`.
+
+    `.matrix` is W as (out, in): the weight, or its transpose in the Conv1D of transformers' GPT-2.
 
     A float32 weight and its update are merged for the product (MergedLinear). A bfloat16 weight
     would round small updates away, and dropout acts on the update's input alone: these layers
@@ -338,11 +342,15 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         # The plain layer is kept for `plain`: in a tuple, so not as a submodule, and without its
         # parameters, which can be replaced here (load_state_dict(assign=True), FSDP).
-        self.linear = (linear,)
+        self.linear, self.transposed = (linear,), is_transposed(linear)
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
         self.dropout, self.products = dropout, Products
         self.merges = hasattr(update, "gradients")  # False: two paths always
+
+    @property
+    def matrix(self):
+        return self.weight.T if self.transposed else self.weight
 
     def forward(self, x):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
@@ -350,9 +358,9 @@ class AdaptedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.can_merge() or self.dropout:
             dropped = F.dropout(x, self.dropout, self.training)
-            y = F.linear(x, self.weight.to(x.dtype)) + self.update(dropped)
+            y = F.linear(x, self.matrix.to(x.dtype)) + self.update(dropped)
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, self.weight, self.update, self.products,
+            y = MergedLinear.apply(x, self.matrix, self.update, self.products,
                                    *self.update.parameters())
         else:
             y = F.linear(x, self.merged().to(x.dtype))
@@ -370,13 +378,13 @@ class AdaptedLinear(nn.Module):
     def merged(self):
         """W + dW, (out, in), in float32 or float64."""
         delta = self.delta()
-        return self.weight.to(delta.dtype) + delta
+        return self.matrix.to(delta.dtype) + delta
 
     @torch.no_grad()
     def merge_(self):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
         delta = self.delta()
-        self.weight.copy_(self.weight.to(delta.dtype) + delta)
+        self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 
     def plain(self):
@@ -399,8 +407,16 @@ class AdaptedLinear(nn.Module):
                                    f"model's has {own.get(key)!r}: adapt the model as the saved "
                                    "one was")
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Refuse another W without its update: what dW is added to would change unnoticed."""
+        has_update = any(key.startswith(f"{prefix}update.") for key in state_dict)
+        if f"{prefix}weight" in state_dict and not has_update and list(self.update.parameters()):
+            raise RuntimeError(f"the state dict has {prefix}weight but no update of it: load it "
+                               "before the model is adapted")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self):
-        rows, columns = self.weight.shape
+        rows, columns = self.matrix.shape
         return f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
 
 
@@ -422,11 +438,13 @@ def adapter_parameters(model):
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
           seed=0, cycle=0):
-    """Replace the nn.Linear layers that `targets` names by adapted ones, in place.
+    """Replace the linear layers that `targets` names by adapted ones, in place.
 
     method: "mora", "lora", or "frozen" (the layers are frozen and get no update).
     operator, groups: MoRA's (see Square, Fold). alpha, rslora, lora_A: LoRA's (see LowRank).
-    dora: for both (see Rescaled). targets: last parts of module names.
+    dora: for both (see Rescaled).
+    targets: as in peft: a list of last parts of module names; a string, which is such a part or a
+    regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
     seed, cycle: of the random numbers (see start_cycle).
 
@@ -453,12 +471,13 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         else:
             update = Square(**options, operator=operator, groups=groups)
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
-            siblings = (name.rpartition(".")[0], *linear.weight.shape)
+            siblings = (name.rpartition(".")[0], options["in_features"], options["out_features"])
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
         replace(model, name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
+    save_pretrained_merged(model)
     if dropout:
         warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers "
                       "run two paths, slower than merged", stacklevel=2)
@@ -484,29 +503,57 @@ def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
         raise ValueError("rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
 
 
-def find_targets(model, targets):
-    """{name: nn.Linear} of the layers that the targets name, in the model's order.
+def is_transposed(module):
+    """Whether a module is the Conv1D of transformers' GPT-2: a linear layer, weight (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
-    Raises ValueError for a target without an nn.Linear and for a weight that is used twice.
+
+def find_linears(model):
+    """{name: module} of the linear layers that can be adapted, in the model's order."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) or is_transposed(module)}
+
+
+def find_targets(model, targets):
+    """{name: linear layer} of the layers that the targets name (see adapt), in the model's order.
+
+    Raises ValueError for a target without a linear layer, for a weight that is used twice and for
+    one that something else than its layer reads.
     """
-    linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear)}
-    chosen = set()
-    for target in targets:
-        names = [name for name, _ in model.named_modules()
-                 if name == target or name.endswith(f".{target}")]
-        if not any(name in linears for name in names):
-            last_parts = sorted({name.rpartition(".")[2] for name in linears})
-            what = "no module"
-            if names:
-                what = f"only {type(model.get_submodule(names[0])).__name__} modules"
-            raise ValueError(f"target {target!r} matches {what}; the model's nn.Linear layers are "
-                             f"named {', '.join(last_parts) or 'nothing'}")
-        chosen.update(names)
-    found = {name: linear for name, linear in linears.items() if name in chosen}
+    linears = find_linears(model)
+    if targets == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found = {name: linear for name, linear in linears.items() if linear is not head}
+        if not found:
+            raise ValueError("targets 'all-linear' matches no linear layer of the model")
+    else:
+        chosen = set()
+        for target in [targets] if isinstance(targets, str) else targets:
+            pattern = rf"(.*\.)?{re.escape(target)}"
+            if isinstance(targets, str):
+                pattern = f"{pattern}|{target}"
+            chosen |= matching_linears(model, linears, target, pattern)
+        found = {name: linear for name, linear in linears.items() if name in chosen}
     refuse_read_weights(model, found)
     refuse_shared_weights(model, found)
     return found
+
+
+def matching_linears(model, linears, target, pattern):
+    """The names of linear layers that a pattern matches; raises ValueError if there are none."""
+    try:
+        names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"target {target!r} is no regular expression: {error}") from None
+    matched = {name for name in names if name in linears}
+    if matched:
+        return matched
+    what = "no module"
+    if names:
+        what = f"only {type(model.get_submodule(names[0])).__name__} modules"
+    last_parts = sorted({name.rpartition(".")[2] for name in linears})
+    raise ValueError(f"target {target!r} matches {what}; the model's linear layers are named "
+                     f"{', '.join(last_parts) or 'nothing'}")
 
 
 def refuse_read_weights(model, linears):
@@ -524,6 +571,8 @@ def refuse_read_weights(model, linears):
                 raise ValueError(f"{name} is no target: nn.{reader} reads its weight and would "
                                  "pass over the update")
     for name, linear in linears.items():
+        if is_transposed(linear):
+            continue
         shape = (linear.out_features, linear.in_features)
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         if weight is None or weight.shape != shape or not weight.is_floating_point():
@@ -550,9 +599,9 @@ def refuse_shared_weights(model, linears):
 
 def update_shape(linear):
     """The arguments of an update that a linear layer fixes: its features, device and dtype."""
-    return {"in_features": linear.in_features, "out_features": linear.out_features,
-            "device": linear.weight.device,
-            "dtype": torch.promote_types(linear.weight.dtype, torch.float32)}
+    weight = linear.weight.T if is_transposed(linear) else linear.weight
+    return {"in_features": weight.shape[1], "out_features": weight.shape[0],
+            "device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
 
 def replace(model, name, module):
@@ -572,7 +621,8 @@ def start_cycle(layers, seed, cycle):
         for module in layer.update.modules():
             if isinstance(module, Square):
                 module.seed, module.cycle = seed, cycle
-                input_folds[module.fold_in] = f"{name.rpartition('.')[0]} {layer.weight.shape[1]}"
+                fold, parent = module.fold_in, name.rpartition(".")[0]
+                input_folds[fold] = f"{parent} {fold.features}"
     for fold, name_of_input in input_folds.items():  # a fold that layers share is drawn once
         fold.move(cycle, seeded_generator(seed, cycle, name_of_input).initial_seed())
 
@@ -597,6 +647,7 @@ def merge(model):
     for name, layer in layers:
         layer.merge_()
         replace(model, name, layer.plain())
+    model.__dict__.pop("save_pretrained", None)  # the class's own again
     return model
 
 
@@ -608,11 +659,29 @@ def merged_weights(model):
     """
     weights = model.state_dict()
     for name, layer in adapted_layers(model):
-        weights[f"{name}.weight"] = layer.merged().to(layer.weight.dtype)
+        merged = layer.merged().to(layer.weight.dtype)
+        weights[f"{name}.weight"] = merged.T.contiguous() if layer.transposed else merged
         del weights[f"{name}._extra_state"]
     for name, _ in adapter_parameters(model):
         del weights[name]
     return weights
+
+
+def save_pretrained_merged(model):
+    """Let `save_pretrained` of a transformers model write merged weights, until merge.
+
+    Its own would write the frozen weights alone, and from_pretrained would load the bare base.
+    """
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = functools.partial(_save_merged, model)
+
+
+def _save_merged(model, folder, *, state_dict=None, **options):
+    if state_dict is not None:
+        raise ValueError("save_pretrained of an adapted model merges the model's own weights and "
+                         "takes no state_dict: call mora.merge(model) first")
+    weights = merged_weights(model)
+    type(model).save_pretrained(model, folder, state_dict=weights, **options)
 
 
 # ------------------------------------------------------------

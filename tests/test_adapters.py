@@ -1,14 +1,20 @@
 """Adapter folders, compared with peft for LoRA and DoRA."""
 import copy
 import json
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import adapters
 import checkpoint
 import evaluate
 import merge
@@ -226,3 +232,244 @@ def test_a_pickled_adapter_is_refused(llama, tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled"):
         checkpoint.load(tmp_path)
+
+
+# ------------------------------------------------------------
+# any model: save, load, targets, save_pretrained
+
+SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+ARCHITECTURES = {
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(
+        **SMALL, intermediate_size=56, num_key_value_heads=2)),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(
+        **SMALL, intermediate_size=56, num_key_value_heads=2)),
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4)),
+}
+UPDATES = {
+    "lora": dict(method="lora", alpha=6.0, lora_A="orthogonal"),
+    "rslora": dict(method="lora", alpha=6.0, rslora=True),
+    "dora": dict(method="lora", dora=True),
+    "share": dict(groups="permute", seed=3, cycle=2),
+    "rotate, dora": dict(operator="rotate", groups="alternate", cycle=1, dora=True),
+}
+SMALL_IDS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def plain_model(architecture):
+    torch.manual_seed(0)
+    kind, config = ARCHITECTURES[architecture]
+    return kind(config).eval()
+
+
+def randomize_updates(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in mora.adapter_parameters(model):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def adapted_model(architecture, update, targets="all-linear"):
+    model = plain_model(architecture)
+    return randomize_updates(mora.adapt(model, rank=3, targets=targets, **UPDATES[update]))
+
+
+@torch.no_grad()
+def small_logits(model):
+    return model(SMALL_IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("update", UPDATES)
+def test_any_model_is_saved_loaded_and_merged(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    expected = small_logits(model)
+    assert (expected - small_logits(plain_model(architecture))).abs().max() > 1e-3
+    adapters.save(model, tmp_path)
+    loaded = adapters.load(plain_model(architecture), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), expected, rtol=0, atol=1e-6)
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in mora.adapter_parameters(loaded)}
+    torch.testing.assert_close(small_logits(mora.merge(loaded)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("update", ("lora", "rslora", "dora"))
+def test_peft_loads_what_save_wrote_for_any_model(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    adapters.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain_model(architecture), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", (dict(target_modules="all-linear"),
+                                     dict(target_modules=["c_attn"], use_dora=True)), ids=str)
+def test_an_adapter_of_gpt2_that_peft_trained_loads_here(options, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(plain_model("gpt2"), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = adapters.load(plain_model("gpt2"), tmp_path)
+    torch.testing.assert_close(small_logits(ours), small_logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_ranks_and_scales_per_layer_survive_load_and_save(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM",
+                             target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2},
+                             alpha_pattern={"0.self_attn.q_proj": 3})
+    theirs = peft.get_peft_model(plain_model("qwen2"), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = adapters.load(plain_model("qwen2"), tmp_path / "theirs")
+    adapters.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path / "ours")
+    torch.testing.assert_close(small_logits(again), small_logits(theirs), rtol=0, atol=1e-5)
+
+
+TARGETS = ["all-linear", "q_proj", r".*\.1\..*(k|gate)_proj", ["q_proj", "down_proj"],
+           ["layers.0.mlp.up_proj"]]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_targets_are_pefts(targets):
+    ours = mora.adapt(plain_model("mistral"), "lora", rank=2, targets=targets)
+    modules = [targets] if targets == "q_proj" else targets  # peft: a regular expression alone
+    config = peft.LoraConfig(r=2, target_modules=modules)
+    theirs = peft.get_peft_model(plain_model("mistral"), config).base_model.model
+    names = {name.removesuffix(".lora_A") for name, _ in theirs.named_modules()
+             if name.endswith(".lora_A")}
+    assert {name for name, _ in mora.adapted_layers(ours)} == names
+
+
+@pytest.mark.parametrize("targets, message", [
+    (".*(", "no regular expression"), ("proj", "matches no module"), ("layers", "only ModuleList")])
+def test_targets_that_match_nothing_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(plain_model("mistral"), targets=targets)
+
+
+@pytest.mark.parametrize("update", ("dora", "share"))
+@pytest.mark.parametrize("architecture", ("qwen2", "gpt2"))
+def test_save_pretrained_of_an_adapted_model_writes_merged_weights(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path / "model")
+    for name in ("copy", "model"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="takes no state_dict"):
+        model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())
+    mora.merge(model).save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_save_refuses_what_a_folder_cannot_hold(tmp_path):
+    with pytest.raises(UserError, match="no adapted layers"):
+        adapters.save(plain_model("qwen2"), tmp_path)
+    model = mora.adapt(plain_model("qwen2"), rank=2, train_rest=True)
+    with pytest.raises(UserError, match="parameters train beside the updates .first model.embed"):
+        adapters.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_refuses_another_model(tmp_path):
+    adapters.save(adapted_model("qwen2", "share"), tmp_path)
+    with pytest.raises(UserError, match="is it of another base model"):
+        adapters.load(plain_model("gpt2"), tmp_path)
+    with pytest.raises(UserError, match="adapted already"):
+        adapters.load(adapted_model("qwen2", "share"), tmp_path)
+
+
+def test_weights_without_their_update_are_refused():
+    """As the Trainer loads a checkpoint: merged weights, strict=False, the update left as it is."""
+    model = adapted_model("qwen2", "share")
+    with pytest.raises(RuntimeError, match="q_proj.weight but no update of it"):
+        model.load_state_dict(mora.merged_weights(model), strict=False)
+
+
+def test_the_trainer_example_runs(tmp_path):
+    script = Path(__file__).parent.parent / "docs" / "trainer_example.py"
+    assert len(script.read_text().splitlines()) <= 60
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, last, difference = map(float, re.search(
+        r"loss (\S+) -> (\S+), trained and merged logits differ by (\S+)", done.stdout).groups())
+    assert last < 0.9 * first and difference < 1e-4
+
+
+# ------------------------------------------------------------
+# MoRA as LoRA
+
+ONE_BLOCK = {
+    "share": dict(), "share, permute": dict(groups="permute", seed=3, cycle=2),
+    "truncate": dict(operator="truncate", groups="contiguous"),
+    "share, dora": dict(dora=True, groups="alternate", cycle=1),
+}
+
+
+def mora_model(options, architecture="qwen2"):
+    model = mora.adapt(plain_model(architecture), rank=3, targets="all-linear", **options)
+    return randomize_updates(model)
+
+
+@pytest.mark.parametrize("architecture", ("qwen2", "gpt2"))
+@pytest.mark.parametrize("options", ONE_BLOCK.values(), ids=list(ONE_BLOCK))
+def test_peft_loads_mora_as_lora(architecture, options, tmp_path):
+    model = mora_model(options, architecture)
+    report = adapters.as_lora(model, tmp_path)
+    largest = max(len(p) for name, p in mora.adapter_parameters(model) if name.endswith("M"))
+    assert report["rank"] == largest and report["error"] < 1e-6 and report["bytes"] > 0
+    theirs = peft.PeftModel.from_pretrained(plain_model(architecture), tmp_path)
+    for _, layer in mora.adapted_layers(model):
+        layer.merges = False
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", ONE_BLOCK.values(), ids=list(ONE_BLOCK))
+def test_such_a_lora_comes_back_as_mora(options, dtype, tmp_path):
+    model = mora_model(options)
+    report = adapters.as_lora(model, tmp_path, dtype=dtype)
+    assert report["error"] < (1e-6 if dtype == torch.float32 else 5e-3)
+    loaded = dict(mora.adapter_parameters(adapters.load(plain_model("qwen2"), tmp_path)))
+    for name, parameter in mora.adapter_parameters(model):
+        expected = parameter.to(dtype).float() if name.endswith("M") else parameter
+        assert torch.equal(loaded[name], expected), name
+
+
+def test_such_a_lora_that_was_trained_on_stays_a_lora(tmp_path):
+    adapters.as_lora(mora_model({}), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert "mora" in metadata
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] += 0.5
+    save_file(tensors, file, metadata)
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    assert {name.rpartition(".")[2] for name, _ in mora.adapter_parameters(loaded)} == {"A", "B"}
+
+
+@pytest.mark.parametrize("operator", ("decouple", "rotate"))
+def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_path):
+    model = mora_model({"operator": operator})
+    with pytest.raises(UserError, match=f"{operator} makes a dW of rank up to 32"):
+        adapters.as_lora(model, tmp_path)
+    errors = [adapters.as_lora(model, tmp_path, rank=rank)["error"] for rank in (4, 16, 32)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_lora_is_not_written_as_lora(tmp_path):
+    with pytest.raises(UserError, match="no MoRA adapter"):
+        adapters.as_lora(adapted_model("qwen2", "lora"), tmp_path)
