@@ -166,7 +166,7 @@ def restart_seconds(model, device):
     def restart(cycle):
         for _, layer in layers:
             layer.merge_()
-        mora.start(layers, seed=0, cycle=cycle)
+        mora.start_cycle(layers, seed=0, cycle=cycle)
 
     return statistics.median(seconds(partial(restart, cycle), device) for cycle in (2, 3, 4))
 

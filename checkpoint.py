@@ -245,8 +245,10 @@ def load_weights(model, weights, where, assign=False):
     """
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+    # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
+    own = {name: value for name, value in model.state_dict().items() if not torch.is_tensor(value)}
     try:
-        model.load_state_dict(weights, assign=assign)
+        model.load_state_dict(weights | own, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: the weights do not fit the model: {reason[:400]}") from None
@@ -266,7 +268,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     final = out / f"step-{step:08d}"
     if val_loss is not None and not math.isfinite(val_loss):
         val_loss = None  # JSON has no nan
-    weights = model.state_dict()
+    weights = {name: value for name, value in model.state_dict().items()
+               if torch.is_tensor(value)}
     must_be_finite(weights, step, cfg)
     remove_leftovers(out, ".*ing-step-*")
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
@@ -308,7 +311,8 @@ def must_be_finite(weights, step, cfg):
     aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core).
     One tensor is read back from the device.
     """
-    names = [name for name, weight in weights.items() if weight.numel()]
+    names = [name for name, weight in weights.items()
+             if torch.is_tensor(weight) and weight.numel()]
     extremes = torch.stack([torch.stack(weights[name].aminmax()).float() for name in names])
     finite = extremes.isfinite().all(dim=1).tolist()
     if not all(finite):

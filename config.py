@@ -120,6 +120,7 @@ class Config:
     eval_tokens: int = key(0, "validation tokens per evaluation; 0: all", least=0)
     save_every: int = key(500, "steps between checkpoints", least=1)
     keep: int = key(2, "checkpoints kept, the newest; 0: all", least=0)
+    keep_best: bool = key(False, "also keep the checkpoint of the lowest validation loss")
     log_to: str = key("", "second log; empty: none", ("", "wandb", "tensorboard"))
 
     device: str = key("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"),

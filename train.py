@@ -44,7 +44,7 @@ FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restar
 
 
 def train(cfg):
-    """Run one experiment, or what is left of it."""
+    """Run one experiment, or what is left of it; return the model."""
     rank, world, device = join_processes(cfg)
     micro_batch, accumulate = accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
@@ -71,15 +71,16 @@ def train(cfg):
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
-        last, pause = step == cfg.steps, time.time()
+        last, pause, scores = step == cfg.steps, time.time(), {}
+        if (step % cfg.eval_every == 0 or last) and not stopping:
+            checkpoint.must_be_finite(model.state_dict(), step, cfg)
+            scores = perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
+                                cfg.eval_tokens)
+            log.scores(step, scores)
         if step > first_step and rank == 0 and (step % cfg.save_every == 0 or last or stopping):
-            checkpoint.save(cfg, step, cycle, model, optimizer, tok)
-        if stopping:
-            break
-        if step % cfg.eval_every == 0 or last:
-            log.scores(step, perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
-                                        cfg.eval_tokens))
-        if last:
+            checkpoint.save(cfg, step, cycle, model, optimizer, tok, scores.get("loss"),
+                            cfg.keep_best)
+        if last or stopping:
             break
 
         # ReLoRA, ReMoRA: a cycle is over, its update joins the weights
@@ -105,6 +106,7 @@ def train(cfg):
             fp8.fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, window.restart(), batches)
     log.close(step, stopping, tokens.kind)
+    return model
 
 
 def join_processes(cfg):

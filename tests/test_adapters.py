@@ -1,13 +1,20 @@
-"""Adapter folders, with peft as the judge of LoRA and DoRA."""
+"""Adapter folders, compared with peft for LoRA and DoRA."""
+import copy
 import json
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import adapters
 import checkpoint
 import evaluate
 import merge
@@ -15,6 +22,7 @@ import mora
 from config import UserError
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 VARIANTS = {
     "lora": dict(),
     "rslora": dict(use_rslora=True),
@@ -28,40 +36,40 @@ VARIANTS = {
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_pefts(variant, bias):
-    """In float64, with the same A, B, m and the same dropped inputs: y, dx, dA, dB, dm, and the merged matrix."""
+    """In float64, with the same A, B, m and dropped inputs: y, dx, dA, dB, dm, merged matrix."""
     torch.manual_seed(0)
-    linear = nn.Linear(20, 12, bias=bias, dtype=torch.float64)
+    plain = nn.ModuleDict({"q": nn.Linear(20, 12, bias=bias, dtype=torch.float64)})
     options, x = VARIANTS[variant], torch.randn(3, 5, 20, dtype=torch.float64)
-    ours = mora.adapt(nn.ModuleDict({"q": nn.Linear(20, 12, bias=bias, dtype=torch.float64)}), "lora", rank=4, alpha=6.0, targets=("q",),
-                      rslora="use_rslora" in options, dora="use_dora" in options, dropout=options.get("lora_dropout", 0.0))
-    theirs = peft.get_peft_model(nn.ModuleDict({"q": linear}), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q"], **options), autocast_adapter_dtype=False)
-    ours["q"].weight.data.copy_(linear.weight)
-    if bias:
-        ours["q"].bias.data.copy_(linear.bias)
+    ours = mora.adapt(copy.deepcopy(plain), "lora", rank=4, alpha=6.0, targets=("q",),
+                      rslora="use_rslora" in options, dora="use_dora" in options,
+                      dropout=options.get("lora_dropout", 0.0))
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q"], **options)
+    theirs = peft.get_peft_model(plain, config, autocast_adapter_dtype=False)
     layer, update = theirs.base_model.model["q"], ours["q"].update
-    pairs = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    pefts = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
     if "use_dora" in options:
-        pairs["magnitude"] = layer.lora_magnitude_vector["default"].weight
-    mine = {key.removeprefix("inner."): parameter for key, parameter in update.named_parameters()}
-    assert mine.keys() == pairs.keys() and all(p.dtype == torch.float64 for p in pairs.values())
+        pefts["magnitude"] = layer.lora_magnitude_vector["default"].weight
+    mine = {key.removeprefix("inner."): p for key, p in update.named_parameters()}
+    assert mine.keys() == pefts.keys() and all(p.dtype == torch.float64 for p in pefts.values())
     for key, parameter in mine.items():
         nn.init.normal_(parameter)
-        pairs[key].data.copy_(parameter)
+        pefts[key].data.copy_(parameter)
     outcomes = []
-    for call, parameters in ((ours["q"], mine), (layer, pairs)):
+    for call, parameters in ((ours["q"], mine), (layer, pefts)):
         torch.manual_seed(1)
         x = x.detach().requires_grad_()
         y = call(x)
-        outcomes.append((y, *torch.autograd.grad(y.sin().sum(), (x, *(parameters[key] for key in sorted(parameters))))))
+        inputs = (x, *(parameters[key] for key in sorted(parameters)))
+        outcomes.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     layer.merge()
-    torch.testing.assert_close(ours["q"].weight + ours["q"].delta(), layer.base_layer.weight, rtol=1e-10, atol=1e-10)
+    merged, expected = ours["q"].merged(), layer.base_layer.weight
+    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
 
 
 def hugging_face(folder):
-    from transformers import LlamaForCausalLM
-    return LlamaForCausalLM.from_pretrained(folder).eval()
+    return transformers.LlamaForCausalLM.from_pretrained(folder).eval()
 
 
 IDS = torch.randint(257, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -74,35 +82,45 @@ def logits(model):
 
 
 def assert_scored_as_in_training(out, model, corpus):
-    """The run's own last validation loss, of the model as it trained, is that of what was loaded."""
-    values = [json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text().splitlines() if "val_loss" in line]
+    """The loaded model has the last validation loss that its run logged."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    logged = [json.loads(line)["val_loss"] for line in lines if "val_loss" in line]
     loss = evaluate.perplexity(model, evaluate.open_split(corpus, "val"), 16, 4)["loss"]
-    assert values[-1] == pytest.approx(loss, rel=1e-6) and values[-1] < values[0]
+    assert logged[-1] == pytest.approx(loss, rel=1e-6) and logged[-1] < logged[0]
 
 
-@pytest.mark.parametrize("options", (["--alpha=4"], ["--dora=true"], ["--alpha=3", "--rslora=true", "--lora_A=frozen", "--targets=q_proj,up_proj"]), ids=" ".join)
+LORA_RUNS = (["--alpha=4"], ["--dora=true"],
+             ["--alpha=3", "--rslora=true", "--lora_A=frozen", "--targets=q_proj,up_proj"])
+
+
+@pytest.mark.parametrize("options", LORA_RUNS, ids=" ".join)
 def test_peft_loads_our_adapters(run, corpus, options, capsys):
-    """adapter/ on base/ is the model, for peft too; and merging, scoring and adapting further know it here."""
+    """adapter/ on base/ is the trained model: in peft, after merge.py and in evaluate.py."""
     out = run("--method=lora", *options)
     model, _, path = checkpoint.load(out)
     assert_scored_as_in_training(out, model, corpus)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of keys that peft does not know, of tensors that it misses
+        warnings.simplefilter("error", UserWarning)  # of unknown keys, of missing tensors
         theirs = peft.PeftModel.from_pretrained(hugging_face(path / "base"), path / "adapter")
     assert (logits(theirs) - logits(model)).abs().max() < 1e-5
     assert (logits(model) - logits(checkpoint.load(path / "base")[0])).abs().max() > 1e-3
     merge.main([str(out)])
     merge.main([str(path / "adapter"), str(out / "from_the_adapter")])  # it names its base
-    assert (logits(hugging_face(out / "from_the_adapter")) - logits(model)).abs().max() < 1e-5
+    merged = hugging_face(out / "from_the_adapter")
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
     capsys.readouterr()
-    evaluate.main([str(out / "merged"), str(corpus)]), evaluate.main([str(path / "adapter"), str(corpus)])
+    evaluate.main([str(out / "merged"), str(corpus)])
+    evaluate.main([str(path / "adapter"), str(corpus)])
     scores = [json.loads(line)["loss"] for line in capsys.readouterr().out.splitlines()]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("options", (["--dora=true", "--groups=alternate"], ["--operator=rotate", "--groups=permute"]), ids=" ".join)
+MORA_RUNS = (["--dora=true", "--groups=alternate"], ["--operator=rotate", "--groups=permute"])
+
+
+@pytest.mark.parametrize("options", MORA_RUNS, ids=" ".join)
 def test_our_mora_adapters_merge_without_their_run(run, corpus, tmp_path, monkeypatch, options):
-    """With the groups of their cycle, here the third; and never with the ../base of where one happens to stand."""
+    """With the groups of their cycle, here the third; never on ../base of the working directory."""
     out = run(*options, "--restart_every=6")
     model, _, path = checkpoint.load(out)
     assert_scored_as_in_training(out, model, corpus)
@@ -113,29 +131,33 @@ def test_our_mora_adapters_merge_without_their_run(run, corpus, tmp_path, monkey
     monkeypatch.chdir(tmp_path / "here" / "inside")
     with pytest.raises(UserError, match="name one with --base"):
         merge.main([str(tmp_path / "elsewhere"), str(tmp_path / "merged")])
-    merge.main([str(tmp_path / "elsewhere"), str(tmp_path / "merged"), f"--base={tmp_path / 'model'}"])
+    base = f"--base={tmp_path / 'model'}"
+    merge.main([str(tmp_path / "elsewhere"), str(tmp_path / "merged"), base])
     assert (logits(hugging_face(tmp_path / "merged")) - logits(model)).abs().max() < 1e-5
     config = tmp_path / "elsewhere" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"operator": "twist"}))
     with pytest.raises(UserError, match="operator = 'twist' is not implemented, only 'truncate'"):
         checkpoint.load(tmp_path / "elsewhere", tmp_path / "model")
     with pytest.raises(UserError, match="is no adapter folder"):
-        merge.main([str(out), f"--base={tmp_path / 'model'}"])
+        merge.main([str(out), base])
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A tiny directory that transformers wrote."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama") / "model"
-    LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def trained_by_peft(llama, folder, **options):
-    """An adapter folder as peft writes it, with numbers in all its tensors; returns peft's model."""
-    model = peft.get_peft_model(hugging_face(llama), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)).eval()
+    """Write an adapter folder with peft, no tensor of it zero; returns peft's model."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(hugging_face(llama), config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -145,42 +167,309 @@ def trained_by_peft(llama, folder, **options):
     return model
 
 
-@pytest.mark.parametrize("options", (
+PEFT_OPTIONS = (
     dict(target_modules=["q_proj", "down_proj"]),
     dict(target_modules="all-linear", use_dora=True, lora_dropout=0.1),
     dict(target_modules=r".*\.1\..*(k|gate)_proj", use_rslora=True, init_lora_weights="gaussian"),
-    dict(target_modules=["v_proj", "o_proj"], rank_pattern={"v_proj": 2, "layers.1.*o_proj": 6}, alpha_pattern={"1.self_attn.v_proj": 3}),
-), ids=str)
+    dict(target_modules=["v_proj", "o_proj"], rank_pattern={"v_proj": 2, "layers.1.*o_proj": 6},
+         alpha_pattern={"1.self_attn.v_proj": 3}),
+)
+
+
+@pytest.mark.parametrize("options", PEFT_OPTIONS, ids=str)
 def test_pefts_adapters_merge_here(llama, tmp_path, options):
     theirs = trained_by_peft(llama, tmp_path / "adapter", **options)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(llama)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(llama)
     merge.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
     expected = logits(theirs)
-    torch.testing.assert_close(logits(hugging_face(tmp_path / "merged")), expected, rtol=0, atol=1e-5)
+    merged = logits(hugging_face(tmp_path / "merged"))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(theirs.merge_and_unload()), expected, rtol=0, atol=1e-5)
     assert (logits(hugging_face(llama)) - expected).abs().max() > 1e-3
 
 
-def test_what_is_not_implemented_is_refused_by_its_key(llama, tmp_path):
-    folder = tmp_path / "adapter"
-    trained_by_peft(llama, folder, target_modules=["q_proj"])
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    good, tensors = json.loads(config.read_text()), load_file(weights)
-    for key, value in (("peft_type", "LOHA"), ("lora_bias", True), ("modules_to_save", ["lm_head"]), ("layer_replication", [[0, 2]]), ("bias", "all"),
-                       ("fan_in_fan_out", True), ("megatron_config", {"a": 1}), ("init_lora_weights", "pissa"), ("key_of_tomorrow", 1),
-                       ("lora_alpha", None), ("mora_type", 5)):
-        config.write_text(json.dumps(good | {key: value} | ({"use_mora": True} if key == "mora_type" else {})))
-        with pytest.raises(UserError, match=key):
-            checkpoint.load(folder)
-    config.write_text(json.dumps(good))
-    key = next(iter(tensors))
-    for change, says in (({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32), "base_model.model.lm_head.lora_B.weight": torch.zeros(257, 4)}, "adapts lm_head"),
-                         ({"base_model.model.model.norm.weight": torch.zeros(32)}, "norm.weight is no part"),
-                         ({key: torch.zeros(5, 32)}, "lora_A.weight 5 x 32, .*here it takes lora_A.weight 4 x 32"),
-                         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.zeros(32)}, "lora_magnitude_vector 32, but here")):
-        save_file(tensors | change, weights)
-        with pytest.raises(UserError, match=says):
-            checkpoint.load(folder)
-    weights.rename(folder / "adapter_model.bin")
+REFUSED_KEYS = [
+    ("peft_type", "LOHA"), ("lora_bias", True), ("modules_to_save", ["lm_head"]),
+    ("layer_replication", [[0, 2]]), ("bias", "all"), ("fan_in_fan_out", True),
+    ("megatron_config", {"a": 1}), ("init_lora_weights", "pissa"), ("key_of_tomorrow", 1),
+    ("lora_alpha", None), ("mora_type", 5)]
+
+
+@pytest.mark.parametrize("key, value", REFUSED_KEYS)
+def test_a_key_that_is_not_implemented_is_refused_by_its_name(llama, tmp_path, key, value):
+    trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {key: value}
+    if key == "mora_type":
+        config["use_mora"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=key):
+        checkpoint.load(tmp_path)
+
+
+Q_PROJ, LM_HEAD = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.lm_head"
+REFUSED_TENSORS = [
+    ({f"{LM_HEAD}.lora_A.weight": (4, 32), f"{LM_HEAD}.lora_B.weight": (257, 4)}, "adapts lm_head"),
+    ({"base_model.model.model.norm.weight": (32,)}, "norm.weight is no part"),
+    ({f"{Q_PROJ}.lora_A.weight": (5, 32)},
+     "lora_A.weight 5 x 32, .*here it takes lora_A.weight 4 x 32"),
+    ({f"{Q_PROJ}.lora_magnitude_vector": (32,)}, "lora_magnitude_vector 32, but here")]
+
+
+@pytest.mark.parametrize("shapes, message", REFUSED_TENSORS)
+def test_a_tensor_that_does_not_fit_is_refused_by_its_name(llama, tmp_path, shapes, message):
+    trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
+    file = tmp_path / "adapter_model.safetensors"
+    changed = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(load_file(file) | changed, file)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_a_pickled_adapter_is_refused(llama, tmp_path):
+    trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled"):
-        checkpoint.load(folder)
+        checkpoint.load(tmp_path)
+
+
+# ------------------------------------------------------------
+# any model: save, load, targets, save_pretrained
+
+SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+ARCHITECTURES = {
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(
+        **SMALL, intermediate_size=56, num_key_value_heads=2)),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(
+        **SMALL, intermediate_size=56, num_key_value_heads=2)),
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4)),
+}
+UPDATES = {
+    "lora": dict(method="lora", alpha=6.0, lora_A="orthogonal"),
+    "rslora": dict(method="lora", alpha=6.0, rslora=True),
+    "dora": dict(method="lora", dora=True),
+    "share": dict(groups="permute", seed=3, cycle=2),
+    "rotate, dora": dict(operator="rotate", groups="alternate", cycle=1, dora=True),
+}
+SMALL_IDS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def plain_model(architecture):
+    torch.manual_seed(0)
+    kind, config = ARCHITECTURES[architecture]
+    return kind(config).eval()
+
+
+def randomize_updates(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in mora.adapter_parameters(model):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def adapted_model(architecture, update, targets="all-linear"):
+    model = plain_model(architecture)
+    return randomize_updates(mora.adapt(model, rank=3, targets=targets, **UPDATES[update]))
+
+
+@torch.no_grad()
+def small_logits(model):
+    return model(SMALL_IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("update", UPDATES)
+def test_any_model_is_saved_loaded_and_merged(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    expected = small_logits(model)
+    assert (expected - small_logits(plain_model(architecture))).abs().max() > 1e-3
+    adapters.save(model, tmp_path)
+    loaded = adapters.load(plain_model(architecture), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), expected, rtol=0, atol=1e-6)
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in mora.adapter_parameters(loaded)}
+    torch.testing.assert_close(small_logits(mora.merge(loaded)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("update", ("lora", "rslora", "dora"))
+def test_peft_loads_what_save_wrote_for_any_model(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    adapters.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain_model(architecture), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", (dict(target_modules="all-linear"),
+                                     dict(target_modules=["c_attn"], use_dora=True)), ids=str)
+def test_an_adapter_of_gpt2_that_peft_trained_loads_here(options, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(plain_model("gpt2"), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = adapters.load(plain_model("gpt2"), tmp_path)
+    torch.testing.assert_close(small_logits(ours), small_logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_ranks_and_scales_per_layer_survive_load_and_save(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM",
+                             target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2},
+                             alpha_pattern={"0.self_attn.q_proj": 3})
+    theirs = peft.get_peft_model(plain_model("qwen2"), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = adapters.load(plain_model("qwen2"), tmp_path / "theirs")
+    adapters.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path / "ours")
+    torch.testing.assert_close(small_logits(again), small_logits(theirs), rtol=0, atol=1e-5)
+
+
+TARGETS = ["all-linear", "q_proj", r".*\.1\..*(k|gate)_proj", ["q_proj", "down_proj"],
+           ["layers.0.mlp.up_proj"]]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_targets_are_pefts(targets):
+    ours = mora.adapt(plain_model("mistral"), "lora", rank=2, targets=targets)
+    modules = [targets] if targets == "q_proj" else targets  # peft: a regular expression alone
+    config = peft.LoraConfig(r=2, target_modules=modules)
+    theirs = peft.get_peft_model(plain_model("mistral"), config).base_model.model
+    names = {name.removesuffix(".lora_A") for name, _ in theirs.named_modules()
+             if name.endswith(".lora_A")}
+    assert {name for name, _ in mora.adapted_layers(ours)} == names
+
+
+@pytest.mark.parametrize("targets, message", [
+    (".*(", "no regular expression"), ("proj", "matches no module"), ("layers", "only ModuleList")])
+def test_targets_that_match_nothing_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(plain_model("mistral"), targets=targets)
+
+
+@pytest.mark.parametrize("update", ("dora", "share"))
+@pytest.mark.parametrize("architecture", ("qwen2", "gpt2"))
+def test_save_pretrained_of_an_adapted_model_writes_merged_weights(architecture, update, tmp_path):
+    model = adapted_model(architecture, update)
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path / "model")
+    for name in ("copy", "model"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="takes no state_dict"):
+        model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())
+    mora.merge(model).save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_save_refuses_what_a_folder_cannot_hold(tmp_path):
+    with pytest.raises(UserError, match="no adapted layers"):
+        adapters.save(plain_model("qwen2"), tmp_path)
+    model = mora.adapt(plain_model("qwen2"), rank=2, train_rest=True)
+    with pytest.raises(UserError, match="parameters train beside the updates .first model.embed"):
+        adapters.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_refuses_another_model(tmp_path):
+    adapters.save(adapted_model("qwen2", "share"), tmp_path)
+    with pytest.raises(UserError, match="is it of another base model"):
+        adapters.load(plain_model("gpt2"), tmp_path)
+    with pytest.raises(UserError, match="adapted already"):
+        adapters.load(adapted_model("qwen2", "share"), tmp_path)
+
+
+def test_weights_without_their_update_are_refused():
+    """As the Trainer loads a checkpoint: merged weights, strict=False, the update left as it is."""
+    model = adapted_model("qwen2", "share")
+    with pytest.raises(RuntimeError, match="q_proj.weight but no update of it"):
+        model.load_state_dict(mora.merged_weights(model), strict=False)
+
+
+def test_the_trainer_example_runs(tmp_path):
+    script = Path(__file__).parent.parent / "docs" / "trainer_example.py"
+    assert len(script.read_text().splitlines()) <= 60
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, last, difference = map(float, re.search(
+        r"loss (\S+) -> (\S+), trained and merged logits differ by (\S+)", done.stdout).groups())
+    assert last < 0.9 * first and difference < 1e-4
+
+
+# ------------------------------------------------------------
+# MoRA as LoRA
+
+ONE_BLOCK = {
+    "share": dict(), "share, permute": dict(groups="permute", seed=3, cycle=2),
+    "truncate": dict(operator="truncate", groups="contiguous"),
+    "share, dora": dict(dora=True, groups="alternate", cycle=1),
+}
+
+
+def mora_model(options, architecture="qwen2"):
+    model = mora.adapt(plain_model(architecture), rank=3, targets="all-linear", **options)
+    return randomize_updates(model)
+
+
+@pytest.mark.parametrize("architecture", ("qwen2", "gpt2"))
+@pytest.mark.parametrize("options", ONE_BLOCK.values(), ids=list(ONE_BLOCK))
+def test_peft_loads_mora_as_lora(architecture, options, tmp_path):
+    model = mora_model(options, architecture)
+    report = adapters.as_lora(model, tmp_path)
+    largest = max(len(p) for name, p in mora.adapter_parameters(model) if name.endswith("M"))
+    assert report["rank"] == largest and report["error"] < 1e-6 and report["bytes"] > 0
+    theirs = peft.PeftModel.from_pretrained(plain_model(architecture), tmp_path)
+    for _, layer in mora.adapted_layers(model):
+        layer.merges = False
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", ONE_BLOCK.values(), ids=list(ONE_BLOCK))
+def test_such_a_lora_comes_back_as_mora(options, dtype, tmp_path):
+    model = mora_model(options)
+    report = adapters.as_lora(model, tmp_path, dtype=dtype)
+    assert report["error"] < (1e-6 if dtype == torch.float32 else 5e-3)
+    loaded = dict(mora.adapter_parameters(adapters.load(plain_model("qwen2"), tmp_path)))
+    for name, parameter in mora.adapter_parameters(model):
+        expected = parameter.to(dtype).float() if name.endswith("M") else parameter
+        assert torch.equal(loaded[name], expected), name
+
+
+def test_such_a_lora_that_was_trained_on_stays_a_lora(tmp_path):
+    adapters.as_lora(mora_model({}), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert "mora" in metadata
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] += 0.5
+    save_file(tensors, file, metadata)
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    assert {name.rpartition(".")[2] for name, _ in mora.adapter_parameters(loaded)} == {"A", "B"}
+
+
+@pytest.mark.parametrize("operator", ("decouple", "rotate"))
+def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_path):
+    model = mora_model({"operator": operator})
+    with pytest.raises(UserError, match=f"{operator} makes a dW of rank up to 32"):
+        adapters.as_lora(model, tmp_path)
+    errors = [adapters.as_lora(model, tmp_path, rank=rank)["error"] for rank in (4, 16, 32)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_lora_is_not_written_as_lora(tmp_path):
+    with pytest.raises(UserError, match="no MoRA adapter"):
+        adapters.as_lora(adapted_model("qwen2", "lora"), tmp_path)

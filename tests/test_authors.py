@@ -1,4 +1,4 @@
-"""The authors' map, written down a second time."""
+"""The map of the authors' fork (kongds/MoRA), written a second time, feature by feature."""
 import json
 import math
 
@@ -6,85 +6,143 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import adapters as authors
+import adapters
 import checkpoint
 import merge
 from config import UserError
 
 
+def pieces_filled_from_the_front(x, r):
+    filled = list(x)
+    while len(filled) % r:
+        filled.append(x[len(filled) - len(x)])
+    return [torch.stack(filled[i:i + r]) for i in range(0, len(filled), r)]
+
+
+def rotated(piece, p):
+    """A piece with its pairs (j, j + r/2) rotated by p * 10000^(-2j/r)."""
+    r = len(piece)
+    pairs = []
+    for j in range(r // 2):
+        angle = p * 10000 ** (-2 * j / r)
+        pair = complex(piece[j], piece[j + r // 2])
+        pairs.append(pair * complex(math.cos(angle), math.sin(angle)))
+    return torch.tensor([z.real for z in pairs] + [z.imag for z in pairs], dtype=piece.dtype)
+
+
 def their_forward(kind, M, x, d):
-    """The authors' map of one input vector, feature by feature: what kongds/MoRA's layer computes in training."""
+    """What kongds/MoRA's layer adds for one input vector x in training."""
     k, r = len(x), len(M)
-    if kind in (2, 3):  # neighbours, the first k mod r groups one larger
+    if kind in (2, 3):  # groups of neighbours, the first k mod r are one larger
         groups, rest = [], list(x)
         for g in range(r):
             size = k // r + (g < k % r)
             groups.append(sum(rest[:size], torch.zeros((), dtype=x.dtype)))
             rest = rest[size:]
-        hidden = [torch.stack(groups)]
+        compressed = [torch.stack(groups)]
+    elif kind == 6:
+        pieces = pieces_filled_from_the_front(x, r)
+        compressed = [rotated(piece, p) for p, piece in enumerate(pieces)]
     else:
-        filled = list(x)
-        while len(filled) % r:  # what is missing is taken from the front again
-            filled.append(x[len(filled) - k])
-        pieces = [torch.stack(filled[i:i + r]) for i in range(0, len(filled), r)]
-        hidden = [sum(pieces)] if kind in (1, 4) else []
-        for p, piece in enumerate(pieces if kind == 6 else ()):
-            pairs = [complex(piece[j], piece[j + r // 2]) * complex(math.cos(p * 10000 ** (-2 * j / r)), math.sin(p * 10000 ** (-2 * j / r))) for j in range(r // 2)]
-            hidden.append(torch.tensor([z.real for z in pairs] + [z.imag for z in pairs], dtype=x.dtype))
-    y = torch.cat([M @ h for h in hidden])
+        compressed = [sum(pieces_filled_from_the_front(x, r))]
+    y = torch.cat([M @ h for h in compressed])
     if kind in (2, 4):
         return torch.cat([y[g].repeat(d // r + (g < d % r)) for g in range(r)])
     return torch.cat([y] * (d // len(y) + 1))[:d]
 
 
-@pytest.mark.parametrize("kind", authors.AUTHORS_TYPES)
-@pytest.mark.parametrize("shape", [(70, 50, 12), (50, 130, 12), (24, 24, 6), (24, 48, 8), (48, 24, 16), (16, 200, 14), (200, 16, 14), (20, 22, 20), (20, 60, 26), (12, 9, 16)], ids=str)
+def their_delta(kind, M, k, d):
+    """dW (d, k), column by column."""
+    columns = [their_forward(kind, M, x, d) for x in torch.eye(k, dtype=M.dtype)]
+    return torch.stack(columns, dim=1)
+
+
+SHAPES = [(70, 50, 12), (50, 130, 12), (24, 24, 6), (24, 48, 8), (48, 24, 16), (16, 200, 14),
+          (200, 16, 14), (20, 22, 20), (20, 60, 26), (12, 9, 16)]
+
+
+@pytest.mark.parametrize("kind", adapters.AUTHORS_TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_delta_is_their_forward(kind, shape):
     k, d, r = shape
     M = torch.randn(r, r, dtype=torch.float64)
-    expected = torch.stack([their_forward(kind, M, x, d) for x in torch.eye(k, dtype=torch.float64)], dim=1)
-    torch.testing.assert_close(authors.authors_delta(kind, M, k, d), expected, rtol=1e-12, atol=1e-12)
+    delta = adapters.authors_delta(kind, M, k, d)
+    torch.testing.assert_close(delta, their_delta(kind, M, k, d), rtol=1e-12, atol=1e-12)
 
 
-def test_their_widths_and_what_crashes_there():
-    # (in + out) r = 1025: sqrt is 32.02; 8192 * 8: 256; 15000 * 8: 346.4; 15096 * 8: 347.5, rounded up, odd
-    widths = [authors.authors_r_hat(rank, k, d, kind) for rank, k, d, kind in ((5, 105, 100, 1), (8, 4096, 4096, 6), (8, 4096, 11008, 1), (8, 4096, 11008, 6), (1, 20, 23, 1))]
-    assert widths == [32, 256, 348, 348, 7] and authors.authors_r_hat(1, 20, 23, 6) == 6
-    for kind in (1, 4, 6):
-        with pytest.raises(ValueError, match=f"mora_type {kind} wraps 4 inputs"):
-            authors.authors_delta(kind, torch.zeros(10, 10), 4, 60)
+# (rank, in, out, type, r^): sqrt(1025) is 32.02; sqrt(120768) is 347.5, rounded up
+WIDTHS = [(5, 105, 100, 1, 32), (8, 4096, 4096, 6, 256), (8, 4096, 11008, 1, 348),
+          (8, 4096, 11008, 6, 348), (1, 20, 23, 1, 7), (1, 20, 23, 6, 6)]
+
+
+@pytest.mark.parametrize("rank, k, d, kind, width", WIDTHS)
+def test_their_widths(rank, k, d, kind, width):
+    assert adapters.authors_r_hat(rank, k, d, kind) == width
+
+
+@pytest.mark.parametrize("kind", (1, 4, 6))
+def test_a_width_on_which_their_forward_fails_is_refused(kind):
+    with pytest.raises(ValueError, match=f"mora_type {kind} wraps 4 inputs"):
+        adapters.authors_delta(kind, torch.zeros(10, 10), 4, 60)
+
+
+def test_an_odd_width_of_rotate_is_refused():
     with pytest.raises(ValueError, match="even r\\^, got 5"):
-        authors.authors_delta(6, torch.zeros(5, 5), 10, 10)
+        adapters.authors_delta(6, torch.zeros(5, 5), 10, 10)
+
+
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 16, "use_mora": True, "use_dora": False,
+          "bias": "none", "init_lora_weights": True, "target_modules": ["v_proj", "up_proj"],
+          "megatron_core": "megatron.core", "loftq_config": {}, "rank_pattern": {},
+          "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def base(run):
+    return run("--method=full", "--steps=1") / "step-00000001" / "base"
+
+
+def write_authors_adapter(folder, base, kind):
+    """Write a folder as their fork does, lora_B a second copy of lora_A; returns {name: M}."""
+    matrices, tensors = {}, {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if "self_attn.v_proj" in name or "up_proj" in name:
+            r = adapters.authors_r_hat(3, weight.shape[1], weight.shape[0], kind)
+            M = torch.randn(r, r, generator=torch.Generator().manual_seed(r))
+            layer = "base_model.model." + name.removesuffix(".weight")
+            tensors |= {f"{layer}.lora_A.weight": M, f"{layer}.lora_B.weight": M.clone()}
+            matrices[name] = M
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"mora_type": kind}))
+    return matrices
 
 
 @pytest.mark.parametrize("kind", (1, 6))
-def test_their_adapters_merge_here(run, tmp_path, kind):
-    """A folder as their fork writes it, lora_B a second copy of lora_A; the merged weights are W + their map."""
-    base, tensors = run("--method=full", "--steps=1") / "step-00000001" / "base", {}
-    weights = load_file(base / "model.safetensors")
-    targets = [name for name in weights if "self_attn.v_proj" in name or "up_proj" in name]
-    for name in targets:
-        r = authors.authors_r_hat(3, *reversed(weights[name].shape), kind)
-        for key in ("lora_A", "lora_B"):
-            tensors["base_model.model." + name.replace("weight", f"{key}.weight")] = torch.randn(r, r, generator=torch.Generator().manual_seed(r))
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 16, "use_mora": True, "mora_type": kind, "use_dora": False, "bias": "none", "init_lora_weights": True,
-              "target_modules": ["v_proj", "up_proj"], "megatron_core": "megatron.core", "loftq_config": {}, "rank_pattern": {}, "lora_dropout": 0.0}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    merge.main([str(folder), str(tmp_path / "merged"), f"--base={base}"])
+def test_their_adapters_merge_here(base, tmp_path, kind):
+    matrices = write_authors_adapter(tmp_path / "adapter", base, kind)
+    merge.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), f"--base={base}"])
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    for name, expected in weights.items():
-        if name in targets:
-            M = tensors["base_model.model." + name.replace("weight", "lora_A.weight")]
-            expected = expected + torch.stack([their_forward(kind, M, x, len(expected)) for x in torch.eye(expected.shape[1])], dim=1)
-        torch.testing.assert_close(merged[name], expected)
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 1000, "mora_type": 1}))
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name in matrices:
+            d, k = weight.shape
+            weight = weight + their_delta(kind, matrices[name], k, d)
+        torch.testing.assert_close(merged[name], weight)
+
+
+def test_their_adapter_that_cannot_be_is_refused(base, tmp_path):
+    write_authors_adapter(tmp_path / "adapter", base, 1)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(CONFIG | {"r": 1000, "mora_type": 1}))
     with pytest.raises(UserError, match="up_proj: mora_type 1 wraps 16 inputs"):
-        checkpoint.load(folder, base)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors[next(key for key in tensors if "lora_B" in key)] += 1
-    save_file(tensors, folder / "adapter_model.safetensors")
+        checkpoint.load(tmp_path / "adapter", base)
+
+
+def test_a_lora_B_that_is_no_copy_is_refused(base, tmp_path):
+    write_authors_adapter(tmp_path / "adapter", base, 1)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if "lora_B" in name)] += 1
+    save_file(tensors, file)
     with pytest.raises(UserError, match="a lora_B that is not its lora_A"):
-        checkpoint.load(folder, base)
+        checkpoint.load(tmp_path / "adapter", base)

@@ -1,4 +1,4 @@
-"""LoRA's variants: what each changes, and that the fast product knows it."""
+"""The variants of LoRA: what each changes, and that the merged product computes it."""
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,10 +19,11 @@ SHAPES = [(70, 50, 4), (50, 130, 3), (33, 33, 2)]
 
 
 def layer(variant, shape, dtype=torch.float64):
-    """One adapted layer with a bias, and with everything that trains away from where it starts."""
+    """One adapted layer with a bias; random numbers in everything that trains."""
     torch.manual_seed(0)
     k, d, rank = shape
-    adapted = mora.adapt(nn.ModuleDict({"q": nn.Linear(k, d, dtype=dtype)}), rank=rank, targets=("q",), cycle=1, **VARIANTS[variant])["q"]
+    model = nn.ModuleDict({"q": nn.Linear(k, d, dtype=dtype)})
+    adapted = mora.adapt(model, rank=rank, targets=("q",), cycle=1, **VARIANTS[variant])["q"]
     for parameter in trained(adapted):
         nn.init.normal_(parameter)
     return adapted
@@ -50,7 +51,8 @@ def test_fast_linear_matches_two_paths(variant, shape):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(adapted(x), merged[0])
-        torch.testing.assert_close(F.linear(x, adapted.weight + adapted.delta(), adapted.bias), merged[0])
+        y = F.linear(x, adapted.weight + adapted.delta(), adapted.bias)
+        torch.testing.assert_close(y, merged[0])
 
 
 @pytest.mark.parametrize("update", ("dora", "dora, share", "dora, rotate"))
@@ -59,7 +61,9 @@ def test_dora_is_its_definition(update):
     adapted, x = layer(update, (33, 20, 2)), torch.randn(5, 33, dtype=torch.float64)
     whole = adapted.weight + adapted.update.inner.delta()
     norms = torch.stack([row.square().sum().sqrt() for row in whole]).detach()
-    expected = torch.stack([x @ row * m / norm for row, m, norm in zip(whole, adapted.update.magnitude, norms)], dim=1) + adapted.bias
+    columns = [x @ row * m / norm
+               for row, m, norm in zip(whole, adapted.update.magnitude, norms, strict=True)]
+    expected = torch.stack(columns, dim=1) + adapted.bias
     wanted = torch.autograd.grad(expected.square().sum(), trained(adapted))
     y, _, *gradients = results(adapted, x)
     torch.testing.assert_close(y, expected.detach(), rtol=1e-10, atol=1e-10)
@@ -69,7 +73,7 @@ def test_dora_is_its_definition(update):
 
 def test_dora_in_bfloat16_lets_small_changes_of_the_magnitude_through():
     adapted, x = layer("dora", (64, 64, 4), torch.float32), torch.randn(2000, 64).bfloat16()
-    mora.start([("q", adapted)], seed=0, cycle=1)
+    mora.start_cycle([("q", adapted)], seed=0, cycle=1)
     adapted.bias.data.zero_()
     before = adapted(x).detach().float()
     adapted.update.magnitude.data *= 1 + 1e-3  # bfloat16 has no number between 1 and 1.0078
@@ -78,11 +82,12 @@ def test_dora_in_bfloat16_lets_small_changes_of_the_magnitude_through():
 
 
 def test_dora_of_a_row_of_zeros_is_a_row_of_zeros():
-    linear = nn.Linear(6, 4, bias=False)
-    linear.weight.data[1] = 0
-    adapted = mora.adapt(nn.ModuleDict({"q": linear}), "lora", rank=2, dora=True, targets=("q",))["q"]
+    model = nn.ModuleDict({"q": nn.Linear(6, 4, bias=False)})
+    model["q"].weight.data[1] = 0
+    adapted = mora.adapt(model, "lora", rank=2, dora=True, targets=("q",))["q"]
     y, *gradients = results(adapted, torch.randn(3, 6))
-    assert (y[:, 1] == 0).all() and y.abs().sum() > 0 and all(g.isfinite().all() for g in gradients)
+    assert (y[:, 1] == 0).all() and y.abs().sum() > 0
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_dora_restarts_even_with_a_negative_magnitude():
@@ -90,7 +95,7 @@ def test_dora_restarts_even_with_a_negative_magnitude():
     assert (adapted.update.magnitude < 0).any()
     before = adapted(x)
     adapted.merge_()
-    mora.start([("q", adapted)], seed=0, cycle=2)
+    mora.start_cycle([("q", adapted)], seed=0, cycle=2)
     torch.testing.assert_close(adapted(x), before)
 
 
@@ -98,23 +103,41 @@ def test_dora_restarts_even_with_a_negative_magnitude():
 def test_compiles_without_graph_breaks(variant):
     adapted, x = layer(variant, (48, 64, 4), torch.float32), torch.randn(6, 48)
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
-    for a, b in zip(results(adapted, x), results(compiled, x)):
+    for a, b in zip(results(adapted, x), results(compiled, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_a_frozen_A_does_not_move_and_spares_x():
-    adapted, x, saved = layer("frozen A", (64, 96, 4)), torch.randn(1000, 64, dtype=torch.float64), []
-    names = dict(mora.adapter_parameters(nn.ModuleDict({"q": adapted})))
-    assert [name for name, p in names.items() if p.requires_grad] == ["q.update.B"] and "q.update.A" in names
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        adapted(x.requires_grad_())
-    assert sum(t.numel() for t in saved if 1000 in t.shape) == 1000 * 4
+def test_a_frozen_A_is_no_trained_parameter():
+    parameters = dict(mora.adapter_parameters(nn.ModuleDict({"q": layer("frozen A", (64, 96, 4))})))
+    assert parameters["q.update.B"].requires_grad and not parameters["q.update.A"].requires_grad
+
+
+def test_with_a_frozen_A_the_backward_saves_A_x_and_not_x():
+    x = torch.randn(1000, 64, dtype=torch.float64, requires_grad=True)
+    adapted, saved = layer("frozen A", (64, 96, 4)), []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        adapted(x)
+    assert sum(tensor.numel() for tensor in saved if 1000 in tensor.shape) == 1000 * 4
+
+
+def adapter_of(step):
+    return load_file(step / "adapter" / "adapter_model.safetensors")
+
+
+def base_of(step):
+    return load_file(step / "base" / "model.safetensors")
 
 
 def test_a_frozen_A_stays_in_float32_on_a_bfloat16_base(run):
-    step = run("--method=lora", "--lora_A=frozen", "--base_dtype=bfloat16", "--steps=1") / "step-00000001"
-    update, base = load_file(step / "adapter" / "adapter_model.safetensors"), load_file(step / "base" / "model.safetensors")
-    assert {tensor.dtype for tensor in update.values()} == {torch.float32} and base["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    options = ["--method=lora", "--lora_A=frozen", "--base_dtype=bfloat16", "--steps=1"]
+    step = run(*options) / "step-00000001"
+    assert {tensor.dtype for tensor in adapter_of(step).values()} == {torch.float32}
+    assert base_of(step)["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rank, width", [(4, 30), (30, 4), (5, 5)])
@@ -122,33 +145,37 @@ def test_an_orthogonal_A_is_orthonormal_and_drawn_by_cycle(rank, width):
     A = []
     for cycle in (0, 0, 1):
         update = LowRank(width, 7, rank, lora_A="orthogonal", dtype=torch.float64)
-        mora.start([("layer", mora.AdaptedLinear(nn.Linear(width, 7), update))], seed=0, cycle=cycle)
+        layers = [("layer", mora.AdaptedLinear(nn.Linear(width, 7), update))]
+        mora.start_cycle(layers, seed=0, cycle=cycle)
         A.append(update.A.detach())
     product = A[0] @ A[0].T if rank <= width else A[0].T @ A[0]
     torch.testing.assert_close(product, torch.eye(min(rank, width), dtype=torch.float64))
     assert torch.equal(A[0], A[1]) and not torch.equal(A[0], A[2]) and update.A.requires_grad
 
 
-def test_scales():
-    for options, scale in ((dict(), 1), (dict(alpha=8.0), 2), (dict(alpha=8.0, rslora=True), 4)):
-        update = LowRank(6, 5, rank=4, **options)
-        nn.init.normal_(update.A), nn.init.normal_(update.B)
-        torch.testing.assert_close(update.delta(), scale * update.B @ update.A)
+SCALES = [({}, 1), ({"alpha": 8.0}, 2), ({"alpha": 8.0, "rslora": True}, 4)]
+
+
+@pytest.mark.parametrize("options, scale", SCALES, ids=str)
+def test_scales(options, scale):
+    update = LowRank(6, 5, rank=4, **options)
+    nn.init.normal_(update.A), nn.init.normal_(update.B)
+    torch.testing.assert_close(update.delta(), scale * update.B @ update.A)
 
 
 def test_lora_plus_moves_B_so_many_times_as_far(run):
-    """After one step of Adam, which is the rate times the gradient's sign; A does not move in it, since B = 0."""
+    """After one step of Adam: the rate times the sign of the gradient. A stays, since B = 0."""
     options = ["--method=lora", "--train_rest=false", "--steps=1"]
     plain = run(*options)
     plus = run(*options, "--lora_plus_ratio=4", f"--out={plain.with_name('plus')}")
-    plain, plus = (load_file(path / "step-00000001" / "adapter" / "adapter_model.safetensors") for path in (plain, plus))
+    plain, plus = adapter_of(plain / "step-00000001"), adapter_of(plus / "step-00000001")
     for name in plain:
         torch.testing.assert_close(plus[name], plain[name] * (4 if "lora_B" in name else 1))
 
 
-def test_full_rank_training_goes_on_from_an_adapted_run(run):
-    """What the adapters froze trains again."""
+def test_full_rank_training_from_an_adapted_run_trains_what_was_frozen(run):
     first = run("--method=lora", "--train_rest=false", "--steps=10")
-    second = run(f"--init_from={first}", f"--out={first.with_name('full')}", "--method=full", "--steps=10")
-    before, after = load_file(first / "step-00000010" / "base" / "model.safetensors"), load_file(second / "step-00000010" / "base" / "model.safetensors")
+    out = f"--out={first.with_name('full')}"
+    second = run(f"--init_from={first}", out, "--method=full", "--steps=10")
+    before, after = base_of(first / "step-00000010"), base_of(second / "step-00000010")
     assert not any(torch.equal(before[name], after[name]) for name in before)

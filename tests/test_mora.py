@@ -1,4 +1,4 @@
-"""The laws of the algebra, in float64 on nasty shapes."""
+"""The laws of mora.py, in float64 on shapes that do not divide."""
 import copy
 import itertools
 import math
@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 import mora
-from mora import contiguous_order, rolled_order
+from mora import GROUPS, OPERATORS, contiguous_order, rolled_order
 
-OPERATORS = ("truncate", "share", "decouple", "rotate")
-# (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, pieces that outnumber the other side's
-SHAPES = [(70, 50, 4), (50, 130, 3), (24, 24, 32), (33, 33, 2), (64, 64, 8), (16, 200, 1), (200, 16, 1), (9, 7, 1)]
-GROUPS = ("strided", "contiguous", "alternate", "permute")
+# (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, many more pieces on one side
+SHAPES = [(70, 50, 4), (50, 130, 3), (24, 24, 32), (33, 33, 2), (64, 64, 8), (16, 200, 1),
+          (200, 16, 1), (9, 7, 1)]
 
 
 def square(k, d, rank, operator, groups="permute", cycle=1):
+    """A Square with a random M and the groups of a cycle."""
     update = mora.Square(k, d, rank, operator, groups, dtype=torch.float64)
-    update.start(cycle, mora.generator(0, cycle, "layer"), mora.generator(0, cycle, "inputs"))
+    update.fold_in.move(cycle, seed=2 * cycle)
+    update.fold_out.move(cycle, seed=2 * cycle + 1)
     with torch.no_grad():
         update.M.copy_(torch.randn(update.M.shape, dtype=torch.float64))
     return update
@@ -27,8 +28,8 @@ def square(k, d, rank, operator, groups="permute", cycle=1):
 
 def small_model(seed=0):
     torch.manual_seed(seed)
-    return nn.ModuleDict({"embed": nn.Embedding(11, 24), "q_proj": nn.Linear(24, 40), "up_proj": nn.Linear(40, 24),
-                          "head": nn.Linear(24, 11)})
+    return nn.ModuleDict({"embed": nn.Embedding(11, 24), "q_proj": nn.Linear(24, 40),
+                          "up_proj": nn.Linear(40, 24), "head": nn.Linear(24, 11)})
 
 
 def run(model, ids):
@@ -41,7 +42,8 @@ def train(model, optimizer, steps, seed=0):
     for _ in range(steps):
         ids = torch.randint(11, (4, 5), generator=generator)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(run(model, ids).flatten(0, 1), (ids * 3 % 11).flatten()).backward()
+        logits, targets = run(model, ids).flatten(0, 1), (ids * 3 % 11).flatten()
+        nn.functional.cross_entropy(logits, targets).backward()
         optimizer.step()
 
 
@@ -60,43 +62,51 @@ def test_delta_equals_apply_on_identity(operator, shape, groups):
 def test_adjoint_is_the_adjoint(operator, shape):
     update = square(*shape, operator)
     for fold in (update.fold_in, update.fold_out):
-        x, h = torch.randn(3, fold.features, dtype=torch.float64), torch.randn(3, fold.blocks, fold.width, dtype=torch.float64)
-        torch.testing.assert_close((fold(x) * h).sum(), (x * fold.adjoint(h)).sum(), rtol=1e-12, atol=1e-10)
+        x = torch.randn(3, fold.features, dtype=torch.float64)
+        h = torch.randn(3, fold.blocks, fold.width, dtype=torch.float64)
+        folded, unfolded = (fold(x) * h).sum(), (x * fold.adjoint(h)).sum()
+        torch.testing.assert_close(folded, unfolded, rtol=1e-12, atol=1e-10)
 
 
-def test_operators_are_the_papers():
-    """dW written down from eq. 4-11, element by element, where r^ divides both sides."""
-    k, d, rank = 24, 12, 1  # r^ = 6
-    for operator in OPERATORS:
-        update = square(k, d, rank, operator, "strided")
-        M, dW, r = update.M.detach(), update.delta().detach(), 6
-        for i, j in itertools.product(range(d), range(k)):
-            if operator == "truncate":
-                expected = M[i, j] if i < r and j < r else 0.0
-            elif operator == "share":
-                expected = M[i % r, j % r]
-            else:
-                p, block = j // r, i // r  # four pieces in, two out: blocks p mod 2
-                if p % 2 != block:
-                    expected = 0.0
-                elif operator == "decouple":
-                    expected = M[i % r, j % r]
-                else:  # column of M R_p: pairs (a, a + 3)
-                    a, angle = j % r % 3, p * 10000 ** (-2 * (j % r % 3) / r)
-                    low, high = M[i % r, a], M[i % r, a + 3]
-                    expected = low * math.cos(angle) + high * math.sin(angle) if j % r < 3 else high * math.cos(angle) - low * math.sin(angle)
-            assert abs(float(dW[i, j]) - float(expected)) < 1e-12, (operator, i, j)
+def entry_of_the_papers_dW(operator, M, i, j):
+    """dW[i, j] of eq. 4-11, for r^ = 6, four pieces of inputs and two of outputs."""
+    r = len(M)
+    row, column = i % r, j % r
+    if operator == "truncate":
+        return M[i, j] if i < r and j < r else 0.0
+    if operator == "share":
+        return M[row, column]
+    piece, block = j // r, i // r
+    if piece % 2 != block:
+        return 0.0
+    if operator == "decouple":
+        return M[row, column]
+    pair = column % 3  # a column of M R_p: the pairs are (pair, pair + 3)
+    angle = piece * 10000 ** (-2 * pair / r)
+    low, high = M[row, pair], M[row, pair + 3]
+    if column < 3:
+        return low * math.cos(angle) + high * math.sin(angle)
+    return high * math.cos(angle) - low * math.sin(angle)
 
 
-def test_contiguous_groups_are_appendix_b():
-    for features, width in ((12, 4), (14, 4), (7, 3), (5, 9)):
-        order = contiguous_order(features, width)
-        assert sorted(order.tolist()) == list(range(features))
-        small, more = divmod(features, width)
-        groups = [[int(order[q]) for q in range(g, features, width)] for g in range(min(width, features))]
-        sizes = [small + (g < more) for g in range(min(width, features))]
-        flat = iter(range(features))
-        assert groups == [[next(flat) for _ in range(size)] for size in sizes]
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_are_the_papers(operator):
+    k, d = 24, 12
+    update = square(k, d, 1, operator, "strided")
+    M, dW = update.M.detach(), update.delta().detach()
+    assert len(M) == 6
+    for i, j in itertools.product(range(d), range(k)):
+        assert abs(float(dW[i, j]) - float(entry_of_the_papers_dW(operator, M, i, j))) < 1e-12
+
+
+@pytest.mark.parametrize("features, width", ((12, 4), (14, 4), (7, 3), (5, 9)))
+def test_contiguous_groups_are_appendix_b(features, width):
+    order = contiguous_order(features, width).tolist()
+    groups = [order[group::width] for group in range(width)]
+    assert [member for group in groups for member in group] == list(range(features))
+    smaller_size, larger_groups = divmod(features, width)
+    sizes = [len(group) for group in groups]
+    assert sizes == [smaller_size + 1] * larger_groups + [smaller_size] * (width - larger_groups)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -134,6 +144,7 @@ def test_same_groups_add_no_rank():
 
 
 def indicator(fold):
+    """The matrix of a fold, (blocks * width, features)."""
     return fold(torch.eye(fold.features, dtype=torch.float64)).flatten(1).T
 
 
@@ -141,24 +152,25 @@ def test_alternate_groups_stay_below_their_cap():
     ranks, update = ranks_of_merged_cycles("alternate", 6)
     width, caps = update.M.shape[0], []
     for name in ("fold_in", "fold_out"):
-        both = [indicator(getattr(square(48, 36, 1, "share", "alternate", cycle), name)) for cycle in (0, 1)]
-        caps.append(int(torch.linalg.matrix_rank(torch.cat(both))))
+        both = [square(48, 36, 1, "share", "alternate", cycle) for cycle in (0, 1)]
+        maps = torch.cat([indicator(getattr(update_of_cycle, name)) for update_of_cycle in both])
+        caps.append(int(torch.linalg.matrix_rank(maps)))
     assert max(ranks) == min(caps) <= 2 * width - 1
     assert ranks[0] == width < ranks[1]
 
 
-def test_turned_pieces_stack_to_the_rank_of_uniform_permutations():
-    """What a cycle's fold can not see, the next one's sees: n features are spanned as soon as they can be, but for a few."""
-    for features, width in ((96, 25), (50, 14), (70, 15), (128, 60)):
-        generator, seen, ranks = torch.Generator().manual_seed(0), [], []
-        for _ in range(-(-features // (width - 1)) + 1):
-            order = rolled_order(features, width, generator)
-            assert sorted(order.tolist()) == list(range(features))
-            fold = torch.zeros(width, features, dtype=torch.float64)
-            fold[torch.arange(features) % width, order] = 1
-            seen.append(fold)
-            ranks.append(int(torch.linalg.matrix_rank(torch.cat(seen))))
-        assert ranks[-1] == features and ranks[1] >= min(features, 2 * width - 1) - 10
+@pytest.mark.parametrize("features, width", ((96, 25), (50, 14), (70, 15), (128, 60)))
+def test_rolled_orders_span_all_features_as_fast_as_uniform_permutations(features, width):
+    """The folds of successive cycles are stacked; each can add a rank of at most width - 1."""
+    generator, folds, ranks = torch.Generator().manual_seed(0), [], []
+    for _ in range(-(-features // (width - 1)) + 1):
+        order = rolled_order(features, width, generator)
+        assert sorted(order.tolist()) == list(range(features))
+        fold = torch.zeros(width, features, dtype=torch.float64)
+        fold[torch.arange(features) % width, order] = 1
+        folds.append(fold)
+        ranks.append(int(torch.linalg.matrix_rank(torch.cat(folds))))
+    assert ranks[-1] == features and ranks[1] >= min(features, 2 * width - 1) - 10
 
 
 def test_permuted_groups_lift_the_cap():
@@ -174,8 +186,18 @@ def test_every_operator_moves_its_groups(operator):
     assert (deltas[0].delta() != deltas[1].delta()).any()
 
 
-METHODS = [("lora", {})] + [("mora", {"operator": o, "groups": g}) for o, g in zip(OPERATORS, GROUPS)]
-METHODS += [("lora", {"lora_A": "orthogonal", "alpha": 2.0, "rslora": True}), ("lora", {"lora_A": "frozen"}), ("lora", {"dora": True}), ("mora", {"dora": True})]
+METHODS = [("lora", {}), ("lora", {"lora_A": "orthogonal", "alpha": 2.0, "rslora": True}),
+           ("lora", {"lora_A": "frozen"}), ("lora", {"dora": True}), ("mora", {"dora": True})]
+METHODS += [("mora", {"operator": operator, "groups": groups})
+            for operator, groups in zip(OPERATORS, GROUPS, strict=True)]
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def tensors_of(model):
+    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
 
 
 def adapted(method, options, **more):
@@ -184,7 +206,7 @@ def adapted(method, options, **more):
         warnings.simplefilter("ignore")
         mora.adapt(model, method, rank=3, targets=("q_proj", "up_proj"), **options, **more)
     for _, layer in mora.adapted_layers(model):
-        layer.merges = False  # the definition, W x + U(x); test_fast_linear.py holds the merged product against it
+        layer.merges = False  # W x + dW x; test_fast_linear.py compares the merged product
     return model
 
 
@@ -197,7 +219,7 @@ def test_update_is_zero_at_init(method, options):
 @pytest.mark.parametrize("method, options", METHODS)
 def test_merge_preserves_function(method, options):
     model = adapted(method, options, train_rest=True)
-    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), 5)
+    train(model, optimizer_of(model), 5)
     ids = torch.arange(11)[None]
     before = run(model, ids)
     assert (before - run(small_model(), ids)).abs().max() > 1e-3
@@ -209,60 +231,75 @@ def test_merge_preserves_function(method, options):
 @pytest.mark.parametrize("method, options", METHODS)
 def test_merged_weights_are_what_merge_leaves_and_leave_the_model_alone(method, options):
     model = adapted(method, options, train_rest=True)
-    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), 2)
-    before, weights = copy.deepcopy(model.state_dict()), mora.merged_weights(model)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    train(model, optimizer_of(model), 2)
+    before, weights = tensors_of(copy.deepcopy(model)), mora.merged_weights(model)
+    assert all(torch.equal(value, tensors_of(model)[key]) for key, value in before.items())
     merged = mora.merge(model).state_dict()
-    assert weights.keys() == merged.keys() and all(torch.equal(weights[key], merged[key]) for key in merged)
+    assert weights.keys() == merged.keys()
+    assert all(torch.equal(weights[key], merged[key]) for key in merged)
 
 
 @pytest.mark.parametrize("method, options", METHODS)
 def test_restart_preserves_function_and_drops_exactly_the_adapter_states(method, options):
     model = adapted(method, options, train_rest=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = optimizer_of(model)
     train(model, optimizer, 5)
     ids = torch.arange(11)[None]
     adapters = {name: p for name, p in mora.adapter_parameters(model) if p.requires_grad}
-    before, states, others = run(model, ids), len(optimizer.state), copy.deepcopy(
-        {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state and n not in adapters})
+    others = {name: p for name, p in model.named_parameters()
+              if p in optimizer.state and name not in adapters}
+    states_of_others = copy.deepcopy({name: optimizer.state[p] for name, p in others.items()})
+    before, states = run(model, ids), len(optimizer.state)
     report = mora.restart(model, optimizer, cycle=1)
     torch.testing.assert_close(run(model, ids), before, rtol=0, atol=1e-5)
     assert report["states"] == len(adapters) == states - len(others) and report["update_norm"] > 0
     assert all(p not in optimizer.state for p in adapters.values())
-    for name, p in model.named_parameters():
-        if name in others:
-            assert all(torch.equal(optimizer.state[p][key], value) for key, value in others[name].items())
+    for name, state in states_of_others.items():
+        now = optimizer.state[others[name]]
+        assert all(torch.equal(now[key], value) for key, value in state.items())
     train(model, optimizer, 1)
     assert all(float(optimizer.state[p]["step"]) == 1 for p in adapters.values())
 
 
+def block_of_three():
+    return nn.ModuleDict({"q": nn.Linear(40, 30), "k": nn.Linear(40, 30), "v": nn.Linear(40, 20)})
+
+
 def test_layers_that_read_one_input_compress_it_alike():
-    part = lambda: nn.ModuleDict({"q": nn.Linear(40, 30), "k": nn.Linear(40, 30), "other": nn.Linear(40, 20)})
-    model = nn.ModuleDict({"a": part(), "b": part()})
-    mora.adapt(model, rank=2, groups="permute", targets=("q", "k", "other"), cycle=1)
-    for cycle in (1, 2):
-        a, b = ({name: layer.update for name, layer in model[key].items()} for key in "ab")
-        assert a["q"].fold_in is a["k"].fold_in and a["q"].fold_out is not a["k"].fold_out and a["q"].fold_in is not b["q"].fold_in
-        assert (a["q"].fold_in.order != b["q"].fold_in.order).any() and (a["q"].fold_out.order != a["k"].fold_out.order).any()
-        before = a["q"].fold_in.order.clone()
-        mora.start(mora.adapted_layers(model), seed=0, cycle=2)
-        assert cycle == 2 or (a["q"].fold_in.order != before).any()
-        assert torch.equal(a["q"].fold_in.order[a["q"].fold_in.inverse.long()], torch.arange(40, dtype=torch.int32))
+    model = nn.ModuleDict({"a": block_of_three(), "b": block_of_three()})
+    mora.adapt(model, rank=2, groups="permute", targets=("q", "k", "v"), cycle=1)
+    a, b = ({name: layer.update for name, layer in model[key].items()} for key in "ab")
+    assert a["q"].fold_in is a["k"].fold_in and a["q"].fold_out is not a["k"].fold_out
+    assert (a["q"].fold_in.order != b["q"].fold_in.order).any()
+    assert (a["q"].fold_out.order != a["k"].fold_out.order).any()
 
 
-def test_restart_may_keep_or_prune_the_states():
-    for keep in (1.0, 0.3):
-        model = adapted("mora", {"operator": "truncate"})
-        M = model["q_proj"].update.M
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        train(model, optimizer, 3)
-        before = {key: value.clone() for key, value in optimizer.state[M].items()}
-        mora.restart(model, optimizer, cycle=1, keep=keep)
-        after = optimizer.state[M]
-        kept = after["exp_avg"] != 0
-        assert kept.sum() == pytest.approx(keep * M.numel(), abs=0.5) and torch.equal(after["exp_avg"][kept], before["exp_avg"][kept])
-        assert before["exp_avg"].abs()[~kept].max() <= before["exp_avg"].abs()[kept].min() if keep < 1 else True
-        assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"]) and after["step"] == before["step"] and M.abs().sum() == 0
+def test_a_new_cycle_moves_the_groups_and_their_inverse():
+    model = mora.adapt(block_of_three(), rank=2, groups="permute", targets=("q", "k"), cycle=1)
+    fold = model["q"].update.fold_in
+    before = fold.order.clone()
+    mora.start_cycle(mora.adapted_layers(model), seed=0, cycle=2)
+    assert (fold.order != before).any()
+    assert torch.equal(fold.order[fold.inverse.long()], torch.arange(40, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("keep", (1.0, 0.3))
+def test_restart_may_keep_or_prune_the_states(keep):
+    model = adapted("mora", {"operator": "truncate"})
+    M = model["q_proj"].update.M
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    before = {key: value.clone() for key, value in optimizer.state[M].items()}
+    mora.restart(model, optimizer, cycle=1, keep=keep)
+    after = optimizer.state[M]
+    kept = after["exp_avg"] != 0
+    assert kept.sum() == pytest.approx(keep * M.numel(), abs=0.5)
+    assert torch.equal(after["exp_avg"][kept], before["exp_avg"][kept])
+    if keep < 1:  # the largest are kept
+        magnitudes = before["exp_avg"].abs()
+        assert magnitudes[~kept].max() <= magnitudes[kept].min()
+    assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
+    assert after["step"] == before["step"] and M.abs().sum() == 0
 
 
 def test_restart_raises_for_an_adapter_that_was_not_trained():
@@ -287,16 +324,22 @@ def test_every_parameter_gets_gradient_at_init_or_soon(method, options):
 def test_the_frozen_weight_does_not_move():
     model = adapted("mora", {})
     before = {name: p.clone() for name, p in model.named_parameters() if "update" not in name}
-    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1), 3)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    train(model, optimizer_of(model), 3)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+
+
+def trained_names(model):
+    return sorted(name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_train_rest_chooses_what_trains():
-    trains = lambda model: sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    assert trains(adapted("mora", {})) == ["q_proj.update.M", "up_proj.update.M"]
+    updates = ["q_proj.update.M", "up_proj.update.M"]
     rest = ["embed.weight", "head.bias", "head.weight"]
-    assert trains(adapted("mora", {}, train_rest=True)) == rest + ["q_proj.update.M", "up_proj.update.M"]
-    assert trains(mora.adapt(small_model(), "frozen", targets=("q_proj", "up_proj"), train_rest=True)) == rest
+    assert trained_names(adapted("mora", {})) == updates
+    assert trained_names(adapted("mora", {}, train_rest=True)) == rest + updates
+    frozen = mora.adapt(small_model(), "frozen", targets=("q_proj", "up_proj"), train_rest=True)
+    assert trained_names(frozen) == rest
 
 
 def test_mistakes_are_named():
@@ -328,3 +371,101 @@ def test_dropout_acts_in_training_alone():
     ids = torch.arange(11)[None]
     assert not torch.equal(run(model.train(), ids), run(model, ids))
     assert torch.equal(run(model.eval(), ids), run(model, ids))
+
+
+# ------------------------------------------------------------
+# state dicts
+
+OTHER_MAPS = [
+    ("mora", {"operator": "decouple"}, {"operator": "share"}),
+    ("mora", {"groups": "permute"}, {"groups": "contiguous"}),
+    ("mora", {"groups": "permute", "seed": 1}, {"groups": "permute", "seed": 2}),
+    ("mora", {"groups": "alternate", "cycle": 0}, {"groups": "alternate", "cycle": 1}),
+    ("mora", {"dora": True, "seed": 1}, {"dora": True, "seed": 2}),
+    ("lora", {"alpha": 6.0}, {"alpha": 12.0}),
+    ("lora", {"alpha": 6.0, "dora": True}, {"alpha": 12.0, "dora": True}),
+]
+
+
+@pytest.mark.parametrize("method, saved, here", OTHER_MAPS, ids=str)
+def test_the_state_of_another_map_is_refused_with_both_values(method, saved, here):
+    state = adapted(method, saved).state_dict()
+    key = next(key for key in saved if saved[key] != here[key])
+    values = [saved[key], here[key]]
+    if key == "alpha":
+        key, values = "scale", [2.0, 4.0]
+    with pytest.raises(RuntimeError, match=f"has {key} {values[0]!r}, the model's.*{values[1]!r}"):
+        adapted(method, here).load_state_dict(state)
+
+
+def test_a_state_dict_brings_a_trained_model_back(tmp_path):
+    options = {"groups": "permute", "operator": "rotate", "seed": 5, "cycle": 2}
+    model, ids = adapted("mora", options), torch.arange(11)[None]
+    train(model, optimizer_of(model), 2)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = adapted("mora", options)
+    assert not torch.equal(run(other, ids), run(model, ids))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(run(other, ids), run(model, ids))
+
+
+def test_a_state_dict_without_the_map_is_refused():
+    model = adapted("mora", {})
+    with pytest.raises(RuntimeError, match="Missing key.*q_proj._extra_state"):
+        model.load_state_dict(tensors_of(model))
+
+
+# ------------------------------------------------------------
+# weights that are replaced or shared
+
+DORA = [("lora", {"dora": True}), ("mora", {"groups": "permute", "operator": "rotate"})]
+
+
+@pytest.mark.parametrize("method, options", DORA)
+def test_merge_takes_the_weight_that_load_state_dict_assigned(method, options):
+    model, ids = adapted(method, options), torch.arange(11)[None]
+    state = model.state_dict()
+    state |= {name: torch.randn_like(tensor) for name, tensor in tensors_of(model).items()}
+    model.load_state_dict(state, assign=True)
+    before = run(model, ids)
+    torch.testing.assert_close(run(mora.merge(model), ids), before, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("method, options", DORA)
+def test_merge_takes_the_weight_that_to_empty_made(method, options):
+    model, ids = adapted(method, options, seed=3, cycle=1), torch.arange(11)[None]
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.device("meta"):
+        empty = adapted(method, options, seed=3, cycle=1)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    expected = run(model, ids)
+    torch.testing.assert_close(run(empty, ids), expected)
+    torch.testing.assert_close(run(mora.merge(empty), ids), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ("linear1", "linear2", "out_proj"))
+def test_a_layer_whose_weight_torch_reads_is_refused_by_name(target):
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16)})
+    reader = "MultiheadAttention" if target == "out_proj" else "TransformerEncoderLayer"
+    message = rf"encoder\.(self_attn\.)?{target} is no target: nn.{reader} reads its weight"
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(model, rank=1, targets=(target,))
+
+
+def test_a_layer_without_a_weight_to_merge_into_is_refused():
+    model = small_model()
+    nn.utils.parametrizations.weight_norm(model["head"])
+    with pytest.raises(ValueError, match="head is no target: .* holds no weight of 11 x 24"):
+        mora.adapt(model, targets=("head",))
+
+
+def test_a_layer_whose_weight_another_module_shares_is_refused():
+    model = small_model()
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(ValueError, match="head shares its weight with embed.weight"):
+        mora.adapt(model, targets=("head",))
+    model["again"] = model["q_proj"]
+    with pytest.raises(ValueError, match="q_proj shares its weight with again"):
+        mora.adapt(model, targets=("q_proj",))
+    mora.adapt(model, targets=("up_proj",))  # the other layers can be adapted

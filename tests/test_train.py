@@ -101,7 +101,7 @@ def interrupt(step, cfg):  # on one rank only, as when a cluster takes a node aw
 train.learning_rate = interrupt
 perplexity = train.perplexity
 def spy(model, *args):
-    torch.save({**model.state_dict(), **dict(model.named_buffers())}, f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
+    torch.save({**dict(model.named_parameters()), **dict(model.named_buffers())}, f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
     return perplexity(model, *args)
 train.perplexity = spy
 train.main(sys.argv[1:2] + sys.argv[3:])

@@ -1,0 +1,50 @@
+"""The sweep of results/pretrain_60m: grids of two rates, 1,000 steps of 32,768 tokens.
+
+A method's matrices learn at lr, embeddings, head and norms at rest_lr. Rows are ordered so that a
+sweep that is cut short has the most informative runs.
+"""
+CONFIG = "configs/60m_mora.py"
+EVALUATE = ["data/c4_sample"]
+COMMON = ["--batch_size=64", "--steps=1000", "--warmup=100", "--log_every=50", "--eval_every=1000",
+          "--save_every=1000", "--keep=1", "--micro_batch=64", "--residual_init=true"]
+METHODS = {
+    "full": ["--method=full"],
+    "lora": ["--method=lora", "--rank=32"],
+    "mora_share": ["--method=mora", "--rank=32"],
+    "remora_permute": ["--method=mora", "--rank=32", "--groups=permute", "--restart_every=100",
+                       "--restart_warmup=0"],
+    "remora_alternate": ["--method=mora", "--rank=32", "--groups=alternate", "--restart_every=200"],
+    "relora": ["--method=lora", "--rank=32", "--restart_every=200"],
+}
+
+
+def runs(method, optimizer, rates, rest_rates, seed=1337, **more):
+    """Return {name: (config, words)} of a grid."""
+    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}",
+             *(f"--{key}={value}" for key, value in more.items())]
+    options = "".join(f"-{key}{value}" for key, value in more.items())
+    return {f"{method}-{optimizer}-{lr:g}-{rest:g}-s{seed}{options}":
+            (CONFIG, [*words, f"--lr={lr}", f"--rest_lr={rest}"])
+            for lr in rates for rest in rest_rates}
+
+
+RUNS = {
+    **runs("mora_share", "muon", [4e-3, 8e-3], [4e-3, 8e-3]),
+    **runs("full", "muon", [2e-3, 4e-3], [4e-3, 8e-3]),
+    **runs("lora", "muon", [4e-3, 8e-3], [4e-3, 8e-3]),
+    **runs("remora_permute", "muon", [4e-3, 8e-3], [4e-3, 8e-3]),
+    **runs("mora_share", "adamw", [1e-3, 2e-3], [4e-3, 8e-3]),
+    **runs("full", "adamw", [5e-4, 1e-3], [4e-3, 8e-3]),
+    **runs("lora", "adamw", [1e-3, 2e-3], [4e-3, 8e-3]),
+    **runs("remora_permute", "adamw", [1e-3, 2e-3], [4e-3, 8e-3]),
+    **runs("mora_share", "muon", [4e-3], [8e-3], seed=1, matmul="fp8"),
+    **runs("mora_share", "muon", [4e-3], [8e-3], seed=1),
+    **runs("mora_share", "muon", [4e-3], [8e-3], matmul="fp8"),
+    **runs("full", "muon", [2e-3], [8e-3], matmul="fp8"),
+    **runs("remora_alternate", "muon", [4e-3, 8e-3], [4e-3, 8e-3]),
+    **runs("relora", "muon", [4e-3, 8e-3], [4e-3, 8e-3]),
+    **runs("mora_share", "muon", [2e-3, 1.6e-2], [8e-3, 1.6e-2]),
+    **runs("full", "muon", [1e-3, 8e-3], [8e-3, 1.6e-2]),
+    **runs("lora", "muon", [2e-3, 1.6e-2], [8e-3, 1.6e-2]),
+    **runs("remora_permute", "muon", [1.6e-2], [8e-3, 1.6e-2]),
+}
