@@ -72,7 +72,7 @@ def run_one(name, words, folders, out):
     extra = {"peak_gib": round(peak, 2)}
     for data in folders:
         tokens = open_split(data, "val", verify=False)
-        scores = perplexity(model, tokens, cfg.seq_len, 32)
+        scores = perplexity(model, tokens, cfg.seq_len, 32, limit=cfg.eval_tokens)
         extra |= {f"{Path(data).name}_{key}": scores[key] for key in ("ppl", "bits_per_byte")}
     extra["seconds"] = round(time.time() - started, 1)
     result = record(name, folder, model, extra)
@@ -113,9 +113,11 @@ def main():
         return work(args.plan, args.out, args.deadline)
     for stale in (args.out / "claims").iterdir():
         stale.unlink()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = visible.split(",") if visible else [str(i) for i in range(args.gpus)]
     workers = []
-    for i in range(args.gpus * args.per_gpu):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i % args.gpus)}
+    for i in range(len(gpus) * args.per_gpu):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
         command = [sys.executable, __file__, args.plan, args.out,
                    f"--deadline={time.time() + args.seconds}"]
         with open(args.out / f"worker{i}.log", "a") as log:
