@@ -3,8 +3,8 @@
     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
 
-A frozen W needs no weight gradient, so the adapters' large products are these two alone. The gradients of
-an update, and dW in full-rank training, stay in the computation's dtype. Layers whose sizes are
+A frozen W needs no weight gradient, so the adapters' large products are these two alone. The gradients
+of an update, and dW in full-rank training, stay in the computation's dtype. Layers whose sizes are
 no multiples of 16 stay as they are.
 
 A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
@@ -62,12 +62,12 @@ class Float8Products(nn.Module):
         self.register_buffer("scale", torch.ones((), device=device), persistent=False)
 
     def y(self, x, weight):
-        """Return (y, what dx needs: W^T in e4m3, half of bfloat16's memory)."""
-        y = multiply(x, quantize_weight(weight, self.scale), self.scale)
-        return y, quantize_weight(weight.T.contiguous(), self.scale)
+        """Return (y, None): dx quantizes W's transpose itself, so that no copy of W is kept."""
+        return multiply(x, quantize_weight(weight, self.scale), self.scale), None
 
-    def dx(self, dy, saved):
-        return multiply(dy, saved, self.scale)
+    def dx(self, dy, weight):
+        transposed = quantize_weight(weight.T.contiguous(), self.scale)
+        return multiply(dy, transposed, self.scale)
 
 
 class Float8Linear(nn.Module):
@@ -89,18 +89,17 @@ class TrainedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, products):
-        y, saved = products.y(x, weight)
-        ctx.products, trains = products, weight.requires_grad
-        ctx.save_for_backward(saved, *([x] if trains else []))
-        return y
+        ctx.products = products
+        ctx.save_for_backward(weight, x if weight.requires_grad else None)
+        return products.y(x, weight)[0]
 
     @staticmethod
     def backward(ctx, dy):
-        saved, *x = ctx.saved_tensors
+        weight, x = ctx.saved_tensors
         dw = None
-        if x:
-            dw = dy.flatten(0, -2).T @ x[0].flatten(0, -2)
-        return ctx.products.dx(dy, saved), dw, None
+        if x is not None:
+            dw = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return ctx.products.dx(dy, weight), dw, None
 
 
 def linear_layers(model):

@@ -282,7 +282,7 @@ class Products:
 
     @staticmethod
     def y(x, merged):
-        """(W x, what dx needs of W)."""
+        """(W x, what dx needs of W; None: dx gets W + dW anew)."""
         merged = merged.to(x.dtype)
         return F.linear(x, merged), merged
 
@@ -299,20 +299,23 @@ class MergedLinear(torch.autograd.Function):
 
     W is frozen, so no product of W's size makes a weight gradient: adapters are faster than full
     rank for this reason. The gradients of the update come from the compressed operands. The merged
-    weight and update.compress(x) are saved: for MoRA r^ numbers per block and token, never x.
+    weight (FP8: W, to merge again) and update.compress(x) are saved: for MoRA r^ numbers per block
+    and token, never x.
     """
 
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
         y, merged = products.y(x, weight + update.delta())
         ctx.update, ctx.products, ctx.parameters = update, products, parameters
-        ctx.save_for_backward(update.compress(x), merged)
+        ctx.save_for_backward(update.compress(x), merged, weight if merged is None else None)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         refuse_other_derivatives(ctx.update, ctx.parameters)
-        compressed, merged = ctx.saved_tensors
+        compressed, merged, weight = ctx.saved_tensors
+        if merged is None:
+            merged = weight + ctx.update.delta()
         dx = ctx.products.dx(dy, merged)
         return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 

@@ -92,6 +92,9 @@ def work(plan, out, deadline):
         try:
             line = run_one(name, [config, *words], values["EVALUATE"], out)
         except Exception as error:  # one run that fails must not end the sweep
+            if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
+                (out / "claims" / name).unlink()
+                raise
             line = {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
         with open(out / "runs.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
