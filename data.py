@@ -11,27 +11,154 @@
 
 A corpus becomes the folder data/NAME (see shards.py). The same command continues after a kill.
 Without --val every 100th document is validation. A .txt file is one document. .json and .jsonl
-hold one object per line, and may be compressed with gzip.
+hold one object per line, or one array of objects, and may be compressed with gzip. A value that is
+not text stops the preparation with the file and row; --skip_bad=5 leaves out up to 5 % of the rows.
+Rows without the key are left out; more than 1 % of them stop the preparation too.
 """
 import argparse
+import codecs
+import gzip
+import hashlib
+import json
 import sys
 import sysconfig
+import zlib
 from functools import partial
 from pathlib import Path
 
 import sft
 import tokenizer
 from config import UserError, command_line
-from shards import SHARD_TOKENS, open_split, prepare, read_manifest, summary
+from shards import (
+    ALLOWED,
+    SHARD_TOKENS,
+    LeftOut,
+    open_split,
+    prepare,
+    read_manifest,
+    summary,
+)
 
-CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
-FILE_TYPES = {".json": "json", ".json.gz": "json", ".jsonl": "json", ".jsonl.gz": "json",
-              ".txt": "text", ".parquet": "parquet"}
+CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
+ARRAY_BYTES = 2 ** 30     # largest .json file that is one array, uncompressed: it is read at once
+CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
+JSON_ENDINGS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
 
 
 # --------------------------------------------------------------------------------------------------
-# sources: generators of lists of documents, in an order that is always the same
+# rows of a source: (number from 1, a dict, or LeftOut if it cannot be read), as they are written
+
+def rows_of(path):
+    """The rows of a local file; in JSON lines the number is the line's. Raises UserError."""
+    count = 0
+    read = json_rows if ending(path) in JSON_ENDINGS else parquet_rows
+    for number, row in read(path):
+        count += 1
+        yield number, row
+    if not count:
+        raise UserError(f"{path} is empty: it holds no row")
+
+
+def ending(path):
+    """.json.gz of a.b.json.gz, .txt of a.b.txt"""
+    return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
+
+
+def json_rows(path):
+    """The rows of JSON lines, or of one JSON array. Python's own parser: no value changes another.
+
+    Blank lines hold no row.
+    """
+    number = 0
+    try:
+        with open_binary(path) as file:
+            if file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+                yield from array_rows(path, file)
+                return
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, parsed(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, row {number + 1} cannot be read ({first_line(error)}): is the "
+                        "file complete?") from None
+
+
+def open_binary(path):
+    """A buffered file, decompressed if its name ends in .gz."""
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def parsed(line):
+    """The dict of a line of JSON, or LeftOut."""
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        return LeftOut("bad", f"the line is not UTF-8 (byte {error.start + 1}: {error.reason})")
+    except RecursionError:
+        return LeftOut("bad", "the line is nested too deeply")
+    except ValueError as error:
+        return LeftOut("bad", f"the line is not JSON ({error})")
+    return row if isinstance(row, dict) else no_object(row)
+
+
+def no_object(row):
+    return LeftOut("bad", f"the row is {sft.excerpt(row)}, not an object of keys and values")
+
+
+def array_rows(path, file):
+    """The rows of a file that is one JSON array."""
+    content = file.read(ARRAY_BYTES + 1)
+    if len(content) > ARRAY_BYTES:
+        raise UserError(f"{path} is one JSON array of more than {ARRAY_BYTES:,} bytes: convert it "
+                        "to JSON lines, one object per line")
+    try:
+        rows = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON array ({error})") from None
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else no_object(row)
+
+
+def parquet_rows(path):
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK_DOCUMENTS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}, row {number + 1} cannot be read ({first_line(error)}): is the "
+                        "file complete?") from None
+
+
+def hub_rows(name, advice, split="train", columns=None, **options):
+    """The rows of a dataset on the hub, streamed."""
+    from datasets import load_dataset  # slow to import, and only preparing needs it
+    number = 0
+    try:
+        stream = load_dataset(name, split=split, streaming=True, **options)
+        if columns:
+            stream = stream.select_columns(columns)
+        for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
+            for row in table.to_pylist():
+                number += 1
+                yield number, row
+    except Exception as error:  # datasets and pyarrow raise many types
+        raise UserError(f"{name} cannot be read ({first_line(error)}): {advice}") from None
+
+
+def first_line(error):
+    """The type of an exception and the first line of its message."""
+    message = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# documents: generators of lists of them, in an order that is always the same
 
 def stdlib_texts():
     """The files of the running Python's standard library without its tests, in order of name."""
@@ -42,68 +169,61 @@ def stdlib_texts():
             yield [path.read_text(encoding="utf-8", errors="replace")]
 
 
-def file_texts(files, key):
-    """The documents of local files, in order."""
+def file_texts(files, key, skip_bad):
+    """The documents of local files. A .txt file is one."""
     for path in files:
-        file_type = FILE_TYPES[ending(path)]
-        options = {"data_files": [str(path)]}
-        if file_type == "text":
-            options["sample_by"] = "document"
-        column = "text" if file_type == "text" else key
-        yield from column_texts(path, file_type, column, **options)
+        if ending(path) == ".txt":
+            yield [whole_text(path)]
+        else:
+            yield from documents(path, rows_of(path), partial(text_of, key=key), skip_bad)
 
 
-def ending(path):
-    """.json.gz of a.b.json.gz, .txt of a.b.txt"""
-    return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
-
-
-def c4_texts(split):
-    """allenai/c4 "en", streamed from the hub."""
-    advice = HUB_ADVICE + "python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    yield from column_texts("allenai/c4", "allenai/c4", "text", name="en", split=split,
-                            advice=advice)
-
-
-def column_texts(where, dataset, column, **options):
-    """Lists of texts of one streamed dataset; raises UserError for a wrong column."""
-    for table in tables(where, dataset, **options):
-        if column not in table.column_names:
-            keys = ", ".join(table.column_names)
-            raise UserError(f"{where} has no key {column!r}, its keys are {keys}: choose one with "
-                            "--key")
-        texts = table[column].to_pylist()
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{where}: key {column!r} holds {type(text).__name__}, not text: "
-                                "choose another with --key")
-        yield [text or "" for text in texts]
-
-
-def file_rows(files):
-    """Lists of the rows of local files, in order."""
+def file_samples(files, format_name, skip_bad):
+    """The rows of local files."""
     for path in files:
-        for table in tables(path, FILE_TYPES[ending(path)], data_files=[str(path)]):
-            yield table.to_pylist()
+        make = partial(sft.usable, format_name=format_name)
+        yield from documents(path, rows_of(path), make, skip_bad)
 
 
-def hub_rows(name):
-    """Lists of the rows of a dataset on the hub."""
-    for table in tables(name, name, advice=HUB_ADVICE + "python data.py sft NAME FILES..."):
-        yield table.to_pylist()
+def documents(where, rows, make, skip_bad):
+    """Lists of make(row). Raises UserError for a bad row, or keeps its LeftOut if skip_bad."""
+    chunk = []
+    for number, row in rows:
+        document = row if isinstance(row, LeftOut) else make(row)
+        if isinstance(document, LeftOut):
+            message = f"{where}, row {number}: {document.message}"
+            if document.reason == "bad" and not skip_bad:
+                raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
+            document = LeftOut(document.reason, message)
+        chunk.append(document)
+        if len(chunk) == CHUNK_DOCUMENTS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
-def tables(where, dataset, split="train", advice="is the file complete?", **options):
-    """Arrow tables of one streamed dataset; raises UserError for an unreadable source."""
-    from datasets import load_dataset  # slow to import, and only preparing needs it
+def text_of(row, key):
+    """The text of a row, or LeftOut."""
+    text = row.get(key)
+    if isinstance(text, str):
+        return text
+    if key not in row:
+        keys = ", ".join(row)
+        return LeftOut("missing", f"no key {key!r}, its keys are {keys}: choose one with --key")
+    if text is None:
+        return LeftOut("missing", f"key {key!r} holds null")
+    return LeftOut("bad", f"key {key!r} holds {sft.excerpt(text)}, not text")
+
+
+def whole_text(path):
+    content = path.read_bytes()
+    if not content:
+        raise UserError(f"{path} is empty")
     try:
-        stream = load_dataset(dataset, split=split, streaming=True, **options)
-        yield from stream.with_format("arrow").iter(CHUNK_DOCUMENTS)
-    except Exception as error:  # datasets and pyarrow raise many types
-        reason = str(error).partition("\n")[0]
-        colon = ": " if reason else ""
-        raise UserError(f"{where} cannot be read ({type(error).__name__}{colon}{reason}): "
-                        f"{advice}") from None
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}: {error.reason})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,24 +265,49 @@ def prepare_c4(args):
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
 
+def c4_texts(split):
+    """allenai/c4 "en", streamed from the hub."""
+    advice = HUB_ADVICE + "python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
+    rows = hub_rows("allenai/c4", advice, split, columns=["text"], name="en")
+    yield from documents("allenai/c4", rows, partial(text_of, key="text"), skip_bad=False)
+
+
 def prepare_text(args):
-    check_files(args, tuple(FILE_TYPES))
-    request = {"source": source_of(args), "key": args.key}
-    stages = file_stages(args, partial(file_texts, key=args.key))
-    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request, stages)
+    check_files(args, (*JSON_ENDINGS, ".txt", ".parquet"))
+    request = {"source": names_and_sizes(args), "key": args.key, "content": checksums(args)}
+    read = partial(file_texts, key=args.key, skip_bad=args.skip_bad is not None)
+    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request,
+                   file_stages(args, read), allowed=allowed_share(args))
 
 
 def prepare_sft(args):
-    check_files(args, tuple(end for end, file_type in FILE_TYPES.items() if file_type != "text"))
-    return sft.prepare(f"data/{args.name}", args.tokenizer, {"source": source_of(args)},
-                       file_stages(args, file_rows), seq_len=args.seq_len, too_long=args.long)
+    check_files(args, (*JSON_ENDINGS, ".parquet"))
+    first_file = (args.files + args.val)[0]
+    skip_bad = args.skip_bad is not None
+    first_rows = next(documents(first_file, rows_of(first_file), lambda row: row, skip_bad))
+    format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], first_file)
+    read = partial(file_samples, format_name=format_name, skip_bad=skip_bad)
+    request = {"source": names_and_sizes(args), "content": checksums(args)}
+    return sft.prepare(f"data/{args.name}", args.tokenizer, request, file_stages(args, read),
+                       format_name, args.seq_len, args.long, allowed_share(args))
 
 
 def prepare_hub(args):
     name, format_name = sft.HUB[args.command]
-    stages = [(partial(hub_rows, name), every_100th)]
+    stages = [(partial(hub_samples, name, format_name, args.skip_bad is not None), every_100th)]
     return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
-                       format_name, seq_len=args.seq_len, too_long=args.long)
+                       format_name, args.seq_len, args.long, allowed_share(args))
+
+
+def hub_samples(name, format_name, skip_bad):
+    """The rows of a dataset on the hub."""
+    rows = hub_rows(name, HUB_ADVICE + "python data.py sft NAME FILES...")
+    yield from documents(name, rows, partial(sft.usable, format_name=format_name), skip_bad)
+
+
+def allowed_share(args):
+    """The share of unusable rows that does not stop the preparation."""
+    return ALLOWED if args.skip_bad is None else args.skip_bad / 100
 
 
 def prepare_uuid(args):
@@ -196,10 +341,26 @@ def check_files(args, endings):
                         f"python data.py {args.command} NAME FILES... [--val FILES...]")
 
 
-def source_of(args):
+def names_and_sizes(args):
     """{split: [[name, bytes] of each file]}, the "source" of a request."""
     return {split: [[path.name, path.stat().st_size] for path in files]
             for split, files in (("train", args.files), ("val", args.val))}
+
+
+def checksums(args):
+    """{split: [checksum of each file]}, the "content" of a request."""
+    return {split: [checksum(path) for path in files]
+            for split, files in (("train", args.files), ("val", args.val))}
+
+
+def checksum(path):
+    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(CHECKSUM_BYTES))
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        digest.update(file.read(CHECKSUM_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def file_stages(args, read):
@@ -233,10 +394,10 @@ def parse_arguments(argv):
 
     command("stdlib", lambda args: prepare_stdlib())
     command("c4", prepare_c4, add_tokenizer, add_c4_options)
-    command("text", prepare_text, add_tokenizer, add_files, add_key)
-    command("sft", prepare_sft, add_tokenizer, add_files, add_sample_options)
-    command("tulu", prepare_hub, add_tokenizer, add_sample_options)
-    command("metamath", prepare_hub, add_tokenizer, add_sample_options)
+    command("text", prepare_text, add_tokenizer, add_files, add_key, add_skip_bad)
+    command("sft", prepare_sft, add_tokenizer, add_files, add_sample_options, add_skip_bad)
+    command("tulu", prepare_hub, add_tokenizer, add_sample_options, add_skip_bad)
+    command("metamath", prepare_hub, add_tokenizer, add_sample_options, add_skip_bad)
     command("uuid", prepare_uuid, add_tokenizer, add_uuid_options)
     command("check", check, add_name)
     return parser.parse_args(argv)
@@ -260,6 +421,13 @@ def add_files(parser):
 
 def add_key(parser):
     parser.add_argument("--key", default="text", help="of the text in .json, .jsonl and .parquet")
+
+
+def add_skip_bad(parser):
+    parser.add_argument("--skip_bad", type=float, metavar="PERCENT",
+                        help="leave out rows that hold something else than text, or lack the key, "
+                             "up to this percentage; default: the former stop the preparation, the "
+                             "latter are left out up to 1 percent")
 
 
 def add_c4_options(parser):

@@ -5,7 +5,7 @@
     python data.py metamath --tokenizer=PATH --seq_len=512     meta-math/MetaMathQA
     python data.py uuid --tokenizer=PATH                       10,000 pairs of random UUIDs
 
-The keys of the first row decide the format of all rows:
+The keys of the first complete row decide the format of all rows:
 
     messages                      chats, [{"role", "content"}]: the tokenizer's own chat template,
                                   or Tulu's; every answer is learned
@@ -30,7 +30,7 @@ import numpy as np
 import shards
 import tokenizer
 from config import UserError
-from shards import FIRST, LEARNED, SAMPLES, Encoded
+from shards import ALLOWED, FIRST, LEARNED, SAMPLES, Encoded, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
@@ -64,25 +64,60 @@ class RefusedChat(UserError):
     """A chat that the model's own chat template refuses, by calling raise_exception."""
 
 
-def row_format(row, where):
-    """The name of the format that has a row's keys; raises UserError."""
-    for name, (prompt_key, response_key, _) in ROW_FORMATS.items():
-        if row.get(prompt_key) is not None and row.get(response_key) is not None:
-            return name
+def row_format(rows, where):
+    """The name of the format of a file, by the keys of its first rows; raises UserError.
+
+    The first row that has the keys of a format decides. where: the file, for the message.
+    """
+    for row in rows:
+        for name, (prompt_key, response_key, _) in ROW_FORMATS.items():
+            if row.get(prompt_key) is not None and row.get(response_key) is not None:
+                return name
     known = "; ".join(", ".join(dict.fromkeys(keys[:2])) for keys in ROW_FORMATS.values())
-    raise UserError(f"{where}: the first row has the keys {', '.join(row) or '(there is none)'}, "
-                    f"of which no sample can be made. Known are: {known}")
+    keys = ", ".join(rows[0]) if rows else ""
+    raise UserError(f"{where}, row 1: the row has the keys {keys or '(none)'}, of which no sample "
+                    f"can be made. Known are: {known}")
 
 
-def prepare(folder, tokenizer_name, request, stages, format_name="", seq_len=0, too_long="drop"):
+def usable(row, format_name):
+    """The row, or a LeftOut if its keys are missing or hold something else than text."""
+    prompt_key, response_key, _ = ROW_FORMATS[format_name]
+    for key in dict.fromkeys((prompt_key, response_key)):
+        if row.get(key) is None:
+            return LeftOut("missing", f"no key {key!r}, the keys are {', '.join(row)}"
+                           if key not in row else f"key {key!r} holds null")
+    if format_name == "messages":
+        if is_chat(row["messages"]):
+            return row
+        return LeftOut("bad", "messages must be a list of {'role': text, 'content': text}, got "
+                       f"{excerpt(row['messages'])}")
+    for key in (prompt_key, response_key, "input"):
+        value = row.get(key)
+        optional = key == "input" and (format_name != "alpaca" or value is None)
+        if not optional and not isinstance(value, str):
+            return LeftOut("bad", f"key {key!r} holds {excerpt(value)}, not text")
+    return row
+
+
+def is_chat(messages):
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get(key), str)
+        for message in messages for key in ("role", "content"))
+
+
+def excerpt(value):
+    """The type of a value and its first characters, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:80]}{'...' if len(text) > 80 else ''}"
+
+
+def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop",
+            allowed=ALLOWED):
     """Samples as shards; see shards.prepare.
 
-    format_name: of ROW_FORMATS, or empty: the first row decides. seq_len, too_long: see encode.
+    The rows of the stages are `usable`. format_name: of ROW_FORMATS. seq_len, too_long: see encode.
     """
     tok = tokenizer.load(tokenizer_name)
-    if not format_name:
-        first_row = next((rows[0] for read, _ in stages for rows in read() if rows), {})
-        format_name = row_format(first_row, folder)
     template = ROW_FORMATS[format_name].template
     if format_name == "messages" and tok.chat:
         template = tok.chat
@@ -93,7 +128,7 @@ def prepare(folder, tokenizer_name, request, stages, format_name="", seq_len=0, 
     request = request | {"seq_len": seq_len, "long": too_long}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
     return shards.prepare(folder, tok, request, stages, form=SAMPLES, encode=encode_rows,
-                          facts=facts)
+                          facts=facts, allowed=allowed)
 
 
 def uuid_pairs(count, seed):
@@ -162,15 +197,10 @@ def encode_pair(tok, row, format_name):
     """encode_row of a row with one prompt and one response."""
     prompt_key, response_key, template = ROW_FORMATS[format_name]
     task_input = row.get("input") if format_name == "alpaca" else None
-    fields = {prompt_key: row.get(prompt_key), "input": task_input or "",
-              response_key: row.get(response_key)}
-    for key, value in fields.items():
-        if not isinstance(value, str):
-            raise UserError(f"key {key!r} holds {type(value).__name__}, not text: {str(row)[:200]}")
-    if fields["input"]:
+    if task_input:
         template = ALPACA_INPUT
-    prompt = template.format(instruction=fields[prompt_key], input=fields["input"])
-    return join_turns(tok, [(prompt, False), (fields[response_key], True)])
+    prompt = template.format(instruction=row[prompt_key], input=task_input)
+    return join_turns(tok, [(prompt, False), (row[response_key], True)])
 
 
 def encode_chat(tok, row):
@@ -178,19 +208,10 @@ def encode_chat(tok, row):
 
     Messages after the last answer are left out.
     """
-    messages = row.get("messages")
-    if not is_chat(messages):
-        raise UserError("messages must be a list of {'role': text, 'content': text}, got "
-                        f"{str(messages)[:200]}")
+    messages = row["messages"]
     if tok.chat:
         return join_turns(tok, template_turns(tok, messages), by_template=True)
     return join_turns(tok, tulu_turns(messages))
-
-
-def is_chat(messages):
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get(key), str)
-        for message in messages for key in ("role", "content"))
 
 
 def answers_of(messages):

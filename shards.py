@@ -9,6 +9,7 @@ is written last: a folder with a manifest is complete. In a text a word is a tok
 end-of-text follows every document. In samples a word has 32 bits: a token id and the flags FIRST
 and LEARNED. Shards are mapped into memory, not loaded.
 """
+import hashlib
 import json
 import operator
 import os
@@ -31,6 +32,12 @@ LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
 ALIGNED = 8             # rows of samples are padded to a multiple of it
 JOBS_AHEAD = 4          # chunks per processor that are encoded ahead of the writer
+CHECKED_ROWS = 10_000   # from this number of rows on, the share of unusable rows is checked
+ALLOWED = 0.01          # share of unusable rows that does not stop a preparation
+
+# why a row gives no document: counters of a split; its totals hold those that are not 0
+UNUSABLE = {"missing": "without the key", "bad": "not text"}
+LEFT_OUT = UNUSABLE | {"empty": "empty"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,6 +49,12 @@ class Encoded(NamedTuple):
     ends: np.ndarray             # (documents,) int64: where each document ends in words
     document_bytes: np.ndarray   # (documents,) int64: of the text, of a sample's responses; UTF-8
     counts: dict                 # the format's other counters
+
+
+class LeftOut(NamedTuple):
+    """Stands among the documents for a row that gives none."""
+    reason: str    # a key of UNUSABLE
+    message: str   # where the row is, and what is wrong
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,13 @@ SAMPLES = Format("samples", "uint32",
 FORMATS = {form.name: form for form in (TEXT, SAMPLES)}
 
 
+def describe_left_out(totals):
+    """A clause on the rows that gave no document; empty if there is none."""
+    counts = [f"{totals[reason]:,} {words}" for reason, words in LEFT_OUT.items()
+              if totals.get(reason)]
+    return f", left out: {', '.join(counts)}" if counts else ""
+
+
 def format_of(manifest):
     """The Format of a manifest. Text is the default: its manifests have no key "kind"."""
     return FORMATS[manifest.get("kind", "text")]
@@ -120,8 +140,9 @@ class SplitWriter:
         limit: stop with the document that reaches this number of tokens; 0: no limit.
         """
         self.folder, self.split, self.dtype, self.limit = folder, split, dtype, limit
-        self.counters, self.totals = counters, totals
-        self.pending = dict.fromkeys(counters, 0)  # counters of the open shard
+        self.counters = counters | dict.fromkeys(LEFT_OUT, operator.add)
+        self.totals = totals
+        self.pending = {"tokens": 0}  # counters of the open shard
         self.temporary, self.file, self.crc32 = folder / f"{split}.tmp", None, 0
 
     @property
@@ -167,15 +188,15 @@ class SplitWriter:
             shard = {"file": name, "tokens": self.pending["tokens"], "crc32": self.crc32}
             self.totals["shards"].append(shard)
         self._count(self.totals, self.pending)
-        self.pending = dict.fromkeys(self.counters, 0)
+        self.pending = {"tokens": 0}
 
 
 class Preparation:
     """A corpus that is being written: its writers, and how far its sources have been read."""
 
-    def __init__(self, folder, tok, request, form, encode, limits):
+    def __init__(self, folder, tok, request, form, encode, limits, allowed):
         self.folder, self.tok, self.request = folder, tok, request
-        self.form, self.encode = form, encode
+        self.form, self.encode, self.allowed = form, encode, allowed
         self.dtype = form.smallest_dtype if tok.size <= 2 ** 16 else "uint32"
         self.progress_file = folder / "progress.json"
         self.progress = self._read_progress()
@@ -185,12 +206,13 @@ class Preparation:
                                limits.get(split, 0))
             for split, totals in self.splits.items()}
         self.seconds_before, self.started = self.progress["seconds"], time.time()
+        self.first_left_out = None  # LeftOut
 
     def _read_progress(self):
         """Where an earlier preparation of the same request was stopped, or the beginning."""
         if self.progress_file.exists():
             progress = json.loads(self.progress_file.read_text())
-            if progress["request"] == self.request:
+            if same_corpus(progress["request"], self.request):
                 return progress
         splits = {split: dict.fromkeys(self.form.counters, 0) | {"shards": []}
                   for split in ("train", "val")}
@@ -201,9 +223,19 @@ class Preparation:
     def seconds(self):
         return self.seconds_before + time.time() - self.started
 
-    def total(self, counter):
-        """The value of a counter over all splits."""
-        return sum(totals[counter] for totals in self.splits.values())
+    def total(self, *counters):
+        """The sum of counters over all splits, open shards included."""
+        return sum(counts.get(counter, 0) for writer in self.writers.values()
+                   for counts in (writer.totals, writer.pending) for counter in counters)
+
+    def check_left_out(self, fewest_rows=1):
+        """Raise UserError if too many of the rows so far are unusable."""
+        rows, unusable = self.total("documents", "dropped", *LEFT_OUT), self.total(*UNUSABLE)
+        if rows < fewest_rows or unusable <= self.allowed * rows:
+            return
+        example = f"; the first is {self.first_left_out.message}" if self.first_left_out else ""
+        raise UserError(f"{unusable:,} of {rows:,} rows cannot be used, more than "
+                        f"{100 * self.allowed:g} %{example}; --skip_bad=PERCENT allows more")
 
     def run(self, stages):
         """Read the stages that are left, and write their shards."""
@@ -219,19 +251,26 @@ class Preparation:
         done = self.progress["documents"] if stage == self.progress["stage"] else 0
         jobs = ((index + len(documents), pool.submit(self._encode_chunk, assign, documents, index))
                 for index, documents in without_first(read(), done))
-        for position, parts in in_order(jobs, ahead=JOBS_AHEAD * os.cpu_count()):
+        for position, (parts, left_out) in in_order(jobs, ahead=JOBS_AHEAD * os.cpu_count()):
+            self.first_left_out = self.first_left_out or left_out
             for split, part in parts.items():
                 self.writers[split].add(part)
                 bar.update(int(part.document_bytes.sum()))
+            self.check_left_out(CHECKED_ROWS)
             if any(writer.pending["tokens"] >= SHARD_TOKENS for writer in self.writers.values()):
                 self._close_shards(stage, position)
             if all(self.writers[split].full for split in parts):
                 return
 
     def _encode_chunk(self, assign, documents, index):
-        """{split: Encoded} of some documents; empty ones are left out."""
-        return {split: self.encode(self.tok, [document for document in assigned if document])
-                for split, assigned in assign(documents, index).items()}
+        """({split: Encoded} of some documents, the first LeftOut or None)."""
+        parts = {}
+        for split, assigned in assign(documents, index).items():
+            usable, counts = without_left_out(assigned)
+            part = self.encode(self.tok, usable)
+            parts[split] = part._replace(counts=part.counts | counts)
+        left_out = [document for document in documents if isinstance(document, LeftOut)]
+        return parts, left_out[0] if left_out else None
 
     def _close_shards(self, stage, position):
         """Complete all open shards, and note that `position` documents of the stage are in them."""
@@ -242,6 +281,7 @@ class Preparation:
 
     def finish(self, facts):
         """Write the manifest and return it. Raises UserError if nothing was prepared."""
+        self.check_left_out()
         if not self.total("tokens"):
             counts = {counter: self.total(counter) for counter in self.form.counters}
             reason = self.form.reason_empty(self.request, counts)
@@ -256,7 +296,8 @@ class Preparation:
         return manifest
 
 
-def prepare(folder, tok, request, stages, limits=None, form=TEXT, encode=encode_text, facts=None):
+def prepare(folder, tok, request, stages, limits=None, form=TEXT, encode=encode_text, facts=None,
+            allowed=ALLOWED):
     """Write a corpus as shards and a manifest, and return the manifest.
 
     A preparation of the same request that was killed is continued, a finished one is not repeated.
@@ -265,27 +306,61 @@ def prepare(folder, tok, request, stages, limits=None, form=TEXT, encode=encode_
     equal requests give equal shards. stages: [(read, assign)]: read() yields lists of documents,
     and assign(documents, index of the first one) returns {split: documents}. limits:
     {split: tokens}, 0: no limit. form, encode: the Format, and encode(tok, documents) -> Encoded.
-    facts: more keys of the manifest.
+    facts: more keys of the manifest. A LeftOut among the documents is counted; allowed: the largest
+    share of such rows.
 
-    Raises UserError for a folder that holds another corpus, and for a corpus without a token.
+    Raises UserError for a folder that holds another corpus, for a corpus without a token, and for
+    too many unusable rows.
     """
     folder, request = Path(folder), request | {"tokenizer": tok.name}
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
-        if manifest["request"] != request:
-            raise UserError(f"{folder} holds another corpus ({manifest['request']}): remove it or "
-                            "choose another NAME")
+        check_request(folder, manifest["request"], request)
         print(f"{folder} is prepared already: {summary(manifest)}")
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
     tok.keep(folder)
     for stray in folder.glob("*.tmp"):
         stray.unlink()
-    preparation = Preparation(folder, tok, request, form, encode, limits or {})
+    preparation = Preparation(folder, tok, request, form, encode, limits or {}, allowed)
     preparation.run(stages)
     manifest = preparation.finish(facts or {})
     print(f"{folder}: {summary(manifest)}")
     return manifest
+
+
+def same_corpus(before, now):
+    """Whether two requests name the same corpus.
+
+    "content", the checksums of files, is compared if both have it: older requests do not.
+    """
+    if "content" not in before:
+        now = {key: value for key, value in now.items() if key != "content"}
+    return before == now
+
+
+def check_request(folder, before, now):
+    """Raise UserError if two requests name different corpora."""
+    if not same_corpus(before, now):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        changes = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in keys)
+        raise UserError(f"{folder} holds another corpus ({changes}): remove it or choose another "
+                        "NAME")
+    if "content" in now and "content" not in before:
+        print(f"note: {folder} has no checksums of its files; their names and sizes agree")
+
+
+def without_left_out(documents):
+    """(the documents that are to be encoded, {reason: number of the others})."""
+    counts = {}
+    usable = []
+    for document in documents:
+        if document and not isinstance(document, LeftOut):
+            usable.append(document)
+            continue
+        reason = document.reason if isinstance(document, LeftOut) else "empty"
+        counts[reason] = counts.get(reason, 0) + 1
+    return usable, counts
 
 
 def without_first(chunks, count):
@@ -337,10 +412,20 @@ def read_manifest(folder):
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
     form = format_of(manifest)
-    clauses = [form.describe(split, totals) for split, totals in manifest["splits"].items()
+    clauses = [form.describe(split, totals) + describe_left_out(totals)
+               for split, totals in manifest["splits"].items()
                if totals["documents"] or totals.get("dropped")]
     return (f"{', '.join(clauses)}; tokenizer {manifest['tokenizer']}, "
             f"{manifest['mb_per_s']:.1f} MB/s")
+
+
+def fingerprint(folder):
+    """A short checksum of a prepared corpus: equal for equal tokens in equal order."""
+    manifest = read_manifest(folder)
+    facts = {key: manifest[key] for key in ("tokenizer", "vocab_size", "dtype")}
+    shards = {split: totals["shards"] for split, totals in manifest["splits"].items()}
+    text = json.dumps([format_of(manifest).name, facts, shards], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def open_split(folder, split, verify=True):

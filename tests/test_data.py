@@ -75,7 +75,8 @@ def test_files_of_every_type(files):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["k", "a.jsonl", "--tokenizer=bytes", "--key=body"], "no key 'body', its keys are text, url"),
+    (["k", "a.jsonl", "--tokenizer=bytes", "--key=body"],
+     "a.jsonl, row 1: no key 'body', its keys are text, url: choose one with --key"),
     (["k", "e.jsonl"], "no file e.jsonl"),
     (["k"], "at least one file"),
     (["k", "a.jsonl", "--tokenizer=gpt22"], "unknown tokenizer"),
@@ -91,14 +92,91 @@ def test_another_corpus_is_not_overwritten(files):
         data.main(["text", "one", "a.jsonl", "b.json.gz", "--tokenizer=bytes"])
 
 
-def test_damaged_files_are_named(files):
-    (files / "cut.json.gz").write_bytes((files / "b.json.gz").read_bytes()[:-20])
-    (files / "bad.jsonl").write_text('{"text": 1}\n')
-    (files / "empty.txt").write_text("")
-    for name, message in (("cut.json.gz", "cannot be read"), ("bad.jsonl", "holds int, not text"),
-                          ("empty.txt", "the corpus is empty")):
-        with pytest.raises(UserError, match=message):
-            data.main(["text", name.replace(".", "_"), name, "--tokenizer=bytes"])
+def test_other_content_under_the_same_name_and_size_is_another_corpus(files):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    (files / "other").mkdir()
+    content = (files / "a.jsonl").read_text().replace("plain", "other")
+    (files / "other" / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match="holds another corpus .content was"):
+        data.main(["text", "one", "other/a.jsonl", "--tokenizer=bytes"])
+
+
+def test_a_manifest_without_checksums_agrees_by_names_and_sizes(files, capsys):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    path = files / "data" / "one" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["request"]["content"]
+    path.write_text(json.dumps(manifest))
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    out = capsys.readouterr().out
+    assert "note: data/one has no checksums of its files; their names and sizes agree" in out
+
+
+def test_a_fingerprint_is_of_the_tokens(files):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "same", "a.jsonl", "--tokenizer=bytes", "--skip_bad=5"])
+    (files / "a.jsonl").write_text((files / "a.jsonl").read_text().replace("plain", "other"))
+    data.main(["text", "other", "a.jsonl", "--tokenizer=bytes"])
+    one, same, other = (shards.fingerprint(f"data/{name}") for name in ("one", "same", "other"))
+    assert one == same != other and len(one) == 16
+
+
+def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"line {i}\nand 'quotes' \"{i}\"" for i in range(3000)]
+    rows = [{"text": text} for text in texts]
+    rows[2000] = {"text": 5}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="a.jsonl, row 2001: key 'text' holds int 5, not text"):
+        data.main(["text", "strict", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "skip", "a.jsonl", "--tokenizer=bytes", "--skip_bad=1"])
+    train = [text for i, text in enumerate(texts) if i % 100 != 99 and i != 2000]
+    assert stored("data/skip", "train") == expected(train)
+    assert Tokens("data/skip", "train").totals["bad"] == 1
+
+
+def test_rows_without_the_key_are_counted_and_more_than_1_percent_stop(files, capsys):
+    rows = ['{"text": "a"}\n'] * 997 + ['{"body": "b"}\n', '{"text": null}\n', '{"text": ""}\n']
+    (files / "few.jsonl").write_text("".join(rows))
+    data.main(["text", "few", "few.jsonl", "--tokenizer=bytes"])
+    totals = Tokens("data/few", "train").totals
+    assert (totals["documents"], totals["missing"]) == (988, 2) and "empty" not in totals
+    assert "left out: 2 without the key" in capsys.readouterr().out
+    (files / "many.jsonl").write_text("".join(rows[980:]))
+    with pytest.raises(UserError, match="2 of 20 rows cannot be used, more than 1 %; the first is "
+                                        "many.jsonl, row 18: no key 'text', its keys are body"):
+        data.main(["text", "many", "many.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "many", "many.jsonl", "--tokenizer=bytes", "--skip_bad=10"])
+    assert Tokens("data/many", "train").totals["missing"] == 2
+
+
+def test_the_share_of_unusable_rows_is_checked_long_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHECKED_ROWS", 1000)
+    produced = []
+
+    def endless():
+        for i in range(10 ** 6):
+            produced.append(i)
+            yield [shards.LeftOut("missing", f"row {i}")] * 10 + ["text"] * 90
+
+    with pytest.raises(UserError, match="100 of 1,000 rows .* the first is row 0"):
+        prepare(tmp_path / "d", endless)
+    assert len(produced) < 100
+
+
+def test_an_array_holds_rows_like_lines(files):
+    rows = [{"text": text} for text in MIXED]
+    (files / "array.json").write_text("\ufeff\n" + json.dumps(rows, indent=2))
+    (files / "lines.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n")
+    for name in ("array.json", "lines.jsonl"):
+        data.main(["text", name.partition(".")[0], name, "--tokenizer=bytes"])
+        assert stored(f"data/{name.partition('.')[0]}", "train") == expected(MIXED)
+
+
+def test_a_text_keeps_its_line_breaks(files):
+    (files / "d.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    data.main(["text", "breaks", "d.txt", "--tokenizer=bytes"])
+    assert stored("data/breaks", "train") == b"one\r\ntwo\rthree\n\0"
 
 
 @pytest.mark.parametrize("killed_at", (0, 5, 23))

@@ -37,7 +37,7 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 
 def sample(tok, row, **options):
     """(ids, which are learned) of one row."""
-    part = sft.encode(tok, [row], sft.row_format(row, "here"), **options)
+    part = sft.encode(tok, [row], sft.row_format([row], "here"), **options)
     words = part.words
     assert len(part.ends) <= 1 and part.counts["longest"] == len(words)
     assert (words[:1] & sft.FIRST).all() and not (words[1:] & sft.FIRST).any()
@@ -152,7 +152,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
 
     def prepare(name, rows):
         return sft.prepare(tmp_path / name, str(tmp_path / "chat"), {"source": "test"},
-                           [(lambda: [rows], all_train)])
+                           [(lambda: [rows], all_train)], "messages")
 
     with pytest.warns(UserWarning, match="refuses a chat: no system message"):
         totals = prepare("data", [{"messages": turns}, refused] * 3)["splits"]["train"]
@@ -213,7 +213,7 @@ def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("words, message", [
-    (["bad", "bad.jsonl"], "'prompt' holds int"),
+    (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds int 1, not text"),
     (["odd", "odd.jsonl"], "has the keys body, of which no sample"),
     (["none"], "data.py sft NAME"),
     (["t", "a.txt"], "no file"),
@@ -298,3 +298,49 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
     assert first == {"prompt": texts[0][0] + "\n", "response": texts[0][1]}
     assert list(sft.uuid_pairs(300, 0)) == list(sft.uuid_pairs(300, 0))
     assert list(sft.uuid_pairs(300, 0)) != list(sft.uuid_pairs(300, 1))
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": "a", "response": 7}, "key 'response' holds int 7, not text"),
+    ({"prompt": ["a"], "response": "7"}, "key 'prompt' holds list"),
+    ({"prompt": "a", "response": False}, "key 'response' holds bool False"),
+])
+def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch, row, message):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} =", "response": f'"{i}"\n'} for i in range(300)]
+    write_rows(tmp_path / "a.jsonl", rows[:200] + [row] + rows[200:])
+    with pytest.raises(UserError, match=f"a.jsonl, row 201: {message}"):
+        data.main(["sft", "strict", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["sft", "skip", "a.jsonl", "--tokenizer=bytes", "--skip_bad=1"])
+    train = open_split("data/skip", "train")
+    assert train.totals["bad"] == 1
+    responses = []
+    for i in range(len(train.lengths)):
+        ids, learned = train.sample(i)
+        responses.append(bytes(ids[learned][:-1].astype(np.uint8)).decode())
+    of_train = [i for i in range(300) if i not in (99, 199, 298)]  # the bad row shifts the last one
+    assert responses == [rows[i]["response"] for i in of_train]
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    {"role": "user", "content": None},
+    {"role": "user"},
+    "hi",
+])
+def test_a_chat_that_is_not_of_texts_is_named(tmp_path, monkeypatch, message):
+    monkeypatch.chdir(tmp_path)
+    chats = [{"messages": CHAT[:2]}] * 5 + [{"messages": [message, CHAT[1]]}]
+    write_rows(tmp_path / "a.jsonl", chats)
+    with pytest.raises(UserError, match="a.jsonl, row 6: messages must be a list of"):
+        data.main(["sft", "chats", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["sft", "chats", "a.jsonl", "--tokenizer=bytes", "--skip_bad=20"])
+    assert len(open_split("data/chats", "train").lengths) == 5
+
+
+def test_a_first_row_of_nulls_does_not_decide_the_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": None, "response": "x"}] + [{"prompt": "a", "response": "b"}] * 150
+    write_rows(tmp_path / "a.jsonl", rows)
+    data.main(["sft", "first", "a.jsonl", "--tokenizer=bytes"])
+    assert open_split("data/first", "train").totals["missing"] == 1
