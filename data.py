@@ -28,7 +28,7 @@ from pathlib import Path
 
 import sft
 import tokenizer
-from config import UserError, command_line
+from config import Arguments, UserError, at_least, command_line
 from shards import (
     ALLOWED,
     SHARD_TOKENS,
@@ -376,14 +376,9 @@ def file_stages(args, read):
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-def whole_number(word):
-    """An argparse type that takes 5.3e9 too."""
-    return int(float(word))
-
-
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="data.py", description=__doc__,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, function, *add_options):
@@ -409,8 +404,15 @@ def add_tokenizer(parser):
                              "tokenizer.json")
 
 
+def folder_name(word):
+    """An argparse type: the name of a folder inside data/."""
+    if Path(word).name != word or word.startswith((".", "-")):
+        raise argparse.ArgumentTypeError(f"must be a name inside data/, got {word!r}")
+    return word
+
+
 def add_name(parser):
-    parser.add_argument("name", help="of the folder, data/NAME")
+    parser.add_argument("name", type=folder_name, help="of the folder, data/NAME")
 
 
 def add_files(parser):
@@ -424,29 +426,29 @@ def add_key(parser):
 
 
 def add_skip_bad(parser):
-    parser.add_argument("--skip_bad", type=float, metavar="PERCENT",
+    parser.add_argument("--skip_bad", type=at_least(0, float, 100), metavar="PERCENT",
                         help="leave out rows that hold something else than text, or lack the key, "
                              "up to this percentage; default: the former stop the preparation, the "
                              "latter are left out up to 1 percent")
 
 
 def add_c4_options(parser):
-    parser.add_argument("--train_tokens", type=whole_number, default=5_300_000_000,
+    parser.add_argument("--train_tokens", type=at_least(0, largest=10 ** 13), default=5_300_000_000,
                         help="default 5.3e9, slightly more than 10,000 steps x 1024 x 512; 0: all")
-    parser.add_argument("--val_tokens", type=whole_number, default=10_000_000,
+    parser.add_argument("--val_tokens", type=at_least(0, largest=10 ** 13), default=10_000_000,
                         help="default 1e7; 0: all")
 
 
 def add_sample_options(parser):
-    parser.add_argument("--seq_len", type=whole_number, default=0,
-                        help="length of the longest sample in tokens; default: no limit")
+    parser.add_argument("--seq_len", type=at_least(0), default=0,
+                        help="length of the longest sample in tokens; default 0: no limit")
     parser.add_argument("--long", default="drop", choices=("drop", "truncate"),
                         help="drop or truncate samples of more than seq_len tokens; default: drop")
 
 
 def add_uuid_options(parser):
-    parser.add_argument("--pairs", type=whole_number, default=10_000, help="default 10,000")
-    parser.add_argument("--seed", type=int, default=0, help="of the random UUIDs")
+    parser.add_argument("--pairs", type=at_least(1), default=10_000, help="default 10,000")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random UUIDs")
 
 
 def main(argv):

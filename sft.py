@@ -20,6 +20,8 @@ starts from exactly the tokens of training. Samples of more than --seq_len token
 cut with --long=truncate.
 """
 import random
+import re
+import threading
 import uuid
 import warnings
 from functools import lru_cache, partial
@@ -279,26 +281,118 @@ def up_to_last(values, value):
     return len(values) - values[::-1].index(value) if value in values else len(values)
 
 
+# --------------------------------------------------------------------------------------------------
+# chat templates: programs in jinja2, written by others
+
+TEMPLATE_STEPS = 1_000_000      # iterations of loops and calls while one chat is written
+TEMPLATE_LENGTH = 10_000_000    # characters of a string
+
+
+class TemplateLimit(Exception):
+    """A chat template that runs or grows beyond the limits."""
+
+
 @lru_cache
 def compiled(template):
     """A chat template, compiled in jinja2's sandbox with the options of transformers."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     def refuse(message):
         raise RefusedChat(f"the chat template refuses a chat: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
+    environment = limited_sandbox()(trim_blocks=True, lstrip_blocks=True,
+                                    extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
     return environment.from_string(template)
+
+
+@lru_cache
+def limited_sandbox():
+    """jinja2's sandbox with limits on the number of steps and on the length of strings."""
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class LimitedSandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+        state = threading.local()  # chats are written in several threads
+
+        def _parse(self, source, name, filename):
+            """The syntax tree, with calls of `counted` around what loops iterate over, and of
+            `joined` in place of `a ~ b`."""
+            tree = super()._parse(source, name, filename)
+            for loop in list(tree.find_all(nodes.For)):
+                counted = nodes.EnvironmentAttribute("counted")
+                loop.iter = nodes.Call(counted, [loop.iter], [], None, None)
+            for tilde in list(tree.find_all(nodes.Concat)):
+                joined = nodes.EnvironmentAttribute("joined")
+                tilde.nodes = [nodes.Call(joined, tilde.nodes, [], None, None)]
+            return tree
+
+        def counted(self, values):
+            for value in values:
+                self.count_step()
+                yield value
+
+        def joined(self, *values):
+            return self.concat([str(value) for value in values])
+
+        def count_step(self):
+            self.state.steps = getattr(self.state, "steps", 0) + 1
+            if self.state.steps > TEMPLATE_STEPS:
+                raise TemplateLimit(f"it takes more than {TEMPLATE_STEPS:,} steps")
+
+        def call(self, context, function, *args, **options):
+            self.count_step()
+            return super().call(context, function, *args, **options)
+
+        def call_binop(self, context, operator, left, right):
+            if result_length(operator, left, right) > TEMPLATE_LENGTH:
+                raise too_large()
+            return super().call_binop(context, operator, left, right)
+
+        @staticmethod
+        def concat(parts):
+            """The output of a block or a macro."""
+            text, length = [], 0
+            for part in parts:
+                text.append(part)
+                length += len(part)
+                if length > TEMPLATE_LENGTH:
+                    raise too_large()
+            return "".join(text)
+
+    return LimitedSandbox
+
+
+def too_large():
+    return TemplateLimit(f"it makes a text of more than {TEMPLATE_LENGTH:,} characters")
+
+
+def result_length(operator, left, right):
+    """A bound on the length of a template's `left operator right`; of a number: its digits."""
+    sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
+    numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
+    if operator == "*":
+        return max(sizes[0] * numbers[1], sizes[1] * numbers[0])
+    if operator == "**":
+        return numbers[1] * max(1, numbers[0].bit_length())
+    if operator == "%" and isinstance(left, str):  # "%9999999d" % 1
+        return max(map(int, re.findall(r"\d+", left)), default=0) + sum(sizes)
+    return sum(sizes)
 
 
 def render(tok, messages, generation_prompt):
     """The text of some messages, with the prompt that opens an answer if generation_prompt."""
     from jinja2 import TemplateError
     try:
-        return compiled(tok.chat).render(messages=messages, add_generation_prompt=generation_prompt,
-                                         **tok.words)
-    except TemplateError as error:
-        raise UserError(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}: "
-                        f"{error}") from None
+        template = compiled(tok.chat)
+        template.environment.state.steps = 0
+        return template.render(messages=messages, add_generation_prompt=generation_prompt,
+                               **tok.words)
+    except RecursionError:
+        reason = "it calls itself without end"
+    except MemoryError:
+        reason = "it needs more memory than there is"
+    except (TemplateError, TemplateLimit, ArithmeticError, LookupError, TypeError,
+            ValueError) as error:
+        reason = str(error) or type(error).__name__
+    raise UserError(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}: "
+                    f"{reason}")

@@ -9,6 +9,7 @@ is written last: a folder with a manifest is complete. In a text a word is a tok
 end-of-text follows every document. In samples a word has 32 bits: a token id and the flags FIRST
 and LEARNED. Shards are mapped into memory, not loaded.
 """
+import contextlib
 import hashlib
 import json
 import operator
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import UserError, write_json
+from config import UserError, lock, read_json, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of one shard
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
@@ -65,6 +66,11 @@ class Format:
     counters: dict         # {counter of a split: how the values of two parts combine}
     describe: Callable     # (split, its totals) -> one clause of the summary
     reason_empty: Callable  # (request, counters over all splits) -> why nothing was prepared
+
+    @property
+    def required_counters(self):
+        """Those that the manifests of all versions have."""
+        return [counter for counter in self.counters if counter != "refused"]
 
 
 def describe_text(split, totals):
@@ -143,7 +149,8 @@ class SplitWriter:
         self.counters = counters | dict.fromkeys(LEFT_OUT, operator.add)
         self.totals = totals
         self.pending = {"tokens": 0}  # counters of the open shard
-        self.temporary, self.file, self.crc32 = folder / f"{split}.tmp", None, 0
+        self.temporary = folder / f"{split}.{os.getpid()}.tmp"
+        self.file, self.crc32 = None, 0
 
     @property
     def room(self):
@@ -178,6 +185,13 @@ class SplitWriter:
         self.file.write(block)
         self.crc32 = zlib.crc32(block, self.crc32)
 
+    def discard(self):
+        """Remove the open shard, if there is one."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk: close() writes what is buffered
+                self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
     def close_shard(self):
         """Give the open shard its name, and add its counters to the totals."""
         if self.file is not None:
@@ -211,9 +225,10 @@ class Preparation:
     def _read_progress(self):
         """Where an earlier preparation of the same request was stopped, or the beginning."""
         if self.progress_file.exists():
-            progress = json.loads(self.progress_file.read_text())
+            progress = read_json(self.progress_file)
+            check_keys(progress, PROGRESS_KEYS, self.progress_file)
             if same_corpus(progress["request"], self.request):
-                return progress
+                return progress | {"request": self.request}
         splits = {split: dict.fromkeys(self.form.counters, 0) | {"shards": []}
                   for split in ("train", "val")}
         return {"request": self.request, "stage": 0, "documents": 0, "seconds": 0.0,
@@ -239,11 +254,10 @@ class Preparation:
 
     def run(self, stages):
         """Read the stages that are left, and write their shards."""
-        bar = progress_bar(initial=self.total("bytes"))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for stage in range(self.progress["stage"], len(stages)):
-                self._run_stage(stage, *stages[stage], pool, bar)
-        bar.close()
+        with progress_bar(initial=self.total("bytes")) as bar:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for stage in range(self.progress["stage"], len(stages)):
+                    self._run_stage(stage, *stages[stage], pool, bar)
         for writer in self.writers.values():
             writer.close_shard()
 
@@ -314,18 +328,33 @@ def prepare(folder, tok, request, stages, limits=None, form=TEXT, encode=encode_
     """
     folder, request = Path(folder), request | {"tokenizer": tok.name}
     if (folder / "manifest.json").exists():
-        manifest = read_manifest(folder)
-        check_request(folder, manifest["request"], request)
-        print(f"{folder} is prepared already: {summary(manifest)}")
-        return manifest
+        return prepared_already(folder, request)
     folder.mkdir(parents=True, exist_ok=True)
-    tok.keep(folder)
-    for stray in folder.glob("*.tmp"):
-        stray.unlink()
-    preparation = Preparation(folder, tok, request, form, encode, limits or {}, allowed)
-    preparation.run(stages)
-    manifest = preparation.finish(facts or {})
+    with lock(folder, "data preparation"):
+        if (folder / "manifest.json").exists():  # another process was faster
+            return prepared_already(folder, request)
+        tok.keep(folder)
+        for stray in folder.glob("*.tmp"):
+            stray.unlink()
+        preparation = Preparation(folder, tok, request, form, encode, limits or {}, allowed)
+        try:
+            preparation.run(stages)
+            manifest = preparation.finish(facts or {})
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # writing to an open file names none
+            raise
+        finally:
+            for writer in preparation.writers.values():
+                writer.discard()
     print(f"{folder}: {summary(manifest)}")
+    return manifest
+
+
+def prepared_already(folder, request):
+    """The manifest of a finished corpus; raises UserError if it is another one."""
+    manifest = read_manifest(folder)
+    check_request(folder, manifest["request"], request)
+    print(f"{folder} is prepared already: {summary(manifest)}")
     return manifest
 
 
@@ -394,19 +423,62 @@ def progress_bar(**options):
 # --------------------------------------------------------------------------------------------------
 # reading
 
+SHARD_KEYS = {"file": str, "tokens": int, "crc32": int}
+SPLIT_KEYS = {"tokens": int, "documents": int, "bytes": int, "shards": list}
+MANIFEST_KEYS = {"request": dict, "tokenizer": str, "vocab_size": int, "dtype": str, "splits": dict}
+PROGRESS_KEYS = {"request": dict, "stage": int, "documents": int, "seconds": float, "splits": dict}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list",
+              dict: "an object"}
+
+
 def read_manifest(folder):
-    """The manifest of a prepared corpus; raises UserError that names the command to run."""
+    """The manifest of a prepared corpus; raises UserError that names the command, or a key."""
     folder = Path(folder)
-    try:
-        return json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError:
+    path = folder / "manifest.json"
+    if not path.exists():
         named = folder.name in ("c4", "stdlib", "tulu", "metamath", "uuid")
         words = folder.name if named else f"text {folder.name} FILES..."
         raise UserError(f"no token shards in {folder}: prepare them with "
-                        f"`python data.py {words}`") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'manifest.json'} is not JSON ({error}): remove the folder and "
-                        "prepare it again") from None
+                        f"`python data.py {words}`")
+    manifest = read_json(path)
+    check_keys(manifest, MANIFEST_KEYS, path)
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise damaged(path, f"dtype must be uint16 or uint32, is {manifest['dtype']!r}")
+    if manifest.get("kind", "text") not in FORMATS:
+        raise damaged(path, f"kind must be one of {', '.join(FORMATS)}, is {manifest['kind']!r}")
+    form = format_of(manifest)
+    if form is SAMPLES:
+        check_keys(manifest, {"format": str}, path)
+    for split in ("train", "val"):
+        check_keys(manifest["splits"], {split: dict}, path, "splits")
+        totals = manifest["splits"][split]
+        check_keys(totals, SPLIT_KEYS, path, f"splits.{split}")
+        for shard in totals["shards"]:
+            check_keys(shard, SHARD_KEYS, path, f"splits.{split}.shards")
+        if totals["documents"]:
+            check_keys(totals, dict.fromkeys(form.required_counters, int), path, f"splits.{split}")
+    return manifest
+
+
+def check_keys(value, types, path, where=""):
+    """Raise UserError unless a dict has these keys, of these types.
+
+    where: the place of the dict in the file.
+    """
+    if not isinstance(value, dict):
+        raise damaged(path, f"{where or 'its content'} must be an object, is {value!r:.80}")
+    for key, expected in types.items():
+        name = f"{where}.{key}" if where else key
+        if key not in value:
+            raise damaged(path, f"it has no key {name}")
+        accepted = (int, float) if expected is float else expected
+        if not isinstance(value[key], accepted) or isinstance(value[key], bool):
+            raise damaged(path, f"{name} must be {TYPE_NAMES[expected]}, is {value[key]!r:.80}")
+
+
+def damaged(path, reason):
+    """The UserError for a file of a prepared folder."""
+    return UserError(f"{path} is damaged ({reason}): remove {path.parent} and prepare it again")
 
 
 def summary(manifest):
@@ -415,8 +487,10 @@ def summary(manifest):
     clauses = [form.describe(split, totals) + describe_left_out(totals)
                for split, totals in manifest["splits"].items()
                if totals["documents"] or totals.get("dropped")]
-    return (f"{', '.join(clauses)}; tokenizer {manifest['tokenizer']}, "
-            f"{manifest['mb_per_s']:.1f} MB/s")
+    text = f"{', '.join(clauses)}; tokenizer {manifest['tokenizer']}"
+    if "mb_per_s" in manifest:
+        text += f", {manifest['mb_per_s']:.1f} MB/s"
+    return text
 
 
 def fingerprint(folder):

@@ -26,7 +26,6 @@ and these methods:
 """
 import codecs
 import hashlib
-import json
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, write_json
+from config import UserError, read_json, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
@@ -150,7 +149,8 @@ class Json:
         self.with_specials = Tokenizer.from_str(text)  # a second object: threads share both
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.name, self.size = f"tokenizer.json:{digest[:12]}", self.tokenizer.get_vocab_size()
-        self.words = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+        self.words = {key: self._token_text(key, config.get(key))
+                      for key in ("bos_token", "eos_token")}
         self.end = self.tokenizer.token_to_id(self.words["eos_token"])
         if self.end is None:
             raise UserError(f"{self.folder / 'tokenizer_config.json'}: eos_token "
@@ -161,23 +161,45 @@ class Json:
     def _read(self):
         """(the text of tokenizer.json, tokenizer_config.json as a dict); raises UserError."""
         from tokenizers import Tokenizer
+        path = self.folder / "tokenizer.json"
         try:
-            text = (self.folder / "tokenizer.json").read_bytes().decode()
+            text = path.read_bytes().decode()
             Tokenizer.from_str(text)
-            config = json.loads((self.folder / "tokenizer_config.json").read_text())
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise UserError(f"the tokenizer of {self.folder} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
+        config_file = self.folder / "tokenizer_config.json"
+        config = read_json(config_file)
+        if not isinstance(config, dict):
+            raise UserError(f"{config_file} must hold an object, holds {config!r:.80}")
         return text, config
 
     def _chat_template(self, inline):
         """The chat template: a file of its own, or the one inside tokenizer_config.json."""
         file = self.folder / "chat_template.jinja"
         if file.exists():
-            return file.read_text()
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file} is not UTF-8 ({error.reason})") from None
+        template = inline
         if isinstance(inline, list):  # several templates, by name
-            named = {choice["name"]: choice["template"] for choice in inline}
-            return named.get("default")
-        return inline
+            default = [choice for choice in inline
+                       if isinstance(choice, dict) and choice.get("name") == "default"]
+            template = default[0].get("template") if default else None
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: chat_template must be text, "
+                            f"is {template!r:.80}")
+        return template
+
+    def _token_text(self, key, token):
+        """The text of a special token: in the file it is a string, null or {"content": string}."""
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {key} must be text, is "
+                            f"{token!r:.80}")
+        return text
 
     def encode(self, text):
         """Ids of plain text, after the tokens that open a document (LLaMA's begin-of-text, say)."""
@@ -217,13 +239,6 @@ class Json:
 def valid_utf8(text):
     """The text with "?" for lone surrogates, which `tokenizers` refuses."""
     return text.encode("utf-8", "replace").decode()
-
-
-def token_text(token):
-    """The text of a special token in tokenizer_config.json: a string, or a dict with "content"."""
-    if isinstance(token, dict):
-        return token["content"]
-    return token or ""
 
 
 @lru_cache
