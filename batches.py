@@ -1,4 +1,14 @@
-"""Token shards -> batches: memory-mapped, a pure function of (seed, step), the same for any number of processes."""
+"""Token shards -> batches: pure functions of (seed, step), the same for any number of processes.
+
+    batches = Batches(open_split("data/c4", "train"), seed, seq_len, batch_size, micro_batch)
+    inputs, targets = batches(step)
+
+    samples = open_split("data/gsm8k", "train")
+    batches = SampleBatches(samples, seed, seq_len, batch_size, micro_batch)
+    inputs, targets, weights = batches(step)
+
+every_token_once and every_sample_once read a whole split for an evaluation.
+"""
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -7,15 +17,26 @@ import torch
 
 from config import UserError
 
+SORTED_STEPS = 32  # the samples of this many steps are sorted by length together
 
-WINDOW = 32   # steps whose samples are sorted by length together
 
+class Prefetcher:
+    """batches(step) returns self.load(step); a thread loads the next step meanwhile.
 
-class Ahead:
-    """batches(step) = self.load(step), and while that step computes, the next batch is loaded and copied to the device."""
+    rank, world: this process's number, and the number of processes.
+    """
 
-    def __init__(self, device):
-        self.device, self.pool, self.ahead = torch.device(device), ThreadPoolExecutor(1), {}
+    def __init__(self, seed, seq_len, batch_size, micro_batch, device, rank, world):
+        self.seed, self.seq_len, self.batch_size = seed, seq_len, batch_size
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self.device, self.pool, self.loading = torch.device(device), ThreadPoolExecutor(1), {}
+
+    def own_rows(self, rows):
+        """This process's part (accumulation, micro_batch) of the (batch_size,) rows of a step.
+
+        The rows of a micro-step are consecutive, over all processes.
+        """
+        return rows.reshape(-1, self.world, self.micro_batch)[:, self.rank]
 
     def to_device(self, ids):
         if self.device.type == "cuda":
@@ -23,131 +44,148 @@ class Ahead:
         return ids.to(self.device)
 
     def __call__(self, step):
-        batch = self.ahead.pop(step).result() if step in self.ahead else self.load(step)
-        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
+        future = self.loading.pop(step, None)
+        batch = future.result() if future else self.load(step)
+        self.loading = {step + 1: self.pool.submit(self.load, step + 1)}
         return batch
 
 
-class Batches(Ahead):
-    """Training batches, a pure function of (seed, step): window by window, every window once an epoch, shuffled.
+class Batches(Prefetcher):
+    """Training batches of text: in every epoch all windows, each once, shuffled.
 
-    Window i is tokens[i * seq_len : (i + 1) * seq_len], its targets lie one token further. Sequence i of a step is the same for
-    any number of processes; a process gets its own.
+    Window i is tokens[i * seq_len : (i + 1) * seq_len]; its targets are one token further.
     """
 
-    def __init__(self, tokens, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
-        super().__init__(device)
-        self.tokens, self.seed, self.seq_len, self.batch_size = tokens, seed, seq_len, batch_size
-        self.micro_batch, self.rank, self.world = micro_batch, rank, world
-        self.windows = (len(tokens) - 1) // seq_len
+    def __init__(self, tokens, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
+                 world=1):
+        super().__init__(seed, seq_len, batch_size, micro_batch, device, rank, world)
+        self.tokens, self.windows = tokens, (len(tokens) - 1) // seq_len
         if self.windows < 1:
-            raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than one window of seq_len {seq_len} + 1")
-        self.order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.windows))
-        self.steps_an_epoch, self.tokens_a_step = self.windows / batch_size, batch_size * seq_len
+            raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than "
+                            f"one window of seq_len {seq_len} + 1")
+        self.order = lru_cache(2)(self._order)
+        self.steps_an_epoch = self.windows / batch_size
+        self.tokens_a_step = batch_size * seq_len
         self.says = f"{batch_size} x {seq_len} = {self.tokens_a_step:,} tokens"
+
+    def _order(self, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(self.windows)
 
     def size(self, step):
         """Tokens of a step, over all processes."""
         return self.tokens_a_step
 
     def window(self, index):
-        """The index-th window of the run, an index that counts across epochs: (seq_len + 1,) ids."""
+        """The ids (seq_len + 1,) of the index-th window of the run; index counts across epochs."""
         epoch, position = divmod(index, self.windows)
         return self.tokens.read(int(self.order(epoch)[position]) * self.seq_len, self.seq_len + 1)
 
     def load(self, step):
-        """(inputs, targets) of this step and rank, each (accumulation, micro_batch, seq_len) int64 on the device."""
-        first = step * self.batch_size
-        # rows of micro-step a on rank r: (a * world + r) * micro_batch onwards, so that ranks share a micro-step's neighbours
-        rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)[:, self.rank]
-        ids = torch.from_numpy(np.stack([self.window(first + row) for row in rows.ravel()])).unflatten(0, rows.shape)
-        ids = self.to_device(ids)
+        """(inputs, targets) of this process, each (accumulation, micro_batch, seq_len) int64."""
+        indices = self.own_rows(step * self.batch_size + np.arange(self.batch_size))
+        windows = np.stack([self.window(int(index)) for index in indices.ravel()])
+        ids = self.to_device(torch.from_numpy(windows).unflatten(0, indices.shape))
         return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
 
 
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
-    """(inputs, targets) over the whole split in order, each (batch, seq_len) int64: every token but the first is a target once.
+    """Yield (inputs, targets) of a whole split in order, each (batch, seq_len) int64.
 
-    What lies past the end is filled with targets of -100, so that shapes never change. Ranks take turns. limit: stop after so
-    many tokens, 0 for all.
+    Every token but the first is a target once. Shapes never change: what lies past the end has the
+    target -100. Processes take turns. limit: stop after this number of tokens; 0: no limit.
     """
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
-    for first in range(rank * batch, len(windows), world * batch):
-        rows = np.full((batch, seq_len + 1), -100, dtype=np.int64)
-        for row, start in zip(rows, windows[first:first + batch]):
-            count = min(seq_len, total - start) + 1
-            row[:count] = tokens.read(start, count)
-        ids = torch.from_numpy(rows)
+    for index in range(rank * batch, len(windows), world * batch):
+        ids = np.full((batch, seq_len + 1), -100, dtype=np.int64)
+        for row, position in enumerate(windows[index:index + batch]):
+            count = min(seq_len, total - position) + 1
+            ids[row, :count] = tokens.read(position, count)
+        ids = torch.from_numpy(ids)
         yield ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 
-class SampleBatches(Ahead):
-    """Training batches of whole samples: every sample once an epoch, but for the rest that fills no batch, another one every epoch.
+class SampleBatches(Prefetcher):
+    """Training batches of whole samples, each sample at most once per epoch.
 
-    An epoch is shuffled, the samples of every WINDOW steps are sorted by length and cut into global batches, which are shuffled
-    again. The micro-batches of a step hold neighbours in length, over all processes.
+    An epoch is shuffled. Its last, incomplete batch is left out, a different one each epoch. The
+    samples of every SORTED_STEPS steps are sorted by length and cut into batches, and these are
+    shuffled again. So the micro-batches of a step hold samples of similar length.
     """
 
-    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
-        super().__init__(device)
+    def __init__(self, samples, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
+                 world=1):
+        super().__init__(seed, seq_len, batch_size, micro_batch, device, rank, world)
         samples.must_fit(seq_len)
-        self.samples, self.seed, self.seq_len, self.batch_size = samples, seed, seq_len, batch_size
-        self.micro_batch, self.rank, self.world = micro_batch, rank, world
-        self.steps_an_epoch = len(samples.lengths) // batch_size
+        self.samples, self.steps_an_epoch = samples, len(samples.lengths) // batch_size
         if not self.steps_an_epoch:
-            raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, fewer than batch_size {batch_size}")
+            raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, "
+                            f"fewer than batch_size {batch_size}")
         self.plan = lru_cache(2)(self._plan)
-        self.tokens_a_step = float(samples.lengths[self.plan(0)].sum(1).mean()) - batch_size
-        self.padding = 1 - self.tokens_a_step * self.steps_an_epoch / float(self._shapes(self.plan(0)).sum() * micro_batch)
-        self.says = f"{batch_size} samples, {self.tokens_a_step:,.0f} tokens on average and {self.padding:.1%} of padding,"
+        first_epoch = self.plan(0)
+        self.tokens_a_step = float(samples.lengths[first_epoch].sum(1).mean()) - batch_size
+        padded_tokens = float(self._padded_lengths(first_epoch).sum() * micro_batch)
+        self.padding = 1 - self.tokens_a_step * self.steps_an_epoch / padded_tokens
+        self.says = (f"{batch_size} samples, {self.tokens_a_step:,.0f} tokens on average and "
+                     f"{self.padding:.1%} of padding,")
 
     def _plan(self, epoch):
-        """(steps, batch_size) indices of samples."""
-        random, size = np.random.default_rng((self.seed, epoch)), self.batch_size
-        order, parts = random.permutation(len(self.samples.lengths))[:self.steps_an_epoch * size], []
-        for start in range(0, len(order), WINDOW * size):
-            window = order[start:start + WINDOW * size]
-            window = window[np.argsort(self.samples.lengths[window], kind="stable")].reshape(-1, size)
-            parts.append(random.permutation(window))
+        """The samples (steps, batch_size) of an epoch, as indices."""
+        generator = np.random.default_rng((self.seed, epoch))
+        shuffled = generator.permutation(len(self.samples.lengths))
+        used, together = self.steps_an_epoch * self.batch_size, SORTED_STEPS * self.batch_size
+        parts = []
+        for position in range(0, used, together):
+            part = shuffled[position:min(position + together, used)]
+            by_length = part[np.argsort(self.samples.lengths[part], kind="stable")]
+            parts.append(generator.permutation(by_length.reshape(-1, self.batch_size)))
         return np.concatenate(parts)
 
-    def _shapes(self, which):
-        """Padded length of every micro-batch of (..., batch_size) samples."""
-        return self.samples.padded(self.samples.lengths[which].reshape(-1, self.micro_batch).max(1), self.seq_len)
+    def _padded_lengths(self, which):
+        """The padded length of each micro-batch of the samples (..., batch_size)."""
+        longest = self.samples.lengths[which].reshape(-1, self.micro_batch).max(1)
+        return self.samples.padded(longest, self.seq_len)
 
     def step(self, step):
-        """Indices of a step's samples, over all processes."""
-        epoch, at = divmod(step, self.steps_an_epoch)
-        return self.plan(epoch)[at]
+        """The samples (batch_size,) of a step over all processes, as indices."""
+        epoch, position = divmod(step, self.steps_an_epoch)
+        return self.plan(epoch)[position]
 
     def size(self, step):
-        """Tokens of a step, over all processes, without padding."""
+        """Tokens of a step over all processes, without padding."""
         return int(self.samples.lengths[self.step(step)].sum()) - self.batch_size
 
     def load(self, step):
-        """(inputs, targets, weights) of this step and rank by micro-batch.
+        """(inputs, targets, weights) of this process: lists with one entry per micro-batch.
 
-        A weight is a micro-batch's number of learned tokens over the average micro-batch's, so that the mean of weighted losses,
-        over micro-batches and processes, is the loss of the global batch's learned tokens, however it is split.
+        Inputs and targets are (micro_batch, padded length) int64. A weight is the micro-batch's
+        number of learned tokens, divided by the mean over the step's micro-batches. So the mean of
+        the weighted losses, over micro-batches and processes, is the mean loss of the global
+        batch's learned tokens, whatever the split into micro-batches.
         """
-        every = self.step(step)
-        micros = every.reshape(-1, self.world, self.micro_batch)
-        average = self.samples.learned[every].sum() / (micros.shape[0] * self.world)
-        mine = micros[:, self.rank]
-        pairs = [self.samples.rows(which, int(length)) for which, length in zip(mine, self._shapes(mine))]
-        inputs, targets = ([self.to_device(ids) for ids in column] for column in zip(*pairs))
-        return inputs, targets, (self.samples.learned[mine].sum(1) / average).tolist()
+        every, learned = self.step(step), self.samples.learned
+        own = self.own_rows(every)
+        mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
+        inputs, targets = [], []
+        for which, length in zip(own, self._padded_lengths(own), strict=True):
+            micro_inputs, micro_targets = self.samples.rows(which, int(length))
+            inputs.append(self.to_device(micro_inputs))
+            targets.append(self.to_device(micro_targets))
+        return inputs, targets, (learned[own].sum(1) / mean_learned).tolist()
 
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
-    """(inputs, targets) over the whole split, shortest samples first, each (batch, padded length) int64. Ranks take turns.
+    """Yield (inputs, targets) of a whole split, shortest samples first.
 
-    limit: only the first samples of the split, up to so many tokens, 0 for all.
+    Each is (batch, padded length) int64. Processes take turns. limit: only the first samples of the
+    split, up to this number of tokens; 0: no limit.
     """
     samples.must_fit(seq_len)
-    count = max(1, int(np.searchsorted(samples.first[1:], limit, "right"))) if limit else len(samples.lengths)
+    count = len(samples.lengths)
+    if limit:
+        count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit, "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")
-    for first in range(rank * batch, count, world * batch):
-        which = order[first:first + batch]
-        yield samples.rows(which, int(samples.padded(samples.lengths[which[-1]], seq_len)), batch)
+    for index in range(rank * batch, count, world * batch):
+        which = order[index:index + batch]
+        length = int(samples.padded(samples.lengths[which[-1]], seq_len))
+        yield samples.rows(which, length, batch)

@@ -12,11 +12,16 @@ A variant overrides its file, and `--key=value` on the command line overrides bo
 """
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import io
 import json
 import os
 import runpy
+import signal
+import socket
 import sys
 import textwrap
 import time
@@ -28,6 +33,11 @@ from typing import get_args
 
 import lora
 import mora
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).parent
 LARGEST = 2 ** 32 - 1  # whole number: products of seed, step and rank must fit into 64 bits
@@ -577,19 +587,50 @@ def experiments_text():
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# command lines
+
 def command_line(main):
-    """Run `main(argv)` as a script: a UserError is one line on stderr and exit status 2."""
+    """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
+
+    Exit status: 2 for a UserError or an OSError, 130 for Ctrl-C, 1 if the reader of stdout is gone.
+    A second Ctrl-C ends the process at once.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ASCII terminals
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        _print_error(error)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (UserError, OSError) as error:
+        _print_error(os_error_text(error) if isinstance(error, OSError) else error)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
+def _interrupt(number, frame):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def os_error_text(error):
+    """One line on an OSError: what failed, the file, and for a full disk what to do."""
+    text = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    if error.filename is not None:
+        text += f": {error.filename}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text += "; free some space and run the same command again"
+    return text
+
+
 def _print_error(error):
-    """Print a UserError once. Under torchrun all processes usually raise the same one.
+    """Print an error once. Under torchrun all processes usually raise the same one.
 
     Those above rank 0 wait before they print: torchrun ends them when rank 0 has exited.
     """
@@ -600,7 +641,41 @@ def _print_error(error):
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
-# ---- JSON files
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists the options)")
+
+
+def at_least(minimum, kind=int, largest=None):
+    """An argparse type: a number of this kind, finite and not below the minimum.
+
+    Whole numbers may be written as 1e4. largest: by default 2 ** 32 - 1 for whole numbers.
+    """
+    name = "a whole number" if kind is int else "a number"
+    if largest is None:
+        largest = 2 ** 32 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        try:
+            value = float(text)
+            if kind is int:
+                value = int(text) if text.strip().lstrip("+-").isdigit() else int(value)
+                if value != float(text):
+                    raise ValueError
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        if not minimum <= value <= largest:
+            raise argparse.ArgumentTypeError(f"must be {name} from {minimum} to {largest}, "
+                                             f"got {text}")
+        return value
+
+    return parse
+
+
+# --------------------------------------------------------------------------------------------------
+# files
 
 def read_json(path):
     """The value of a JSON file; raises UserError."""
@@ -612,24 +687,50 @@ def read_json(path):
 
 def write_json(path, value):
     """Write JSON so that the file appears whole or not at all."""
-    beside = Path(f"{path}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
+    beside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def at_least(minimum, kind=int):
-    """An argparse type: a number of this kind, finite and not below the minimum."""
-    name = "a whole number" if kind is int else "a number"
-    largest = 2 ** 32 - 1 if kind is int else sys.float_info.max
+@contextlib.contextmanager
+def lock(folder, doing):
+    """Hold the lock of a folder, the file .lock in it, in a `with` block.
 
-    def parse(text):
+    Raises UserError that names the process and the host if another process holds it. The lock of a
+    process that has ended does not block. Without fcntl (Windows) nothing is locked.
+    doing: what needs the folder, for the message.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder) / ".lock"
+    file = _locked_file(path, doing)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked_file(path, doing):
+    """The open and locked file of this path; raises UserError if another process holds it."""
+    while True:
+        file = open(path, "a+")
         try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
-        if not minimum <= value <= largest:
-            raise argparse.ArgumentTypeError(f"must be {name} from {minimum} to {largest}, "
-                                             f"got {text}")
-        return value
-
-    return parse
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(f"{path.parent} is in use by {holder}: {doing} needs it alone; wait "
+                            "for that process, or end it") from None
+        # the holder before may have removed the file between open and flock
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()

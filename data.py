@@ -1,195 +1,459 @@
-"""Any corpus -> token shards (batches.py reads them).
+"""Any corpus -> token shards, which batches.py reads.
 
-    python data.py stdlib                                        the running Python's own sources, bytes as tokens
-    python data.py c4 --train_tokens=5.3e9 --val_tokens=1e7      allenai/c4 "en", streamed, GPT-2 tokens
-    python data.py text NAME FILES... [--val FILES...]           .json.gz .json .jsonl .txt .parquet, GPT-2 tokens
-    python data.py sft NAME FILES... [--val FILES...]            prompts and responses: see sft.py, for these three as well
-    python data.py tulu | metamath                               Tulu v2, MetaMathQA from the hub
-    python data.py uuid --pairs=10000                            pairs of random UUIDs to learn by heart
-    python data.py check NAME                                    read everything again: checksums and token ids
+    python data.py stdlib                              the running Python's own sources, as bytes
+    python data.py c4                                  allenai/c4 "en", streamed; about 5.3e9 tokens
+    python data.py text NAME FILES... [--val FILES...]     text of .jsonl, .json, .parquet, .txt
+    python data.py sft NAME FILES... [--val FILES...]      prompts and responses: see sft.py
+    python data.py tulu                                Tulu v2 from the hub
+    python data.py metamath                            MetaMathQA from the hub
+    python data.py uuid --pairs=10000                  pairs of random UUIDs, to learn by heart
+    python data.py check NAME                          read everything again: checksums, token ids
 
-A corpus becomes the folder data/NAME: shards of raw uint16 or uint32 token ids, every document followed by end-of-text,
-and manifest.json, written last: a folder with a manifest is whole. The same command goes on after a kill.
-Without --val every 100th document is validation. A .txt file is one document.
+A corpus becomes the folder data/NAME (see shards.py). The same command continues after a kill.
+Without --val every 100th document is validation. A .txt file is one document. .json and .jsonl
+hold one object per line, or one array of objects, and may be compressed with gzip. A value that is
+not text stops the preparation with the file and row; --skip_bad=5 leaves out up to 5 % of the rows.
+Rows without the key are left out; more than 1 % of them stop the preparation too.
 """
 import argparse
+import codecs
+import gzip
+import hashlib
+import json
 import sys
 import sysconfig
+import zlib
 from functools import partial
 from pathlib import Path
 
-import tokenizer
 import sft
-from config import UserError, command_line
-from shards import SHARD_TOKENS, open_split, prepare, read_manifest, summary
+import tokenizer
+from config import Arguments, UserError, at_least, command_line
+from shards import (
+    ALLOWED,
+    SHARD_TOKENS,
+    LeftOut,
+    open_split,
+    prepare,
+    read_manifest,
+    summary,
+)
 
-CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
-BUILDERS = {".json.gz": "json", ".json": "json", ".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# corpora: generators of lists of texts, in an order that is always the same
-
-def stdlib_texts():
-    """The running Python's standard library without its tests, file by file in the order of their names."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
-    for path in files:
-        yield [path.read_text(encoding="utf-8", errors="replace")]
-
-
-def file_texts(files, key):
-    """The documents of local files, through `datasets`, in order."""
-    for path in files:
-        builder = BUILDERS[kind(path)]
-        options = {"data_files": [str(path)]} | ({"sample_by": "document"} if builder == "text" else {})
-        yield from _stream(path, builder, "text" if builder == "text" else key, **options)
+CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
+ARRAY_BYTES = 2 ** 30     # largest .json file that is one array, uncompressed: it is read at once
+CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
+JSON_ENDINGS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
 
 
-def kind(path):
+# --------------------------------------------------------------------------------------------------
+# rows of a source: (number from 1, a dict, or LeftOut if it cannot be read), as they are written
+
+def rows_of(path):
+    """The rows of a local file; in JSON lines the number is the line's. Raises UserError."""
+    count = 0
+    read = json_rows if ending(path) in JSON_ENDINGS else parquet_rows
+    for number, row in read(path):
+        count += 1
+        yield number, row
+    if not count:
+        raise UserError(f"{path} is empty: it holds no row")
+
+
+def ending(path):
     """.json.gz of a.b.json.gz, .txt of a.b.txt"""
     return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
 
 
-def c4_texts(split):
-    """allenai/c4 "en", streamed from the hub."""
-    yield from _stream("allenai/c4", "allenai/c4", "text", name="en", split=split, advice="check the network, or set HF_ENDPOINT to a "
-                       "mirror; with the files at hand: python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz")
+def json_rows(path):
+    """The rows of JSON lines, or of one JSON array. Python's own parser: no value changes another.
 
-
-def _stream(where, dataset, column, **options):
-    """Lists of texts of one streamed dataset; raises UserError for a wrong column or an unreadable source."""
-    for table in tables(where, dataset, **options):
-        if column not in table.column_names:
-            raise UserError(f"{where} has no key {column!r}, its keys are {', '.join(table.column_names)}: choose one with --key")
-        texts = table[column].to_pylist()
-        wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
-        if wrong is not None:
-            raise UserError(f"{where}: key {column!r} holds {type(wrong).__name__}, not text: choose another with --key")
-        yield [text or "" for text in texts]
-
-
-def tables(where, dataset, split="train", advice="is the file whole, and what its name says?", **options):
-    """Arrow tables of some rows of one streamed dataset; raises UserError for an unreadable source."""
-    from datasets import load_dataset  # slow to import, and only preparing needs it
+    Blank lines hold no row.
+    """
+    number = 0
     try:
-        yield from load_dataset(dataset, split=split, streaming=True, **options).with_format("arrow").iter(CHUNK_DOCUMENTS)
-    except Exception as error:  # bad JSON, a cut gzip, a lost connection: datasets and pyarrow raise many kinds
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{where} can not be read ({type(error).__name__}{': ' + reason if reason else ''}): {advice}")
+        with open_binary(path) as file:
+            if file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+                yield from array_rows(path, file)
+                return
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, parsed(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, row {number + 1} cannot be read ({first_line(error)}): is the "
+                        "file complete?") from None
 
 
-def every_100th(texts, first):
-    """Assign the documents first, first + 1, ... to the splits: every 100th is validation."""
-    return {"train": [t for i, t in enumerate(texts, first) if i % 100 != 99],
-            "val": [t for i, t in enumerate(texts, first) if i % 100 == 99]}
+def open_binary(path):
+    """A buffered file, decompressed if its name ends in .gz."""
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def parsed(line):
+    """The dict of a line of JSON, or LeftOut."""
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        return LeftOut("bad", f"the line is not UTF-8 (byte {error.start + 1}: {error.reason})")
+    except RecursionError:
+        return LeftOut("bad", "the line is nested too deeply")
+    except ValueError as error:
+        return LeftOut("bad", f"the line is not JSON ({error})")
+    return row if isinstance(row, dict) else no_object(row)
+
+
+def no_object(row):
+    return LeftOut("bad", f"the row is {sft.excerpt(row)}, not an object of keys and values")
+
+
+def array_rows(path, file):
+    """The rows of a file that is one JSON array."""
+    content = file.read(ARRAY_BYTES + 1)
+    if len(content) > ARRAY_BYTES:
+        raise UserError(f"{path} is one JSON array of more than {ARRAY_BYTES:,} bytes: convert it "
+                        "to JSON lines, one object per line")
+    try:
+        rows = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON array ({error})") from None
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else no_object(row)
+
+
+def parquet_rows(path):
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK_DOCUMENTS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}, row {number + 1} cannot be read ({first_line(error)}): is the "
+                        "file complete?") from None
+
+
+def hub_rows(name, advice, split="train", columns=None, **options):
+    """The rows of a dataset on the hub, streamed."""
+    from datasets import load_dataset  # slow to import, and only preparing needs it
+    number = 0
+    try:
+        stream = load_dataset(name, split=split, streaming=True, **options)
+        if columns:
+            stream = stream.select_columns(columns)
+        for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
+            for row in table.to_pylist():
+                number += 1
+                yield number, row
+    except Exception as error:  # datasets and pyarrow raise many types
+        raise UserError(f"{name} cannot be read ({first_line(error)}): {advice}") from None
+
+
+def first_line(error):
+    """The type of an exception and the first line of its message."""
+    message = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# documents: generators of lists of them, in an order that is always the same
+
+def stdlib_texts():
+    """The files of the running Python's standard library without its tests, in order of name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if not left_out & set(path.relative_to(root).parts):
+            yield [path.read_text(encoding="utf-8", errors="replace")]
+
+
+def file_texts(files, key, skip_bad):
+    """The documents of local files. A .txt file is one."""
+    for path in files:
+        if ending(path) == ".txt":
+            yield [whole_text(path)]
+        else:
+            yield from documents(path, rows_of(path), partial(text_of, key=key), skip_bad)
+
+
+def file_samples(files, format_name, skip_bad):
+    """The rows of local files."""
+    for path in files:
+        make = partial(sft.usable, format_name=format_name)
+        yield from documents(path, rows_of(path), make, skip_bad)
+
+
+def documents(where, rows, make, skip_bad):
+    """Lists of make(row). Raises UserError for a bad row, or keeps its LeftOut if skip_bad."""
+    chunk = []
+    for number, row in rows:
+        document = row if isinstance(row, LeftOut) else make(row)
+        if isinstance(document, LeftOut):
+            message = f"{where}, row {number}: {document.message}"
+            if document.reason == "bad" and not skip_bad:
+                raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
+            document = LeftOut(document.reason, message)
+        chunk.append(document)
+        if len(chunk) == CHUNK_DOCUMENTS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def text_of(row, key):
+    """The text of a row, or LeftOut."""
+    text = row.get(key)
+    if isinstance(text, str):
+        return text
+    if key not in row:
+        keys = ", ".join(row)
+        return LeftOut("missing", f"no key {key!r}, its keys are {keys}: choose one with --key")
+    if text is None:
+        return LeftOut("missing", f"key {key!r} holds null")
+    return LeftOut("bad", f"key {key!r} holds {sft.excerpt(text)}, not text")
+
+
+def whole_text(path):
+    content = path.read_bytes()
+    if not content:
+        raise UserError(f"{path} is empty")
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}: {error.reason})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# which split a document belongs to
+
+def every_100th(documents, first):
+    """Documents number first, first + 1, ... to the splits: every 100th is validation."""
+    splits = {"train": [], "val": []}
+    for i, document in enumerate(documents, first):
+        splits["val" if i % 100 == 99 else "train"].append(document)
+    return splits
 
 
 def all_to(split):
-    return lambda texts, first: {split: texts}
+    """An assignment of all documents to one split."""
+    return lambda documents, first: {split: documents}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
+def both_splits(documents, first):
+    return {"train": documents, "val": documents}
+
+
+# --------------------------------------------------------------------------------------------------
+# commands
 
 def prepare_stdlib(folder="data/stdlib"):
-    version = ".".join(map(str, sys.version_info[:3]))
-    return prepare(folder, tokenizer.load("bytes"), {"source": f"Python {version} standard library"}, [(stdlib_texts, every_100th)])
+    """Prepare the standard library; returns the manifest."""
+    version = ".".join(str(number) for number in sys.version_info[:3])
+    request = {"source": f"Python {version} standard library"}
+    return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, every_100th)])
 
 
-def of_files(train, val, read, command="text", builders=("json", "text", "parquet")):
-    """(request's source, stages) of local files; read(files) yields lists of documents. Raises UserError for a wrong name."""
-    for path in train + val:
+def prepare_c4(args):
+    limits = {"train": args.train_tokens, "val": args.val_tokens}
+    request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
+               "val_tokens": args.val_tokens}
+    stages = [(partial(c4_texts, "validation"), all_to("val")),
+              (partial(c4_texts, "train"), all_to("train"))]
+    return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
+
+
+def c4_texts(split):
+    """allenai/c4 "en", streamed from the hub."""
+    advice = HUB_ADVICE + "python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
+    rows = hub_rows("allenai/c4", advice, split, columns=["text"], name="en")
+    yield from documents("allenai/c4", rows, partial(text_of, key="text"), skip_bad=False)
+
+
+def prepare_text(args):
+    check_files(args, (*JSON_ENDINGS, ".txt", ".parquet"))
+    request = {"source": names_and_sizes(args), "key": args.key, "content": checksums(args)}
+    read = partial(file_texts, key=args.key, skip_bad=args.skip_bad is not None)
+    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request,
+                   file_stages(args, read), allowed=allowed_share(args))
+
+
+def prepare_sft(args):
+    check_files(args, (*JSON_ENDINGS, ".parquet"))
+    first_file = (args.files + args.val)[0]
+    skip_bad = args.skip_bad is not None
+    first_rows = next(documents(first_file, rows_of(first_file), lambda row: row, skip_bad))
+    format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], first_file)
+    read = partial(file_samples, format_name=format_name, skip_bad=skip_bad)
+    request = {"source": names_and_sizes(args), "content": checksums(args)}
+    return sft.prepare(f"data/{args.name}", args.tokenizer, request, file_stages(args, read),
+                       format_name, args.seq_len, args.long, allowed_share(args))
+
+
+def prepare_hub(args):
+    name, format_name = sft.HUB[args.command]
+    stages = [(partial(hub_samples, name, format_name, args.skip_bad is not None), every_100th)]
+    return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
+                       format_name, args.seq_len, args.long, allowed_share(args))
+
+
+def hub_samples(name, format_name, skip_bad):
+    """The rows of a dataset on the hub."""
+    rows = hub_rows(name, HUB_ADVICE + "python data.py sft NAME FILES...")
+    yield from documents(name, rows, partial(sft.usable, format_name=format_name), skip_bad)
+
+
+def allowed_share(args):
+    """The share of unusable rows that does not stop the preparation."""
+    return ALLOWED if args.skip_bad is None else args.skip_bad / 100
+
+
+def prepare_uuid(args):
+    """Both splits hold all pairs: a run is scored on the pairs that it learned by heart."""
+    request = {"source": "uuid", "format": "uuid", "pairs": args.pairs, "seed": args.seed}
+    stages = [(partial(sft.uuid_pairs, args.pairs, args.seed), both_splits)]
+    return sft.prepare("data/uuid", args.tokenizer, request, stages, "prompt")
+
+
+def check(args):
+    """Read every shard of a prepared folder: checksums and token ids."""
+    folder = f"data/{args.name}"
+    manifest = read_manifest(folder)
+    for split, totals in manifest["splits"].items():
+        if totals["tokens"]:
+            tokens = open_split(folder, split)
+            for position in range(0, len(tokens), SHARD_TOKENS):
+                tokens.read(position, min(SHARD_TOKENS, len(tokens) - position))
+    print(f"{folder} is complete: {summary(manifest)}")
+
+
+def check_files(args, endings):
+    """Raise UserError for a file that does not exist or has another ending, and for no file."""
+    for path in args.files + args.val:
         if not path.is_file():
             raise UserError(f"no file {path}")
-        if BUILDERS.get(kind(path)) not in builders:
-            raise UserError(f"{path}: files may end in {', '.join(ending for ending, builder in BUILDERS.items() if builder in builders)}")
-    if not train and not val:
-        raise UserError(f"name at least one file: python data.py {command} NAME FILES... [--val FILES...]")
-    sizes = {split: [[path.name, path.stat().st_size] for path in paths] for split, paths in (("train", train), ("val", val))}
-    stages = [(partial(read, train), all_to("train") if val else every_100th)] if train else []
-    return sizes, stages + ([(partial(read, val), all_to("val"))] if val else [])
+        if ending(path) not in endings:
+            raise UserError(f"{path}: files may end in {', '.join(endings)}")
+    if not args.files and not args.val:
+        raise UserError("name at least one file: "
+                        f"python data.py {args.command} NAME FILES... [--val FILES...]")
 
 
-def prepare_files(name, train, val, key, tokenizer_name):
-    sizes, stages = of_files(train, val, partial(file_texts, key=key))
-    return prepare(f"data/{name}", tokenizer.load(tokenizer_name), {"source": sizes, "key": key}, stages)
+def names_and_sizes(args):
+    """{split: [[name, bytes] of each file]}, the "source" of a request."""
+    return {split: [[path.name, path.stat().st_size] for path in files]
+            for split, files in (("train", args.files), ("val", args.val))}
 
 
-def prepare_c4(train_tokens, val_tokens, tokenizer_name):
-    request = {"source": "allenai/c4 en", "train_tokens": train_tokens, "val_tokens": val_tokens}
-    stages = [(partial(c4_texts, "validation"), all_to("val")), (partial(c4_texts, "train"), all_to("train"))]
-    return prepare("data/c4", tokenizer.load(tokenizer_name), request, stages, {"train": train_tokens, "val": val_tokens})
+def checksums(args):
+    """{split: [checksum of each file]}, the "content" of a request."""
+    return {split: [checksum(path) for path in files]
+            for split, files in (("train", args.files), ("val", args.val))}
 
 
-def rows_of(files):
-    """Lists of the rows of local files, in order."""
-    for path in files:
-        for table in tables(path, BUILDERS[kind(path)], data_files=[str(path)]):
-            yield table.to_pylist()
+def checksum(path):
+    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(CHECKSUM_BYTES))
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        digest.update(file.read(CHECKSUM_BYTES))
+    return digest.hexdigest()[:16]
 
 
-def rows_of_hub(name):
-    """Lists of the rows of a dataset on the hub."""
-    advice = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python data.py sft NAME FILES..."
-    for table in tables(name, name, advice=advice):
-        yield table.to_pylist()
+def file_stages(args, read):
+    """The stages of local files; read(files) yields lists of documents."""
+    stages = []
+    if args.files:
+        stages.append((partial(read, args.files), all_to("train") if args.val else every_100th))
+    if args.val:
+        stages.append((partial(read, args.val), all_to("val")))
+    return stages
 
 
-def prepare_samples(args):
-    """`python data.py sft | tulu | metamath | uuid`, its words parsed."""
-    if args.command == "uuid":
-        # the pairs are learned by heart: what is asked in the end is what was trained, so both splits hold them
-        read = partial(sft.uuid_pairs, args.pairs, args.seed)
-        request = {"source": "uuid", "format": "uuid", "pairs": args.pairs, "seed": args.seed}
-        stages = [(read, lambda rows, first: {"train": rows, "val": rows})]
-        return sft.prepare("data/uuid", args.tokenizer, request, stages, "prompt")
-    options = {"seq_len": args.seq_len, "long": args.long}
-    if args.command == "sft":
-        source, stages = of_files(args.files, args.val, rows_of, "sft", ("json", "parquet"))
-        return sft.prepare(f"data/{args.name}", args.tokenizer, {"source": source}, stages, **options)
-    name, style = sft.HUB[args.command]
-    return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, [(partial(rows_of_hub, name), every_100th)], style, **options)
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+def parse_arguments(argv):
+    parser = Arguments(prog="data.py", description=__doc__,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, function, *add_options):
+        words = commands.add_parser(name)
+        words.set_defaults(function=function)
+        for add in add_options:
+            add(words)
+
+    command("stdlib", lambda args: prepare_stdlib())
+    command("c4", prepare_c4, add_tokenizer, add_c4_options)
+    command("text", prepare_text, add_tokenizer, add_files, add_key, add_skip_bad)
+    command("sft", prepare_sft, add_tokenizer, add_files, add_sample_options, add_skip_bad)
+    command("tulu", prepare_hub, add_tokenizer, add_sample_options, add_skip_bad)
+    command("metamath", prepare_hub, add_tokenizer, add_sample_options, add_skip_bad)
+    command("uuid", prepare_uuid, add_tokenizer, add_uuid_options)
+    command("check", check, add_name)
+    return parser.parse_args(argv)
+
+
+def add_tokenizer(parser):
+    parser.add_argument("--tokenizer", default="gpt2",
+                        help="bytes, a name of tiktoken's (default gpt2), or a folder with a "
+                             "tokenizer.json")
+
+
+def folder_name(word):
+    """An argparse type: the name of a folder inside data/."""
+    if Path(word).name != word or word.startswith((".", "-")):
+        raise argparse.ArgumentTypeError(f"must be a name inside data/, got {word!r}")
+    return word
+
+
+def add_name(parser):
+    parser.add_argument("name", type=folder_name, help="of the folder, data/NAME")
+
+
+def add_files(parser):
+    add_name(parser)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--val", nargs="+", type=Path, default=[], help="files of validation")
+
+
+def add_key(parser):
+    parser.add_argument("--key", default="text", help="of the text in .json, .jsonl and .parquet")
+
+
+def add_skip_bad(parser):
+    parser.add_argument("--skip_bad", type=at_least(0, float, 100), metavar="PERCENT",
+                        help="leave out rows that hold something else than text, or lack the key, "
+                             "up to this percentage; default: the former stop the preparation, the "
+                             "latter are left out up to 1 percent")
+
+
+def add_c4_options(parser):
+    parser.add_argument("--train_tokens", type=at_least(0, largest=10 ** 13), default=5_300_000_000,
+                        help="default 5.3e9, slightly more than 10,000 steps x 1024 x 512; 0: all")
+    parser.add_argument("--val_tokens", type=at_least(0, largest=10 ** 13), default=10_000_000,
+                        help="default 1e7; 0: all")
+
+
+def add_sample_options(parser):
+    parser.add_argument("--seq_len", type=at_least(0), default=0,
+                        help="length of the longest sample in tokens; default 0: no limit")
+    parser.add_argument("--long", default="drop", choices=("drop", "truncate"),
+                        help="drop or truncate samples of more than seq_len tokens; default: drop")
+
+
+def add_uuid_options(parser):
+    parser.add_argument("--pairs", type=at_least(1), default=10_000, help="default 10,000")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random UUIDs")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("stdlib")
-    c4, text, rows, tulu, metamath, uuid, check = map(commands.add_parser, ("c4", "text", "sft", "tulu", "metamath", "uuid", "check"))
-    count = lambda word: int(float(word))
-    c4.add_argument("--train_tokens", type=count, default=5_300_000_000, help="10k steps x 1024 x 512, the default, and a little")
-    c4.add_argument("--val_tokens", type=count, default=10_000_000)
-    for command in (text, rows):
-        command.add_argument("name")
-        command.add_argument("files", nargs="*", type=Path)
-        command.add_argument("--val", nargs="+", type=Path, default=[])
-    text.add_argument("--key", default="text", help="of the text in .json and .parquet")
-    for command in (rows, tulu, metamath):
-        command.add_argument("--seq_len", type=count, default=0, help="longest sample in tokens; default: no limit")
-        command.add_argument("--long", default="drop", choices=("drop", "truncate"), help="what happens to longer ones")
-    uuid.add_argument("--pairs", type=count, default=10_000)
-    uuid.add_argument("--seed", type=int, default=0)
-    for command in (c4, text, rows, tulu, metamath, uuid):
-        command.add_argument("--tokenizer", default="gpt2", help="tiktoken's name, bytes, or a folder with a tokenizer.json")
-    check.add_argument("name")
-    args = parser.parse_args(argv)
-    if args.command == "stdlib":
-        prepare_stdlib()
-    elif args.command == "c4":
-        prepare_c4(args.train_tokens, args.val_tokens, args.tokenizer)
-    elif args.command == "text":
-        prepare_files(args.name, args.files, args.val, args.key, args.tokenizer)
-    elif args.command in ("sft", "tulu", "metamath", "uuid"):
-        prepare_samples(args)
-    else:
-        manifest = read_manifest(f"data/{args.name}")
-        for split in [split for split, totals in manifest["splits"].items() if totals["tokens"]]:
-            tokens = open_split(f"data/{args.name}", split)
-            for start in range(0, len(tokens), SHARD_TOKENS):
-                tokens.read(start, min(SHARD_TOKENS, len(tokens) - start))
-        print(f"data/{args.name} is whole: {summary(manifest)}")
+    args = parse_arguments(argv)
+    args.function(args)
 
 
 if __name__ == "__main__":

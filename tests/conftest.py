@@ -1,3 +1,4 @@
+"""Small corpora and runs of a second that the tests share."""
 import signal
 import sys
 from pathlib import Path
@@ -9,14 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
-import data
-import sft
-import tokenizer
-import train
-
 TINY = """
 seq_len, batch_size, micro_batch = 16, 8, 2
-hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads = 16, 24, 2, 2, 1
+hidden_size, intermediate_size, num_hidden_layers = 16, 24, 2
+num_attention_heads, num_key_value_heads = 2, 1
 rank, lr, warmup, steps = 2, 1e-2, 4, 20
 log_every, eval_every, save_every, keep = 1, 10, 10, 0
 device, compile = "cpu", "off"
@@ -30,6 +27,8 @@ def texts(count=200):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small corpus of bytes, every 100th document validation."""
+    import data
+    import tokenizer
     folder = tmp_path_factory.mktemp("data") / "small"
     data.prepare(folder, tokenizer.load("bytes"), {"source": "test"}, [(texts, data.every_100th)])
     return folder
@@ -46,6 +45,7 @@ def config(corpus, tmp_path):
 @pytest.fixture
 def run(config):
     """run("--key=value", ...) trains in this process and returns the run's folder."""
+    import train
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def start(*overrides):
@@ -59,15 +59,25 @@ def run(config):
 
 
 def prompts(count=103):
-    draw = np.random.default_rng(0)
-    yield [{"prompt": f"{i}" * draw.integers(1, 6), "response": "abcdefgh"[:draw.integers(0, 8)] * draw.integers(1, 6)} for i in range(count)]
+    """One list of rows with prompts and responses of many lengths; some responses are empty."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        prompt = f"{i}" * generator.integers(1, 6)
+        response = "abcdefgh"[:generator.integers(0, 8)] * generator.integers(1, 6)
+        rows.append({"prompt": prompt, "response": response})
+    yield rows
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """103 samples of many lengths, every 10th validation."""
+    """A folder of 103 samples of many lengths; every 10th is validation too."""
+    import sft
     folder = tmp_path_factory.mktemp("data") / "pairs"
-    assign = lambda rows, first: {"train": rows, "val": rows[::10]}
+
+    def assign(rows, first):
+        return {"train": rows, "val": rows[::10]}
+
     sft.prepare(folder, "bytes", {"source": "test"}, [(prompts, assign)], "prompt")
     return folder
 

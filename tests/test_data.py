@@ -1,4 +1,4 @@
-"""Documents become tokens and tokens become batches, and nothing gets lost on the way."""
+"""Documents become tokens and tokens become batches, and nothing is lost on the way."""
 import gzip
 import json
 
@@ -9,29 +9,49 @@ import data
 import shards
 import tokenizer
 from batches import Batches, every_token_once
-from shards import Tokens
 from config import UserError
+from shards import Tokens
 
-MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "def f(x):\n\treturn x<|endoftext|>", "a" * 300 + " " * 50]
+MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧",
+         "def f(x):\n\treturn x<|endoftext|>", "a" * 300 + " " * 50]
 
 
-def prepare(folder, texts, request="test", **options):
-    return data.prepare(folder, tokenizer.load("bytes"), {"source": request}, [(texts, data.every_100th)], **options)
+def prepare(folder, read, source="test", **options):
+    """A corpus of bytes, every 100th document validation."""
+    stages = [(read, data.every_100th)]
+    return data.prepare(folder, tokenizer.load("bytes"), {"source": source}, stages, **options)
+
+
+def chunks(*lists):
+    """A source that yields these lists."""
+    return lambda: iter(lists)
+
+
+def stored(folder, split):
+    """The bytes of a split, with 0 for end-of-text."""
+    tokens = Tokens(folder, split)
+    ids = tokens.read(0, len(tokens))
+    return bytes(np.where(ids == 256, 0, ids).astype(np.uint8))
+
+
+def expected(documents):
+    return b"".join(document.encode() + b"\0" for document in documents)
 
 
 def test_documents_come_back(tmp_path):
     documents = MIXED * 60 + ["lone \ud800 surrogate", ""]
-    manifest = prepare(tmp_path / "d", lambda: iter([documents[:100], documents[100:]]))
-    val = documents[99::100]
-    train = [d for i, d in enumerate(documents) if i % 100 != 99 and d]
-    for split, expected in (("train", train), ("val", val)):
-        tokens = Tokens(tmp_path / "d", split)
-        read = bytes(np.where(tokens.read(0, len(tokens)) == 256, 0, tokens.read(0, len(tokens))).astype(np.uint8))
-        assert read == b"".join(d.encode("utf-8", "replace").replace(b"?", b"\xef\xbf\xbd" if "\ud800" in d else b"?") + b"\0" for d in expected)
-        assert manifest["splits"][split]["documents"] == len(expected)
+    manifest = prepare(tmp_path / "d", chunks(documents[:100], documents[100:]))
+    written = [document.replace("\ud800", "\ufffd") for document in documents]
+    splits = {"val": written[99::100],
+              "train": [text for i, text in enumerate(written) if i % 100 != 99 and text]}
+    for split, kept in splits.items():
+        assert stored(tmp_path / "d", split) == expected(kept)
+        assert manifest["splits"][split]["documents"] == len(kept)
 
 
-def test_files_of_every_kind(tmp_path, monkeypatch):
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The current folder, with the same documents in a file of every type."""
     import pyarrow
     import pyarrow.parquet
     monkeypatch.chdir(tmp_path)
@@ -41,54 +61,159 @@ def test_files_of_every_kind(tmp_path, monkeypatch):
         file.writelines(rows)
     pyarrow.parquet.write_table(pyarrow.table({"text": MIXED}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text(MIXED[0])
-    data.main(["text", "all", "a.jsonl", "b.json.gz", "c.parquet", "--val", "d.txt", "--tokenizer=bytes"])
-    train, val = (Tokens("data/all", split) for split in ("train", "val"))
-    once = b"".join(text.encode() + b"\0" for text in MIXED)
-    assert bytes(np.where(train.read(0, len(train)) == 256, 0, train.read(0, len(train))).astype(np.uint8)) == once * 3
-    assert bytes(val.read(0, len(val) - 1).astype(np.uint8)).decode() == MIXED[0]
-    assert train.totals["bytes"] == 3 * sum(len(text.encode()) for text in MIXED)
+    return tmp_path
+
+
+def test_files_of_every_type(files):
+    data.main(["text", "all", "a.jsonl", "b.json.gz", "c.parquet", "--val", "d.txt",
+               "--tokenizer=bytes"])
+    assert stored("data/all", "train") == expected(MIXED * 3)
+    assert stored("data/all", "val") == expected(MIXED[:1])
+    size = Tokens("data/all", "train").totals["bytes"]
+    assert size == 3 * sum(len(text.encode()) for text in MIXED)
     data.main(["check", "all"])
-    for words, says in ((["k", "a.jsonl", "--tokenizer=bytes", "--key=body"], "no key 'body', its keys are text, url"), (["k", "e.jsonl"], "no file e.jsonl"), (["k"], "at least one file"),
-                        (["all", "a.jsonl", "--tokenizer=bytes"], "holds another corpus"), (["k", "a.jsonl", "--tokenizer=gpt22"], "unknown tokenizer")):
-        with pytest.raises(UserError, match=says):
-            data.main(["text", *words])
-    (tmp_path / "cut.json.gz").write_bytes((tmp_path / "b.json.gz").read_bytes()[:-20])
-    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
-    (tmp_path / "empty.txt").write_text("")
-    for name, says in (("cut.json.gz", "can not be read"), ("bad.jsonl", "holds int, not text"), ("empty.txt", "the corpus is empty")):
-        with pytest.raises(UserError, match=says):
-            data.main(["text", name.replace(".", "_"), name, "--tokenizer=bytes"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["k", "a.jsonl", "--tokenizer=bytes", "--key=body"],
+     "a.jsonl, row 1: no key 'body', its keys are text, url: choose one with --key"),
+    (["k", "e.jsonl"], "no file e.jsonl"),
+    (["k"], "at least one file"),
+    (["k", "a.jsonl", "--tokenizer=gpt22"], "unknown tokenizer"),
+])
+def test_mistakes_on_the_command_line_are_named(files, words, message):
+    with pytest.raises(UserError, match=message):
+        data.main(["text", *words])
+
+
+def test_another_corpus_is_not_overwritten(files):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    with pytest.raises(UserError, match="holds another corpus"):
+        data.main(["text", "one", "a.jsonl", "b.json.gz", "--tokenizer=bytes"])
+
+
+def test_other_content_under_the_same_name_and_size_is_another_corpus(files):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    (files / "other").mkdir()
+    content = (files / "a.jsonl").read_text().replace("plain", "other")
+    (files / "other" / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match="holds another corpus .content was"):
+        data.main(["text", "one", "other/a.jsonl", "--tokenizer=bytes"])
+
+
+def test_a_manifest_without_checksums_agrees_by_names_and_sizes(files, capsys):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    path = files / "data" / "one" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["request"]["content"]
+    path.write_text(json.dumps(manifest))
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    out = capsys.readouterr().out
+    assert "note: data/one has no checksums of its files; their names and sizes agree" in out
+
+
+def test_a_fingerprint_is_of_the_tokens(files):
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "same", "a.jsonl", "--tokenizer=bytes", "--skip_bad=5"])
+    (files / "a.jsonl").write_text((files / "a.jsonl").read_text().replace("plain", "other"))
+    data.main(["text", "other", "a.jsonl", "--tokenizer=bytes"])
+    one, same, other = (shards.fingerprint(f"data/{name}") for name in ("one", "same", "other"))
+    assert one == same != other and len(one) == 16
+
+
+def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"line {i}\nand 'quotes' \"{i}\"" for i in range(3000)]
+    rows = [{"text": text} for text in texts]
+    rows[2000] = {"text": 5}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="a.jsonl, row 2001: key 'text' holds int 5, not text"):
+        data.main(["text", "strict", "a.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "skip", "a.jsonl", "--tokenizer=bytes", "--skip_bad=1"])
+    train = [text for i, text in enumerate(texts) if i % 100 != 99 and i != 2000]
+    assert stored("data/skip", "train") == expected(train)
+    assert Tokens("data/skip", "train").totals["bad"] == 1
+
+
+def test_rows_without_the_key_are_counted_and_more_than_1_percent_stop(files, capsys):
+    rows = ['{"text": "a"}\n'] * 997 + ['{"body": "b"}\n', '{"text": null}\n', '{"text": ""}\n']
+    (files / "few.jsonl").write_text("".join(rows))
+    data.main(["text", "few", "few.jsonl", "--tokenizer=bytes"])
+    totals = Tokens("data/few", "train").totals
+    assert (totals["documents"], totals["missing"]) == (988, 2) and "empty" not in totals
+    assert "left out: 2 without the key" in capsys.readouterr().out
+    (files / "many.jsonl").write_text("".join(rows[980:]))
+    with pytest.raises(UserError, match="2 of 20 rows cannot be used, more than 1 %; the first is "
+                                        "many.jsonl, row 18: no key 'text', its keys are body"):
+        data.main(["text", "many", "many.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "many", "many.jsonl", "--tokenizer=bytes", "--skip_bad=10"])
+    assert Tokens("data/many", "train").totals["missing"] == 2
+
+
+def test_the_share_of_unusable_rows_is_checked_long_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHECKED_ROWS", 1000)
+    produced = []
+
+    def endless():
+        for i in range(10 ** 6):
+            produced.append(i)
+            yield [shards.LeftOut("missing", f"row {i}")] * 10 + ["text"] * 90
+
+    with pytest.raises(UserError, match="100 of 1,000 rows .* the first is row 0"):
+        prepare(tmp_path / "d", endless)
+    assert len(produced) < 100
+
+
+def test_an_array_holds_rows_like_lines(files):
+    rows = [{"text": text} for text in MIXED]
+    (files / "array.json").write_text("\ufeff\n" + json.dumps(rows, indent=2))
+    (files / "lines.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n")
+    for name in ("array.json", "lines.jsonl"):
+        data.main(["text", name.partition(".")[0], name, "--tokenizer=bytes"])
+        assert stored(f"data/{name.partition('.')[0]}", "train") == expected(MIXED)
+
+
+def test_a_text_keeps_its_line_breaks(files):
+    (files / "d.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    data.main(["text", "breaks", "d.txt", "--tokenizer=bytes"])
+    assert stored("data/breaks", "train") == b"one\r\ntwo\rthree\n\0"
 
 
 @pytest.mark.parametrize("killed_at", (0, 5, 23))
-def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path, monkeypatch, killed_at):
+def test_a_killed_preparation_continues_and_ends_the_same(tmp_path, monkeypatch, killed_at):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
-    chunks = [[f"document {i} of chunk {j} " * 5 for i in range(7)] for j in range(30)]
-    whole = prepare(tmp_path / "whole", lambda: iter(chunks))
+    lists = [[f"document {i} of chunk {j} " * 5 for i in range(7)] for j in range(30)]
+    whole = prepare(tmp_path / "whole", chunks(*lists))
 
     def dies():
-        yield from chunks[:killed_at]
+        yield from lists[:killed_at]
         raise KeyboardInterrupt
+
+    killed = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "killed", dies)
-    assert not (tmp_path / "killed" / "manifest.json").exists()
+        prepare(killed, dies)
+    assert not (killed / "manifest.json").exists()
     with pytest.raises(UserError, match="prepare them with"):
-        Tokens(tmp_path / "killed", "train")
-    again = prepare(tmp_path / "killed", lambda: iter(chunks))
-    assert again["splits"] == whole["splits"] and len(whole["splits"]["train"]["shards"]) > 5
+        Tokens(killed, "train")
+    again = prepare(killed, chunks(*lists))
+    assert again["splits"] == whole["splits"]
+    assert len(whole["splits"]["train"]["shards"]) > 5
     for shard in whole["splits"]["train"]["shards"]:
-        assert (tmp_path / "killed" / shard["file"]).read_bytes() == (tmp_path / "whole" / shard["file"]).read_bytes()
-    assert not list((tmp_path / "killed").glob("*.tmp")) and not (tmp_path / "killed" / "progress.json").exists()
+        one, other = tmp_path / "whole" / shard["file"], killed / shard["file"]
+        assert one.read_bytes() == other.read_bytes()
+    assert not list(killed.glob("*.tmp")) and not (killed / "progress.json").exists()
 
 
 def test_a_token_limit_ends_with_a_whole_document(tmp_path):
-    chunks = lambda: iter([["x" * 9] * 40] * 100)
-    manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, [(chunks, data.all_to("train"))], {"train": 1234})
-    assert manifest["splits"]["train"]["tokens"] == 1240 and manifest["splits"]["train"]["documents"] == 124
+    stages = [(chunks(*[["x" * 9] * 40] * 100), data.all_to("train"))]
+    manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, stages,
+                            limits={"train": 1234})
+    totals = manifest["splits"]["train"]
+    assert (totals["tokens"], totals["documents"]) == (1240, 124)
 
 
 def test_damage_is_seen(tmp_path):
-    prepare(tmp_path / "d", lambda: iter([MIXED * 50]))
+    prepare(tmp_path / "d", chunks(MIXED * 50))
     shard = tmp_path / "d" / "train_00000.bin"
     good = shard.read_bytes()
     shard.write_bytes(good[:-2])
@@ -106,34 +231,37 @@ def test_damage_is_seen(tmp_path):
 
 
 def test_windows_cross_shards(tmp_path, monkeypatch):
-    prepare(tmp_path / "one", lambda: iter([MIXED] * 50))
+    prepare(tmp_path / "one", chunks(*[MIXED] * 50))
     monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
-    prepare(tmp_path / "many", lambda: iter([MIXED] * 50))
+    prepare(tmp_path / "many", chunks(*[MIXED] * 50))
     one, many = Tokens(tmp_path / "one", "train"), Tokens(tmp_path / "many", "train")
     assert len(many.shards) > 10 and len(one.shards) == 1 and len(one) == len(many)
-    for start, count in ((0, len(one)), (250, 900), (len(one) - 1, 1)):
-        assert (one.read(start, count) == many.read(start, count)).all()
+    for position, count in ((0, len(one)), (250, 900), (len(one) - 1, 1)):
+        assert (one.read(position, count) == many.read(position, count)).all()
 
 
-def test_every_window_once_an_epoch_and_shuffled(corpus):
+def test_every_window_once_per_epoch_and_shuffled(corpus):
     tokens = Tokens(corpus, "train")
     batches = Batches(tokens, seed=1, seq_len=16, batch_size=8, micro_batch=8)
-    epochs = [[batches.window(e * batches.windows + i).tobytes() for i in range(batches.windows)] for e in range(2)]
-    in_order = [tokens.read(i * 16, 17).tobytes() for i in range(batches.windows)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(in_order)
-    assert epochs[0] != epochs[1] != in_order
+    count = batches.windows
+    first, second = ([batches.window(epoch * count + i).tobytes() for i in range(count)]
+                     for epoch in range(2))
+    in_order = [tokens.read(i * 16, 17).tobytes() for i in range(count)]
+    assert sorted(first) == sorted(second) == sorted(in_order)
+    assert first != second and first != in_order and second != in_order
     inputs, targets = batches(3)
     assert (inputs[..., 1:] == targets[..., :-1]).all() and inputs.shape == (1, 8, 16)
 
 
-@pytest.mark.parametrize("micro", (1, 2, 4))
-def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(corpus, micro):
+@pytest.mark.parametrize("micro_batch", (1, 2, 4))
+def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(corpus, micro_batch):
     tokens = Tokens(corpus, "train")
     whole = Batches(tokens, 1, 16, 8, 8)
     for world in (1, 2):
-        for step in (5, 0, 1, 2):  # in any order, read ahead or not
-            parts = [Batches(tokens, 1, 16, 8, micro, rank=rank, world=world)(step)[0] for rank in range(world)]
-            rows = sorted(row.tolist() for part in parts for row in part.flatten(0, 1))
+        parts = [Batches(tokens, 1, 16, 8, micro_batch, rank=rank, world=world)
+                 for rank in range(world)]
+        for step in (5, 0, 1, 2):  # in any order, prefetched or not
+            rows = sorted(row.tolist() for part in parts for row in part(step)[0].flatten(0, 1))
             assert rows == sorted(row.tolist() for row in whole(step)[0][0])
 
 
@@ -141,13 +269,16 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(cor
 @pytest.mark.parametrize("limit", (0, 500))
 def test_evaluation_counts_every_token_once(corpus, world, limit):
     tokens = Tokens(corpus, "train")
-    targets = [t[t != -100] for rank in range(world) for _, t in every_token_once(tokens, 16, 4, rank, world, limit)]
-    found = sorted(np.concatenate(targets).tolist())
-    assert found == sorted(tokens.read(1, limit or len(tokens) - 1).tolist())
+    targets = [targets[targets != -100] for rank in range(world)
+               for _, targets in every_token_once(tokens, 16, 4, rank, world, limit)]
+    read = tokens.read(1, limit or len(tokens) - 1)
+    assert sorted(np.concatenate(targets).tolist()) == sorted(read.tolist())
 
 
 def test_ids_are_the_tokenizers_with_end_of_text_between():
     tok = tokenizer.load("bytes")
-    ids, ends, sizes = shards.encode(tok, MIXED)
-    assert ids.tolist() == [i for text in MIXED for i in tok.encoding.encode_ordinary(text) + [256]]
-    assert ends.tolist() == np.cumsum([len(t.encode()) + 1 for t in MIXED]).tolist() and sizes.sum() == sum(len(t.encode()) for t in MIXED)
+    part = shards.encode_text(tok, MIXED)
+    sizes = [len(text.encode()) for text in MIXED]
+    assert part.words.tolist() == [i for text in MIXED for i in [*text.encode(), 256]]
+    assert part.ends.tolist() == np.cumsum([size + 1 for size in sizes]).tolist()
+    assert part.document_bytes.tolist() == sizes

@@ -1,5 +1,6 @@
 """The same text gives the same ids, here and in transformers."""
 import json
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -11,16 +12,23 @@ import sample
 import tokenizer
 from config import UserError
 
-MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "def f(x):\n\treturn x  # 12345\r\n\n", "a" * 300 + " " * 50, "it's  we'll", " ", ""]
+MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "it's  we'll", " ", "",
+         "def f(x):\n\treturn x  # 12345\r\n\n", "a" * 300 + " " * 50]
 
 
 def small_bpe():
-    """A byte-pair encoding of 400 tokens, trained here, with GPT-2's pattern: gpt2's own files need a download."""
+    """A byte-pair encoding of 400 tokens, trained here, with GPT-2's pattern.
+
+    The files of gpt2 itself need a download.
+    """
     from tiktoken._educational import bpe_train
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    text = open(tokenizer.__file__, encoding="utf-8").read()
+    pattern = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$"
+               r"|\s+(?!\S)|\s")
+    text = Path(tokenizer.__file__).read_text(encoding="utf-8")
     ranks = bpe_train(text, 400, pattern, visualise=None)
-    return tokenizer.Tiktoken(tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}))
+    encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": len(ranks)})
+    return tokenizer.Tiktoken(encoding)
 
 
 def gpt2():
@@ -37,41 +45,57 @@ def test_bytes_are_tokens():
         assert tok.encode(text).tolist() == list(text.encode())
 
 
-@pytest.mark.parametrize("make", (small_bpe, gpt2, lambda: tokenizer.load("bytes")), ids=("small", "gpt2", "bytes"))
+@pytest.mark.parametrize("make", (small_bpe, gpt2, lambda: tokenizer.load("bytes")),
+                         ids=("small", "gpt2", "bytes"))
 def test_the_exported_tokenizer_gives_tiktokens_ids(tmp_path, make):
     from transformers import AutoTokenizer
     tok = make()
     tok.export(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    theirs, read = AutoTokenizer.from_pretrained(tmp_path), tokenizer.load(str(tmp_path))
-    for text in MIXED + [open(json.__file__, encoding="utf-8").read()]:
+    theirs, exported = AutoTokenizer.from_pretrained(tmp_path), tokenizer.load(str(tmp_path))
+    for text in MIXED + [Path(json.__file__).read_text(encoding="utf-8")]:
         ids = tok.encode(text).tolist()
-        assert theirs(text).input_ids == ids == read.encode(text).tolist() and theirs.decode(ids) == text
-        stream = read.decoder()
+        assert theirs(text).input_ids == ids == exported.encode(text).tolist()
+        assert theirs.decode(ids) == text
+        stream = exported.decoder()
         assert "".join(stream(i) for i in ids).rstrip("\ufffd") == text
-    assert theirs.eos_token_id == tok.end == read.end and read.size == tok.size
-    assert theirs("<|endoftext|>").input_ids == [tok.end] != tok.encode("<|endoftext|>").tolist()  # the one known difference
+    assert theirs.eos_token_id == tok.end == exported.end and exported.size == tok.size
+    # the one known difference: transformers takes the name of a special token for the token
+    assert theirs("<|endoftext|>").input_ids == [tok.end]
+    assert tok.encode("<|endoftext|>").tolist() != [tok.end]
     if tok.name != "bytes":
-        assert read.encode("<|endoftext|>").tolist() == tok.encode("<|endoftext|>").tolist()
+        special = tok.encode("<|endoftext|>").tolist()
+        assert exported.encode("<|endoftext|>").tolist() == special
 
 
-def test_a_directorys_tokenizer_goes_with_data_checkpoints_and_merged_models(run, tmp_path, capsys, monkeypatch):
+def test_a_directorys_tokenizer_goes_with_data_checkpoints_and_merged_models(
+        run, tmp_path, capsys, monkeypatch):
     from transformers import AutoTokenizer
     monkeypatch.chdir(tmp_path)
     small_bpe().export(tmp_path)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i} is short"}) + "\n" for i in range(400)))
+    rows = [json.dumps({"text": f"document {i} is short"}) + "\n" for i in range(400)]
+    (tmp_path / "text.jsonl").write_text("".join(rows))
     data.main(["text", "mine", "text.jsonl", f"--tokenizer={tmp_path}"])
     (tmp_path / "tokenizer.json").unlink()  # the data folder has its own copy
     out = run("--data=data/mine", "--steps=10")
     merge.main([str(out)])
     tok = checkpoint.load(out)[1]
-    assert tok.name.startswith("tokenizer.json:") and tok.name == checkpoint.load(out / "merged")[1].name
-    assert AutoTokenizer.from_pretrained(out / "merged")("a document").input_ids == tok.encode("a document").tolist()
+    assert tok.name.startswith("tokenizer.json:")
+    assert tok.name == checkpoint.load(out / "merged")[1].name
+    theirs = AutoTokenizer.from_pretrained(out / "merged")
+    assert theirs("a document").input_ids == tok.encode("a document").tolist()
     capsys.readouterr()
     sample.main([str(out / "merged"), "--prompt=document", "--max_new_tokens=5"])
     assert capsys.readouterr().out.startswith("document")
-    with pytest.raises(UserError, match="speaks tokenizer.json:.* is written in bytes"):
+    with pytest.raises(UserError, match="has the tokenizer tokenizer.json:.* prepared with bytes"):
         run(f"--init_from={out}", "--out=other")
+
+
+def test_a_changed_copy_of_the_tokenizer_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_bpe().export(tmp_path)
+    (tmp_path / "text.jsonl").write_text('{"text": "a document"}\n' * 400)
+    data.main(["text", "mine", "text.jsonl", f"--tokenizer={tmp_path}"])
     copy = tmp_path / "data" / "mine" / "tokenizer.json"
     copy.write_text(copy.read_text() + "\n")
     tokenizer.load.cache_clear()
@@ -83,7 +107,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="unknown tokenizer 'gpt22'"):
         tokenizer.load("gpt22")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="can not be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         tokenizer.load(str(tmp_path))
     tokenizer.load("bytes").export(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
