@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-import fp8
 import mora
 from checkpoint import read_object
 from config import Config, UserError, at_least, command_line, write_json
@@ -111,7 +110,7 @@ def needed_flops(model, cfg):
             blocks = module.update.fold_in.blocks if hasattr(module.update, "M") else 2
             trained = sum(p.numel() for p in module.update.parameters())
             total += 4 * module.weight.numel() + 2 * blocks * trained
-        elif isinstance(module, (torch.nn.Linear, fp8.Float8Linear)):
+        elif isinstance(module, torch.nn.Linear):
             total += (6 if module.weight.requires_grad else 4) * module.weight.numel()
     return total + 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
 

@@ -22,12 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import adapters
-import fp8
 import mora
 import tokenizer
 from adapters import read_tensors
 from config import Config, UserError, read_json, write_json
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, fp8_scales
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
@@ -283,7 +282,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
         write_optimizer(optimizer, beside / "optimizer.pt")
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss,
-            "config": dataclasses.asdict(cfg), "fp8_scales": fp8.scales(model),
+            "config": dataclasses.asdict(cfg), "fp8_scales": fp8_scales(model),
             "files": file_records(beside)})
         os.replace(beside, final)
     except (OSError, SafetensorError) as error:

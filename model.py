@@ -1,85 +1,23 @@
-"""A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. It has never heard of adapters.
+"""A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. No adapters here.
 
-Names and shapes of its state dict are those of Hugging Face's LlamaForCausalLM, so a checkpoint IS a Hugging Face
-checkpoint. Parameters stay in float32; the computation runs in `model.compute_dtype` (set it to bfloat16 on a GPU),
-norms and losses in float32.
+Names and shapes of its state dict are those of Hugging Face's LlamaForCausalLM, so a checkpoint IS
+a Hugging Face checkpoint. Parameters are float32; the computation runs in `model.compute_dtype`
+(bfloat16 on a GPU), norms and losses in float32.
 
-Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads, Dh head size, V vocabulary.
+Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads,
+Dh head size, V vocabulary.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-CHUNK = 4096  # tokens: at a vocabulary of 50k, 400 MB of bfloat16 logits
-
-
-def padded(weight, dtype):
-    """(V, D) -> (V rounded up to a multiple of 64, D) in dtype: matrix units want it (50257 -> 50304), the parameter does not change."""
-    missing = -len(weight) % 64
-    return F.pad(weight.to(dtype), (0, 0, 0, missing)) if missing else weight.to(dtype)  # F.pad copies even when there is nothing to add
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def counting(targets):
-    """Positions of the targets that count, chunk by chunk. How many there are the device is asked, and the head sees no others."""
-    return (targets != -100).nonzero()[:, 0].split(CHUNK)
-
-
-def softmax_gradient(logits, targets, vocab_size, scale):
-    """(sum of the chunk's losses, scale * its gradient in the logits' dtype); columns from vocab_size on are no tokens."""
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    wide = at_least_float32(logits).masked_fill(columns >= vocab_size, -torch.inf)
-    log_sum = wide.logsumexp(dim=-1)
-    loss = (log_sum - wide.gather(1, targets[:, None])[:, 0]).sum()
-    gradient = ((wide - log_sum[:, None]).exp() - (columns == targets[:, None]).to(wide)) * scale
-    return loss, gradient.to(logits.dtype)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, kernel):
-        wants_dx, wants_dw = ctx.needs_input_grad[:2]
-        w, chunks = padded(weight, x.dtype), counting(targets)
-        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
-        dx = torch.zeros_like(x) if wants_dx else None
-        dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
-        for at in chunks:
-            rows = x[at]
-            part, gradient = kernel(rows @ w.T, targets[at], len(weight), scale)
-            loss += part
-            if wants_dx:
-                dx[at] = gradient @ w
-            if wants_dw and dw.is_cuda and dw.dtype != w.dtype:  # the sum over chunks in the product itself, in float32
-                torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
-            elif wants_dw:
-                dw += gradient.T @ rows
-        ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
-        return loss * scale
-
-    @staticmethod
-    def backward(ctx, factor):
-        if ctx.gradients is None:
-            raise RuntimeError("the chunked loss gives its gradients away once: call backward once, or compute the loss again")
-        (dx, dw), ctx.gradients = ctx.gradients, None
-        return dx.mul_(factor) if dx is not None else None, dw.mul_(factor) if dw is not None else None, None, None
-
-
-def cross_entropy(x, weight, targets, kernel=softmax_gradient):
-    """Mean loss in nats, float32, of hidden states x (N, D), head weight (V, D) and targets (N,); a target of -100 does not count.
-
-    kernel: softmax_gradient, or a compiled one.
-    """
-    if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
-    w, chunks = padded(weight, x.dtype), counting(targets)
-    parts = [F.cross_entropy(at_least_float32((x[at] @ w.T)[:, :len(weight)]), targets[at], reduction="sum") for at in chunks]
-    return torch.stack(parts).sum() / sum(map(len, chunks))
+CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
+LARGEST = 448.0  # number of e4m3
+ROOM = 8.0       # LARGEST * scale over the largest weight when an FP8 scale is set;
+TIGHT = 2.0      # a scale is renewed when less room than this is left
 
 
 @dataclass(frozen=True)
@@ -115,40 +53,55 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in its input's dtype; its weight stays in float32."""
+    """A linear layer without bias that computes in its input's dtype; its weight is float32.
+
+    `products` None: one product in that dtype; Float8Products: FP8 in training (see below).
+    """
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+        self.products = None
 
     def forward(self, x):
+        if self.products is not None and torch.is_grad_enabled():
+            return Float8Linear.apply(x, self.weight, self.products)
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rope(start, length, cfg, device):
-    """Cosines and sines of the rotary angles of positions start ... start + length - 1: two (length, Dh), float32."""
-    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim)
+def rope(first, length, cfg, device):
+    """Return cosines and sines, two (length, Dh) in float32, of the rotary angles.
+
+    Positions: first, first + 1, ...
+    """
+    even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
     if cfg.rope_scaling:
         frequencies = stretch(frequencies, **cfg.rope_scaling)
-    angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
+    positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
-def stretch(frequencies, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """LLaMA-3's rope scaling: slow frequencies are divided by `factor`, fast ones stay, those between are blended."""
-    turns = frequencies * original_max_position_embeddings / (2 * torch.pi)  # full turns within the original context
+def stretch(frequencies, factor, low_freq_factor, high_freq_factor,
+            original_max_position_embeddings):
+    """LLaMA-3's rope scaling: divide slow frequencies by `factor`, blend up to the fast ones."""
+    turns = frequencies * original_max_position_embeddings / (2 * torch.pi)  # in that context
     share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return frequencies * (share + (1 - share) / factor)
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (j, j + Dh/2) of every head: Hugging Face's order of RoPE. x is (B, heads, T, Dh)."""
+    """Rotate the pairs (j, j + Dh/2), Hugging Face's order of RoPE, of x (B, heads, T, Dh)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Past:
-    """A layer's keys and values so far, (B, Hk, T, Dh) each, with room for more: appending one token copies that token alone."""
+    """A layer's keys and values so far, (B, Hk, T, Dh) each.
+
+    It has room for more: appending one token copies that token alone.
+    """
     room = 128
 
     def __init__(self):
@@ -156,12 +109,14 @@ class Past:
 
     def append(self, k, v):
         """All keys and all values, these being the last."""
-        start, self.length = self.length, self.length + k.shape[2]
-        if not start or self.length > self.both.shape[3]:
-            before, self.both = self.both, k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
-            if start:
-                self.both[:, :, :, :start] = before[:, :, :, :start]
-        self.both[0, :, :, start:self.length], self.both[1, :, :, start:self.length] = k, v
+        first, self.length = self.length, self.length + k.shape[2]
+        if not first or self.length > self.both.shape[3]:
+            before = self.both
+            self.both = k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
+            if first:
+                self.both[:, :, :, :first] = before[:, :, :, :first]
+        self.both[0, :, :, first:self.length] = k
+        self.both[1, :, :, first:self.length] = v
         return self.both[:, :, :, :self.length]
 
     def keep(self, rows):
@@ -180,7 +135,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size)
 
     def forward(self, x, cos, sin, past=None):
-        """x (B, T, D) -> (B, T, D). `past` is the layer's key/value cache: read, and extended by x."""
+        """x (B, T, D) -> (B, T, D). `past`: the layer's key/value cache, read and extended by x."""
         def heads(y):  # (B, T, heads * Dh) -> (B, heads, T, Dh)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -189,10 +144,11 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x))
         if past is not None:
             k, v = past.append(k, v)
-        if past is None or q.shape[2] > 1:  # a whole sequence: each position sees what lies before it
+        if past is None or q.shape[2] > 1:  # whole sequences: a position attends to those before it
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        else:  # one new token sees all that is cached; as a sequence of the queries that share keys, so that no key is copied
-            y = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, self.head_dim), k, v).reshape(q.shape)
+        else:  # one new token attends to the whole cache; queries that share keys form a sequence
+            shared = q.reshape(*k.shape[:2], -1, self.head_dim)  # so that no key is copied
+            y = F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -222,6 +178,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def require_gradient(module, ids, x):
+    """Forward hook of the embeddings: their output requires a gradient even when they are frozen.
+
+    The first block is then compiled as the others are, not once more for itself.
+    """
+    return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
+
+
 class Body(nn.Module):
     """Embeddings, blocks and the last norm: the part that Hugging Face calls `model`."""
 
@@ -234,9 +198,10 @@ class Body(nn.Module):
 
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
-        """Weights are drawn from N(0, 0.02) with a generator of its own (seed), or left as torch draws them (None).
+        """Draw the weights from N(0, 0.02) with a generator of their own; seed None: torch's draws.
 
-        residual_init: o_proj and down_proj, which write into the residual stream, from N(0, 0.02 / sqrt(2 layers)).
+        residual_init: o_proj and down_proj, which add to the residual stream, get the standard
+        deviation 0.02 / sqrt(2 layers).
         """
         super().__init__()
         self.cfg = cfg
@@ -253,11 +218,11 @@ class Llama(nn.Module):
                     nn.init.normal_(weight, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
-        """Logits (B, T, V) in float32 of ids (B, T), or with targets (B, T) their mean cross-entropy in nats.
+        """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats.
 
-        A target of -100 does not count. The product with the vocabulary is padded for speed, the parameter is not (loss.padded): a
-        token that does not exist has no logit, no share of the softmax and no row in a checkpoint. `cache` (see new_cache) holds
-        what came before ids, and is extended by them: whole sequences when it is empty, one token at a time afterwards.
+        targets (B, T): -100 does not count. The head's product is padded for speed, its parameter
+        is not (see padded). `cache` (see new_cache) holds what came before ids, and is extended by
+        them: whole sequences while it is empty, one token at a time afterwards.
         """
         x = self.hidden(ids, cache)
         if targets is None:
@@ -265,7 +230,7 @@ class Llama(nn.Module):
         return cross_entropy(x.flatten(0, 1), self.head(), targets.flatten(), self.loss_kernel)
 
     def hidden(self, ids, cache=None):
-        """What the head sees, (B, T, D)."""
+        """Return the last hidden states, (B, T, D), of ids (B, T)."""
         cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
@@ -280,16 +245,242 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self):
-        """torch.compile each block and the loss's kernel, in place. Blocks are alike: one compilation serves all.
+        """torch.compile each block and the loss's kernel, in place; one compilation serves all.
 
-        The first length of sequences is compiled as it is; when another comes, as samples bring it, one more compilation serves every length.
+        The first sequence length is compiled as it is; a second one makes torch compile once more,
+        for every length.
         """
         for block in self.model.layers:
             block.compile()
         self.loss_kernel = torch.compile(softmax_gradient)
-        # the first block's input gets a gradient as the others' do, or with frozen embeddings it would be compiled for itself
-        self.model.embed_tokens.register_forward_hook(lambda _, ids, x: x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x)
+        self.model.embed_tokens.register_forward_hook(require_gradient)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""
         return [Past() for _ in self.model.layers]
+
+
+# ------------------------------------------------------------
+# the loss head: the logits of all tokens never exist at once
+#
+# At a vocabulary of 50,000 the float32 logits of one step outweigh a small model. A chunk's logits
+# are turned into gradients at once, in the forward pass: nothing is kept, nothing is computed
+# twice. Targets of -100 (prompts, padding) cost nothing. N tokens.
+
+def padded(weight, dtype):
+    """Return (V, D) in dtype, with zero rows up to a multiple of 64, which matrix units need
+    (50257 -> 50304)."""
+    weight, missing = weight.to(dtype), -len(weight) % 64
+    if missing:  # F.pad copies even when there is nothing to add
+        weight = F.pad(weight, (0, 0, 0, missing))
+    return weight
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def counted_chunks(targets):
+    """Return the positions of the targets that count, in chunks. nonzero() synchronizes with the
+    GPU."""
+    return (targets != -100).nonzero()[:, 0].split(CHUNK)
+
+
+def softmax_gradient(logits, targets, vocab_size, scale):
+    """Return (sum of a chunk's losses, scale * its gradient in the logits' dtype).
+
+    Columns from vocab_size on are padding: no token.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    wide = at_least_float32(logits).masked_fill(columns >= vocab_size, -torch.inf)
+    log_sum = wide.logsumexp(dim=-1)
+    loss = (log_sum - wide.gather(1, targets[:, None])[:, 0]).sum()
+    one_hot = (columns == targets[:, None]).to(wide)
+    gradient = ((wide - log_sum[:, None]).exp() - one_hot) * scale
+    return loss, gradient.to(logits.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, kernel):
+        wants_dx, wants_dw = ctx.needs_input_grad[:2]
+        w, chunks = padded(weight, x.dtype), counted_chunks(targets)
+        loss = at_least_float32(x.new_zeros(()))
+        scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
+        dx = torch.zeros_like(x) if wants_dx else None
+        dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
+        for positions in chunks:
+            rows = x[positions]
+            part, gradient = kernel(rows @ w.T, targets[positions], len(weight), scale)
+            loss += part
+            if wants_dx:
+                dx[positions] = gradient @ w
+            if wants_dw:
+                add_product(dw, gradient.T, rows)
+        ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx, factor):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss frees its gradients in the first backward: call "
+                               "backward once, or compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        dx, dw = (g if g is None else g.mul_(factor) for g in gradients)
+        return dx, dw, None, None
+
+
+def add_product(total, a, b):
+    """total += a @ b, summed in total's dtype; on a GPU inside the product."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def cross_entropy(x, weight, targets, kernel=softmax_gradient):
+    """Return the mean loss in nats, float32: hidden states x (N, D), head (V, D), targets (N,).
+
+    A target of -100 does not count. kernel: softmax_gradient, or a compiled one.
+    """
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
+    w, chunks, total = padded(weight, x.dtype), counted_chunks(targets), 0.0
+    for positions in chunks:
+        logits = at_least_float32((x[positions] @ w.T)[:, :len(weight)])
+        total = total + F.cross_entropy(logits, targets[positions], reduction="sum")
+    return total / sum(map(len, chunks))
+
+
+# ------------------------------------------------------------
+# FP8 products of the blocks' linear layers: y = x W^T and dx = dy W in e4m3
+#
+#     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
+#     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
+#
+# Gradients of weights stay in the computation's dtype. mora.AdaptedLinear takes the same products
+# for W + dW: a frozen W has no weight gradient, so these two are all of its large products.
+# A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
+# fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
+# Evaluation and checkpoints use the float32 weights: FP8 is arithmetic of training alone.
+
+def quantize_rows(x):
+    """Return (x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
+    wide = x.float()
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return (wide / scale).to(torch.float8_e4m3fn), scale
+
+
+def quantize_weight(weight, scale):
+    """Return weight / scale in e4m3; entries beyond the largest number become NaN."""
+    scaled = weight / scale
+    return torch.where(scaled.abs() <= LARGEST, scaled, torch.nan).to(torch.float8_e4m3fn)
+
+
+def multiply_fp8(x, weight, scale):
+    """Return x @ (weight * scale)^T in x's dtype, (..., m): x (..., n), weight (m, n) in e4m3."""
+    rows, row_scale = quantize_rows(x.flatten(0, -2))
+    column_scale = scale.expand(1, len(weight)).contiguous()
+    y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=column_scale,
+                         out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Float8Products(nn.Module):
+    """The two large products of one layer (mora.Products has them in x's dtype)."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), device=device), persistent=False)
+
+    def y(self, x, weight):
+        """Return (y, None): dx quantizes W's transpose itself, so that no copy of W is kept."""
+        return multiply_fp8(x, quantize_weight(weight, self.scale), self.scale), None
+
+    def dx(self, dy, weight):
+        transposed = quantize_weight(weight.T.contiguous(), self.scale)
+        return multiply_fp8(dy, transposed, self.scale)
+
+
+class Float8Linear(torch.autograd.Function):
+    """y = W x with FP8 products, and dW, if W trains, in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, products):
+        ctx.products = products
+        ctx.save_for_backward(weight, x if weight.requires_grad else None)
+        return products.y(x, weight)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, x = ctx.saved_tensors
+        dw = None
+        if x is not None:
+            dw = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return ctx.products.dx(dy, weight), dw, None
+
+
+def block_linears(model):
+    """Return [(name, layer)] of the linear layers of the blocks, adapted (mora.py) or not."""
+    return [(name, module) for name, module in model.model.layers.named_modules()
+            if hasattr(module, "products")]
+
+
+def use_fp8(model):
+    """Give the linear layers of the blocks FP8 products, in place, where their sizes allow it.
+
+    A layer whose sizes are no multiples of 16 keeps its products.
+    """
+    for _, layer in block_linears(model):
+        if all(size % 16 == 0 for size in layer.weight.shape):
+            layer.products = Float8Products(layer.weight.device)
+    fit_scales(model)
+
+
+def fp8_layers(model):
+    """Return [(name, layer)] of the layers with FP8 products."""
+    return [(name, layer) for name, layer in block_linears(model)
+            if isinstance(layer.products, Float8Products)]
+
+
+@torch.no_grad()
+def fit_scales(model, only_if_tight=False):
+    """Set the FP8 scales from the largest entry of W + dW now; return how many were set.
+
+    only_if_tight: leave those alone that still have room. Costs a pass over the weights: for
+    restarts, and every few steps. A weight that is not finite gets no scale.
+    """
+    layers = fp8_layers(model)
+    if not layers:
+        return 0
+    largest = torch.stack([largest_weight(layer) for _, layer in layers]).tolist()
+    before = fp8_scales(model)
+    renewed = 0
+    for (name, layer), entry in zip(layers, largest, strict=True):
+        tight = entry * TIGHT > LARGEST * before[name]
+        if math.isfinite(entry) and (tight or not only_if_tight):
+            exponent = math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST))
+            layer.products.scale.fill_(2.0 ** exponent)
+            renewed += 1
+    return renewed
+
+
+def largest_weight(layer):
+    weight = layer.merged() if hasattr(layer, "merged") else layer.weight
+    return weight.abs().max()
+
+
+def fp8_scales(model):
+    """Return {layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
+    layers = fp8_layers(model)
+    if not layers:
+        return {}
+    scales = torch.stack([layer.products.scale for _, layer in layers]).tolist()
+    return dict(zip([name for name, _ in layers], scales, strict=True))
+
+
+def load_fp8_scales(model, scales):
+    """Take the scales of a checkpoint, so that a resumed run rounds as if it had never stopped."""
+    for name, layer in fp8_layers(model):
+        if name in scales:
+            layer.products.scale.fill_(scales[name])

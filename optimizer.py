@@ -1,10 +1,10 @@
 """How the parameters learn: groups, the learning rate, AdamW and Muon, one optimizer step.
 
-    matrices    the update's (M; LoRA's A and B), or the blocks' in full rank: rate lr, by AdamW or Muon
+    matrices    the update's (M; LoRA's A and B), in full rank the blocks': rate lr, AdamW or Muon
     the rest    embeddings, head, norms: rate rest_lr (0: lr), always by AdamW
 
-Every rate follows one schedule, learning_rate(step, cfg), a pure function; a group has a fixed ratio
-to it: rest_lr / lr for the rest, lora_plus_ratio for LoRA's B (LoRA+, arXiv 2402.12354).
+Every rate follows one schedule, learning_rate(step, cfg), a pure function. A group has a fixed
+ratio to it: rest_lr / lr for the rest, lora_plus_ratio for LoRA's B (LoRA+, arXiv 2402.12354).
 """
 import math
 
@@ -22,7 +22,7 @@ BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at 
 def learning_rate(step, cfg):
     """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr.
 
-    A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's "jagged" schedule).
+    A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's schedule).
     """
     _, restarted = cfg.cycle(step)
     if step < cfg.warmup:
@@ -34,7 +34,7 @@ def learning_rate(step, cfg):
 
 
 def long_schedule(step, cfg):
-    """Return the part of lr, from 1 down to min_lr_ratio, that a run without restarts has at a step."""
+    """Return the part of lr that a run without restarts has at a step, from 1 to min_lr_ratio."""
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     if cfg.schedule == "linear":
         return 1 - (1 - cfg.min_lr_ratio) * progress

@@ -27,14 +27,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
-import fp8
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
-from config import UserError, accumulation, command_line, differences, load, schedule_warnings
-from config import write_json
+from config import (
+    UserError,
+    accumulation,
+    command_line,
+    differences,
+    load,
+    schedule_warnings,
+    write_json,
+)
 from evaluate import perplexity
-from model import Llama, LlamaConfig
+from model import (
+    Llama,
+    LlamaConfig,
+    block_linears,
+    fit_scales,
+    fp8_layers,
+    load_fp8_scales,
+    use_fp8,
+)
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, open_split
 
@@ -88,7 +102,7 @@ def train(cfg):
             cycle = cfg.cycle(step)[0]
             log.restart(step, cycle, mora.restart(model, optimizer, cycle, cfg.seed,
                                                   cfg.restart_keep))
-            fp8.fit_scales(model)
+            fit_scales(model)
         window.clock += time.time() - pause
 
         # one step at this step's learning rate
@@ -103,7 +117,7 @@ def train(cfg):
                 or world == 1 and stop_requested.is_set()):
             losses, norms, stopping = window.agree(stop_requested.is_set())
             stop_if_not_finite(losses, norms, done, cfg)
-            fp8.fit_scales(model, only_if_tight=True)
+            fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, window.restart(), batches)
     log.close(step, stopping, tokens.kind)
     return model
@@ -125,7 +139,8 @@ def join_processes(cfg):
         return int(os.environ.get("RANK", 0)), world, torch.device(device_type)
     if local >= torch.cuda.device_count():
         raise UserError(f"process {local} of this machine has no GPU, it has "
-                        f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device=cpu")
+                        f"{torch.cuda.device_count()}: lower --nproc_per_node, or take "
+                        "--device=cpu")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     if world > 1:
@@ -134,7 +149,7 @@ def join_processes(cfg):
 
 
 def open_data(cfg, rank, world):
-    """Return the splits (train, val) as Tokens or Samples; prepares data/stdlib if it is missing."""
+    """Return the splits (train, val); prepares data/stdlib if it is missing."""
     folder = Path(cfg.data)
     if rank == 0 and folder.name == "stdlib" and not (folder / "manifest.json").exists():
         data.prepare_stdlib(folder)
@@ -206,17 +221,29 @@ def prepare_model(cfg, model, device, cycle):
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     if cfg.matmul == "fp8":
-        fp8.must_have(device)
-        fp8.convert(model)
+        must_have_fp8(device)
+        use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         model.compile_parts()
     return build_optimizer(cfg, model, device)
 
 
+def must_have_fp8(device):
+    """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
+    name = device.type
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 9):
+            return
+        name = torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        raise UserError(f"matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
+                        f"this is {name}: take --matmul=bf16")
+
+
 def resume(newest, model, optimizer):
     """Load a checkpoint in place; return its step."""
     state = checkpoint.resume(newest, model, optimizer)
-    fp8.load_scales(model, state.get("fp8_scales", {}))
+    load_fp8_scales(model, state.get("fp8_scales", {}))
     return state["step"]
 
 
@@ -307,7 +334,7 @@ def header(cfg, model, device, world, micro_batch, accumulate, first_step, batch
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
-            "fp8_layers": len(fp8.converted(model)), "linear_layers": len(fp8.linear_layers(model)),
+            "fp8_layers": len(fp8_layers(model)), "linear_layers": len(block_linears(model)),
             "tokens_per_step": batches.tokens_a_step, "step_is": batches.says}
 
 

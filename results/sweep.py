@@ -4,8 +4,9 @@
 
 A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, a list
 of prepared folders on which every trained model is evaluated besides. A run that has a line in
-OUT/runs.jsonl is done; OUT/claims/NAME says that a process works on it. Processes start no run that
-would end after --seconds, so a sweep can be stopped and started again. A log per process: OUT/*.log.
+OUT/runs.jsonl is done; OUT/claims/NAME marks one that a process works on. Processes start no run
+that would end after --seconds, so a sweep can be stopped and started again. Every process has a
+log, OUT/*.log.
 """
 import argparse
 import json
