@@ -278,7 +278,7 @@ class Square(nn.Module):
 # the adapted layer
 
 class Products:
-    """The two large products of a merged linear, in x's dtype; model.Float8Products is another pair."""
+    """The two large products of a merged linear, in x's dtype. model.Float8Products: in FP8."""
 
     @staticmethod
     def y(x, merged):
