@@ -1,6 +1,7 @@
 """Our model is transformers' LlamaForCausalLM, to rounding."""
 import pytest
 import torch
+from torch.nn import functional as F
 
 import sample
 from model import Llama, LlamaConfig
@@ -9,8 +10,9 @@ SHAPES = {"multi-head": (4, False), "grouped-query": (2, False), "tied": (1, Tru
 
 
 def ours(kv_heads, tied, vocab=97):
-    cfg = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=kv_heads, rope_theta=5000.0, tie_word_embeddings=tied, rms_norm_eps=1e-5)
+    cfg = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=88, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=kv_heads, rope_theta=5000.0,
+                      tie_word_embeddings=tied, rms_norm_eps=1e-5)
     model = Llama(cfg, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at the start, so that a mistake shows
@@ -19,9 +21,11 @@ def ours(kv_heads, tied, vocab=97):
 
 
 def theirs(model):
-    from transformers import LlamaConfig as Config, LlamaForCausalLM
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "rope_theta", "rms_norm_eps", "tie_word_embeddings")
+    from transformers import LlamaConfig as Config
+    from transformers import LlamaForCausalLM
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps",
+            "tie_word_embeddings")
     return LlamaForCausalLM(Config(**{key: getattr(model.cfg, key) for key in keys})).eval()
 
 
@@ -31,9 +35,10 @@ def test_logits_match_hugging_face_both_ways(shape):
     other = theirs(model)
     ids = torch.randint(97, (2, 33))
     with torch.no_grad():
-        weights = {k: v for k, v in other.state_dict().items() if not (SHAPES[shape][1] and k == "lm_head.weight")}
-        before = model.state_dict()
-        before = {k: v.clone() for k, v in before.items()}
+        weights = other.state_dict()
+        if model.cfg.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.load_state_dict(weights)  # their weights in our model
         torch.testing.assert_close(model(ids), other(ids).logits, rtol=0, atol=1e-4)
         model.load_state_dict(before)   # our weights in theirs
@@ -42,7 +47,9 @@ def test_logits_match_hugging_face_both_ways(shape):
         other.tie_weights()
         difference = model(ids) - other(ids).logits
         assert difference.abs().max() < 1e-4 and model(ids).std() > 0.1
-        assert abs(model(ids, ids.roll(-1, 1)) - torch.nn.functional.cross_entropy(other(ids).logits.flatten(0, 1), ids.roll(-1, 1).flatten())) < 1e-5
+        targets = ids.roll(-1, 1)
+        expected = F.cross_entropy(other(ids).logits.flatten(0, 1), targets.flatten())
+        assert abs(model(ids, targets) - expected) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -52,7 +59,8 @@ def test_the_cache_changes_nothing(shape):
     for past in cache:
         past.room = 3  # it has to grow
     with torch.no_grad():
-        parts = [model(ids[:, :7], cache=cache)] + [model(ids[:, i:i + 1], cache=cache) for i in range(7, 20)]
+        parts = [model(ids[:, :7], cache=cache)]
+        parts += [model(ids[:, i:i + 1], cache=cache) for i in range(7, 20)]
         torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-4)
 
 
@@ -69,7 +77,7 @@ def test_targets_of_minus_100_do_not_count():
     model, ids = ours(2, False), torch.randint(97, (1, 12))
     targets = ids.clone()
     targets[0, 6:] = -100
-    expected = torch.nn.functional.cross_entropy(model(ids)[0, :6], ids[0, :6])
+    expected = F.cross_entropy(model(ids)[0, :6], ids[0, :6])
     torch.testing.assert_close(model(ids, targets), expected)
 
 
@@ -80,9 +88,11 @@ def test_padding_the_vocabulary_adds_no_token():
     # a checkpoint may have more rows than its tokenizer has tokens: those are never drawn
     with torch.no_grad():
         model.lm_head.weight[60:] = 100 * model.lm_head.weight[3]
-    drawn = list(sample.generate(model, [1], 60, 50, temperature=5.0, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = list(sample.generate(model, [1], 60, 50, temperature=5.0, generator=generator))
     assert max(drawn) < 60 and len(drawn) == 50
-    assert list(sample.generate(model, [1], 60, 3, temperature=0.0)) == list(sample.generate(model, [1], 60, 3, top_k=1))
+    greedy = list(sample.generate(model, [1], 60, 3, temperature=0.0))
+    assert greedy == list(sample.generate(model, [1], 60, 3, top_k=1))
 
 
 def test_compute_dtype_is_chosen_and_parameters_stay_float32():
@@ -97,6 +107,8 @@ def test_compute_dtype_is_chosen_and_parameters_stay_float32():
 
 def test_golden_losses():
     """A fixed seed gives a fixed model: what a refactor must not change."""
-    cfg = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    cfg = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=88, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2)
     ids = torch.arange(64).reshape(2, 32) % 97
-    torch.testing.assert_close(Llama(cfg, seed=7)(ids, ids + 1).item(), 4.58458948, rtol=0, atol=1e-5)
+    loss = Llama(cfg, seed=7)(ids, ids + 1).item()
+    assert loss == pytest.approx(4.58458948, abs=1e-5)
