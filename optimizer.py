@@ -105,6 +105,10 @@ class AdamWMuon(torch.optim.AdamW):
             scale = 0.2 * max(parameters[batch[0]].shape) ** 0.5
             torch._foreach_add_([parameters[i] for i in batch], updates, alpha=-group["lr"] * scale)
 
+    def __setstate__(self, state):
+        """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
     def load_state_dict(self, state_dict):
         """Take the state of the parameters alone: rates, decay and betas are those of this run."""
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
