@@ -1,0 +1,179 @@
+"""FP8 products: accuracy, gradients, weights that outgrow their scale, resume, compilation."""
+import copy
+import json
+
+import pytest
+import torch
+from test_train import records, same
+from torch.nn import functional as F
+
+import checkpoint
+import fp8
+import mora
+from model import Llama, LlamaConfig
+
+METHODS = {"full": {}, "lora": {"method": "lora"},
+           "mora": {"operator": "rotate", "groups": "permute"}}
+FP8_RUN = ["--matmul=fp8", "--hidden_size=32", "--intermediate_size=48", "--lr=3e-2",
+           "--groups=permute", "--restart_every=7"]
+
+
+def llama(method="full", intermediate_size=48):
+    """A model of two blocks; its update, if there is one, is not zero."""
+    cfg = LlamaConfig(vocab_size=65, hidden_size=32, intermediate_size=intermediate_size,
+                      num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model = Llama(cfg, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+        if method != "full":
+            mora.adapt(model, rank=4, train_rest=True, **METHODS[method])
+            for _, parameter in mora.adapter_parameters(model):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def ids_and_targets():
+    ids = torch.randint(65, (2, 17), generator=torch.Generator().manual_seed(2))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def loss_and_gradients(model):
+    """(loss, {name: gradient})."""
+    model.zero_grad()
+    loss = model(*ids_and_targets())
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()
+                 if p.grad is not None}
+    return loss.detach(), gradients
+
+
+def relative_error(value, exact):
+    return ((value - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_product_is_accurate(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 64, generator=generator)
+    x *= torch.logspace(-3, 3, 5)[:, None]  # a scale per token: small tokens lose nothing
+    weight = 0.02 * torch.randn(48, 64, generator=generator)
+    scale = torch.tensor(2.0 ** -9)
+    y = fp8.multiply(x.to(dtype), fp8.quantize_weight(weight, scale), scale)
+    exact = x @ weight.T
+    assert y.shape == (3, 5, 48) and y.dtype == dtype
+    for token in range(5):
+        assert relative_error(y[:, token].float(), exact[:, token]) < 0.05
+    assert relative_error(y.float(), exact) > 1e-3  # the product is not a float32 one
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_close_to_float32(method):
+    model = llama(method)
+    loss, exact = loss_and_gradients(model)
+    fp8.convert(model)
+    assert len(fp8.converted(model)) == len(fp8.linear_layers(model)) == 14
+    rounded_loss, rounded = loss_and_gradients(model)
+    assert rounded_loss == pytest.approx(loss.item(), rel=1e-2) and rounded_loss != loss
+    assert rounded.keys() == exact.keys()
+    assert any("_proj" in name for name in exact)
+    for name in exact:
+        assert rounded[name].dtype == exact[name].dtype
+        assert relative_error(rounded[name], exact[name]) < 0.2, name
+    together = [torch.cat([gradients[name].flatten() for name in exact if "_proj" in name])
+                for gradients in (rounded, exact)]
+    assert relative_error(*together) < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_that_outgrows_its_scale_is_not_clipped(method):
+    model = llama(method)
+    fp8.convert(model)
+    name, layer = fp8.converted(model)[3]
+    before = fp8.scales(model)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
+    assert layer(x).isnan().any() and model(*ids_and_targets()).isnan()
+    assert fp8.fit_scales(model, only_if_tight=True) == 1
+    after = fp8.scales(model)
+    assert [key for key in before if after[key] != before[key]] == [name]
+    assert relative_error(layer(x), F.linear(x, fp8.weight_of(layer))) < 0.05
+    assert model(*ids_and_targets()).isfinite()
+    assert fp8.fit_scales(model, only_if_tight=True) == 0
+    assert fp8.fit_scales(model) == 14 and fp8.scales(model) == after
+
+
+def test_a_scale_is_renewed_before_it_overflows():
+    """A scale that was just set leaves room for a growth of 8 to 16, and is renewed below 2."""
+    for factor, renewed in ((3.9, 0), (8.0, 14)):
+        model = llama()
+        fp8.convert(model)
+        with torch.no_grad():
+            for _, layer in fp8.converted(model):
+                layer.weight.mul_(factor)
+        assert model(*ids_and_targets()).isfinite()
+        assert fp8.fit_scales(model, only_if_tight=True) == renewed
+
+
+def test_only_sizes_of_multiples_of_16_are_converted():
+    model = llama("mora", intermediate_size=40)
+    fp8.convert(model)
+    names = {name.rpartition(".")[2] for name, _ in fp8.converted(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(fp8.linear_layers(model)) == 14 and len(fp8.converted(model)) == 8
+    loss, gradients = loss_and_gradients(model)
+    assert loss.isfinite() and len(gradients) == 14 + 7
+
+
+def resumed(run, whole, name):
+    """The folder of a run that was stopped at step 10 and resumed."""
+    out = whole.with_name(name)
+    run(*FP8_RUN, f"--out={out}")
+    for step in checkpoint.steps_of(out)[1:]:
+        step.rename(step.with_name(".lost"))
+    run(*FP8_RUN, f"--out={out}", "--resume")
+    return out
+
+
+def test_resume_is_bitwise_identical(run, monkeypatch):
+    whole = run(*FP8_RUN)
+    out = resumed(run, whole, "parts")
+    last = "step-00000020"
+    assert same(whole / last, out / last) and records(whole) == records(out)
+    saved = [json.loads((folder / last / "state.json").read_text())["fp8_scales"]
+             for folder in (whole, out)]
+    assert len(saved[0]) == 14 and saved[0] == saved[1]
+    monkeypatch.setattr(fp8, "load_scales", lambda model, saved: None)
+    other = resumed(run, whole, "without_scales")
+    assert not same(whole / last, other / last)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_code_is_the_same_and_not_compiled_again(method):
+    model = llama(method)
+    fp8.convert(model)
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in compiled.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+
+    def assert_same():
+        (a, plain), (b, fast) = loss_and_gradients(model), loss_and_gradients(compiled)
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+        return a
+
+    first = assert_same()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for each in (model, compiled):
+            for _, layer in fp8.converted(each):
+                layer.weight.mul_(10)
+            if method != "full":
+                mora.start_cycle(mora.adapted_layers(each), seed=0, cycle=1)
+            assert fp8.fit_scales(each, only_if_tight=True) == 14
+        with torch.enable_grad():
+            second = assert_same()
+    torch._dynamo.reset()
+    assert second.isfinite() and second != first
