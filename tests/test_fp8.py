@@ -8,9 +8,19 @@ from test_train import records, same
 from torch.nn import functional as F
 
 import checkpoint
-import fp8
 import mora
-from model import Llama, LlamaConfig
+import train
+from model import (
+    Llama,
+    LlamaConfig,
+    block_linears,
+    fit_scales,
+    fp8_layers,
+    fp8_scales,
+    multiply_fp8,
+    quantize_weight,
+    use_fp8,
+)
 
 METHODS = {"full": {}, "lora": {"method": "lora"},
            "mora": {"operator": "rotate", "groups": "permute"}}
@@ -49,6 +59,11 @@ def loss_and_gradients(model):
     return loss.detach(), gradients
 
 
+def full_weight(layer):
+    """The matrix that a layer multiplies by."""
+    return layer.merged() if isinstance(layer, mora.AdaptedLinear) else layer.weight
+
+
 def relative_error(value, exact):
     return ((value - exact).norm() / exact.norm()).item()
 
@@ -60,7 +75,7 @@ def test_a_product_is_accurate(dtype):
     x *= torch.logspace(-3, 3, 5)[:, None]  # a scale per token: small tokens lose nothing
     weight = 0.02 * torch.randn(48, 64, generator=generator)
     scale = torch.tensor(2.0 ** -9)
-    y = fp8.multiply(x.to(dtype), fp8.quantize_weight(weight, scale), scale)
+    y = multiply_fp8(x.to(dtype), quantize_weight(weight, scale), scale)
     exact = x @ weight.T
     assert y.shape == (3, 5, 48) and y.dtype == dtype
     for token in range(5):
@@ -72,8 +87,8 @@ def test_a_product_is_accurate(dtype):
 def test_gradients_are_close_to_float32(method):
     model = llama(method)
     loss, exact = loss_and_gradients(model)
-    fp8.convert(model)
-    assert len(fp8.converted(model)) == len(fp8.linear_layers(model)) == 14
+    use_fp8(model)
+    assert len(fp8_layers(model)) == len(block_linears(model)) == 14
     rounded_loss, rounded = loss_and_gradients(model)
     assert rounded_loss == pytest.approx(loss.item(), rel=1e-2) and rounded_loss != loss
     assert rounded.keys() == exact.keys()
@@ -89,40 +104,40 @@ def test_gradients_are_close_to_float32(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_that_outgrows_its_scale_is_not_clipped(method):
     model = llama(method)
-    fp8.convert(model)
-    name, layer = fp8.converted(model)[3]
-    before = fp8.scales(model)
+    use_fp8(model)
+    name, layer = fp8_layers(model)[3]
+    before = fp8_scales(model)
     with torch.no_grad():
         layer.weight.mul_(100)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
     assert layer(x).isnan().any() and model(*ids_and_targets()).isnan()
-    assert fp8.fit_scales(model, only_if_tight=True) == 1
-    after = fp8.scales(model)
+    assert fit_scales(model, only_if_tight=True) == 1
+    after = fp8_scales(model)
     assert [key for key in before if after[key] != before[key]] == [name]
-    assert relative_error(layer(x), F.linear(x, fp8.weight_of(layer))) < 0.05
+    assert relative_error(layer(x), F.linear(x, full_weight(layer))) < 0.05
     assert model(*ids_and_targets()).isfinite()
-    assert fp8.fit_scales(model, only_if_tight=True) == 0
-    assert fp8.fit_scales(model) == 14 and fp8.scales(model) == after
+    assert fit_scales(model, only_if_tight=True) == 0
+    assert fit_scales(model) == 14 and fp8_scales(model) == after
 
 
 def test_a_scale_is_renewed_before_it_overflows():
     """A scale that was just set leaves room for a growth of 8 to 16, and is renewed below 2."""
     for factor, renewed in ((3.9, 0), (8.0, 14)):
         model = llama()
-        fp8.convert(model)
+        use_fp8(model)
         with torch.no_grad():
-            for _, layer in fp8.converted(model):
+            for _, layer in fp8_layers(model):
                 layer.weight.mul_(factor)
         assert model(*ids_and_targets()).isfinite()
-        assert fp8.fit_scales(model, only_if_tight=True) == renewed
+        assert fit_scales(model, only_if_tight=True) == renewed
 
 
 def test_only_sizes_of_multiples_of_16_are_converted():
     model = llama("mora", intermediate_size=40)
-    fp8.convert(model)
-    names = {name.rpartition(".")[2] for name, _ in fp8.converted(model)}
+    use_fp8(model)
+    names = {name.rpartition(".")[2] for name, _ in fp8_layers(model)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert len(fp8.linear_layers(model)) == 14 and len(fp8.converted(model)) == 8
+    assert len(block_linears(model)) == 14 and len(fp8_layers(model)) == 8
     loss, gradients = loss_and_gradients(model)
     assert loss.isfinite() and len(gradients) == 14 + 7
 
@@ -145,7 +160,7 @@ def test_resume_is_bitwise_identical(run, monkeypatch):
     saved = [json.loads((folder / last / "state.json").read_text())["fp8_scales"]
              for folder in (whole, out)]
     assert len(saved[0]) == 14 and saved[0] == saved[1]
-    monkeypatch.setattr(fp8, "load_scales", lambda model, saved: None)
+    monkeypatch.setattr(train, "load_fp8_scales", lambda model, saved: None)
     other = resumed(run, whole, "without_scales")
     assert not same(whole / last, other / last)
 
@@ -153,7 +168,7 @@ def test_resume_is_bitwise_identical(run, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_code_is_the_same_and_not_compiled_again(method):
     model = llama(method)
-    fp8.convert(model)
+    use_fp8(model)
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()
     for block in compiled.model.layers:
@@ -168,11 +183,11 @@ def test_compiled_code_is_the_same_and_not_compiled_again(method):
     first = assert_same()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for each in (model, compiled):
-            for _, layer in fp8.converted(each):
+            for _, layer in fp8_layers(each):
                 layer.weight.mul_(10)
             if method != "full":
                 mora.start_cycle(mora.adapted_layers(each), seed=0, cycle=1)
-            assert fp8.fit_scales(each, only_if_tight=True) == 14
+            assert fit_scales(each, only_if_tight=True) == 14
         with torch.enable_grad():
             second = assert_same()
     torch._dynamo.reset()
