@@ -143,7 +143,8 @@ def chat_ids(tok, messages):
         if not ids:
             raise UserError(f"the chat template of {tok.folder} writes nothing")
         return ids
-    ids, _, _ = sft.chat(tok, {"messages": [*messages, {"role": "assistant", "content": ""}]})
+    empty_answer = {"role": "assistant", "content": ""}
+    ids, _, _ = sft.encode_chat(tok, {"messages": [*messages, empty_answer]})
     return ids[:-1]
 
 

@@ -6,7 +6,8 @@ import torch
 
 import analyze
 import checkpoint
-from config import OPERATORS, UserError, load
+from config import UserError, load
+from mora import OPERATORS
 
 
 def write_log(path, *records, tail=""):

@@ -22,7 +22,7 @@ NUMBERS = [
     (evaluate, "batch", ("-1", "1.5", "nan", "many", "99999999999")),
     (evaluate, "limit", ("-1",)), (evaluate, "tokens", ("-1",)), (evaluate, "seq_len", ("-8",)),
     (evaluate, "max_new_tokens", ("-3",)),
-    (sample, "max_new_tokens", ("-1", "1e3")), (sample, "top_k", ("-1",)),
+    (sample, "max_new_tokens", ("-1", "1.5")), (sample, "top_k", ("-1",)),
     (sample, "seed", ("-1", "99999999999999999999999")),
     (sample, "temperature", ("-0.5", "nan", "inf", "-inf", "warm")),
     (bench, "steps", ("0", "-1")), (bench, "repeats", ("0",)), (bench, "seq_len", ("0",)),
