@@ -140,8 +140,9 @@ def readme_block(pattern):
 
 
 def readme_commands():
-    """The lines of README's ```sh blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The commands of README's ```sh blocks, each on one line."""
+    text = (ROOT / "README.md").read_text().replace("\\\n    ", "")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
