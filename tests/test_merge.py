@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import checkpoint
+import config
+import data
 import evaluate
 import merge
 import mora
@@ -140,8 +143,9 @@ def readme_block(pattern):
 
 
 def readme_commands():
-    """The lines of README's ```sh blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The commands of README's ```sh blocks, each on one line."""
+    text = (ROOT / "README.md").read_text().replace("\\\n    ", "")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -171,6 +175,28 @@ def test_readme_commands_run(tmp_path):
     assert "tokens/s" in shell(printed[1] + " --max_new_tokens=5")
     shell("python evaluate.py out/tiny_mora data/stdlib --tokens=2000")
     assert "python evaluate.py out/tiny_mora data/stdlib" in listed
+
+
+def test_readme_commands_parse(monkeypatch):
+    """Configs, variants, keys and options of README's commands exist."""
+    monkeypatch.chdir(ROOT)
+    parsers = {"data.py": data.parse_arguments, "evaluate.py": evaluate.parse_arguments,
+               "sample.py": sample.parse_arguments}
+    parsed = 0
+    for command in readme_commands():
+        words = shlex.split(command.rpartition("&& ")[2])
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is None or {"--help", "--configs"} & set(words):
+            continue
+        name, arguments = words[script], words[script + 1:]
+        if name == "train.py":
+            config.load(arguments, ROOT / "configs/tiny_mora.py")
+        elif name in parsers:
+            parsers[name](arguments)
+        else:
+            continue
+        parsed += 1
+    assert parsed >= 15
 
 
 def test_readme_names_every_file():
