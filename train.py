@@ -158,6 +158,16 @@ def open_data(cfg, rank, world):
     return [open_split(folder, split, verify=rank == 0) for split in ("train", "val")]
 
 
+def resolve_steps(cfg, batches, rank):
+    """Return cfg with epochs turned into steps; print what is odd about its schedule."""
+    if cfg.epochs:
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+    for note in schedule_warnings(cfg):
+        if rank == 0:
+            print(f"note: {note}")
+    return cfg
+
+
 def build_model(cfg, tokens):
     """Return (cfg, model without adapters): random weights by seed, or the weights of init_from.
 
