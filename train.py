@@ -66,11 +66,7 @@ def train(cfg):
     make_batches = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = make_batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device,
                            rank, world)
-    if cfg.epochs:
-        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
-
-    if rank == 0:
-        print("".join(f"note: {note}\n" for note in schedule_warnings(cfg)), end="")
+    cfg = resolve_steps(cfg, batches, rank)
 
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
