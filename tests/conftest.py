@@ -24,6 +24,12 @@ def texts(count=200):
     yield [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small corpus of bytes, every 100th document validation."""

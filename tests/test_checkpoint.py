@@ -358,4 +358,5 @@ def test_the_verbs_take_the_best(trained, tmp_path, corpus, capsys):
     with pytest.raises(UserError, match="state.json can ?not be read.*step-00000002 is whole"):
         checkpoint.load(out)
     with pytest.raises(UserError, match="has no checkpoint with a validation loss"):
-        checkpoint.load(trained / "run", best=True)
+        save_steps(trained, tmp_path / "unscored", (None,))
+        checkpoint.load(tmp_path / "unscored", best=True)

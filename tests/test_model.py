@@ -61,7 +61,7 @@ def test_the_cache_changes_nothing(shape):
     with torch.no_grad():
         parts = [model(ids[:, :7], cache=cache)]
         parts += [model(ids[:, i:i + 1], cache=cache) for i in range(7, 20)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-3)
 
 
 def test_the_future_is_not_seen():
