@@ -10,6 +10,7 @@
 `--resume` continues from the newest checkpoint of the run. `--help` lists the keys, `--configs`
 the experiments.
 """
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -36,6 +37,7 @@ from config import (
     command_line,
     differences,
     load,
+    lock,
     schedule_warnings,
     write_json,
 )
@@ -437,9 +439,30 @@ def tracker(cfg, settings):
     return send
 
 
-def main(argv):
+@contextlib.contextmanager
+def run_folder(cfg):
+    """Make the run's folder and lock it, on rank 0: a second run in it gets one line of error.
+
+    A run that leaves nothing in its folder removes it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        train(load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py"))
+        with lock(out, "the run"):
+            yield
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def main(argv):
+    cfg = load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    try:
+        with run_folder(cfg):
+            train(cfg)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train
-from config import Config, UserError
+from config import Config, UserError, lock
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,6 +197,18 @@ def test_two_runs_do_not_mix(run):
                                         r"--steps=10 or more$"):
         run("--steps=9", "--resume")
     assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
+
+
+def test_a_folder_in_use_is_refused(run, config):
+    """The lock names the process that holds it; a lock file that a dead process left is free."""
+    out = config.parent / "run"
+    out.mkdir()
+    with lock(out, "a test"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+        run("--steps=1")
+    assert list(out.iterdir()) == []
+    (out / ".lock").write_text("process 1 on nowhere\n")
+    run("--steps=1")
+    assert not (out / ".lock").exists()
 
 
 def test_full_rank_warm_start(run):
