@@ -4,6 +4,8 @@
     python merge.py out/tiny_mora/step-00000400 TARGET --dtype=bfloat16
     python merge.py ADAPTER TARGET --base=MODEL   a folder with adapter_config.json, as peft or the
                                                   authors of MoRA write it, and its base model
+    python merge.py out/tiny_mora TARGET --as_lora    its MoRA as a LoRA in peft's format (share,
+                                                      truncate; others with --rank=R, by an SVD)
 
 The sum W + dW is computed in float32. Its logits are compared with the adapted model's before
 anything is written.
@@ -17,9 +19,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import adapters
 import checkpoint
 import mora
-from config import UserError, command_line
+from config import UserError, at_least, command_line
 
 
 @torch.no_grad()
@@ -85,6 +88,19 @@ def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=F
     return target, difference
 
 
+def write_lora(source, target, dtype=torch.float32, base=None, best=False, rank=0):
+    """Write the MoRA of a checkpoint as a LoRA for any tool; see adapters.as_lora."""
+    if not target:
+        raise UserError("--as_lora needs a TARGET folder: python merge.py CHECKPOINT TARGET "
+                        "--as_lora")
+    target = Path(target)
+    must_be_free(target)
+    model, _, folder = checkpoint.load(source, base, best)
+    beside = (folder / "base").resolve()
+    base_model = base or (str(beside) if beside.is_dir() else None)
+    return adapters.as_lora(model, target, dtype, rank, base_model)
+
+
 def must_be_free(target):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: remove it, or name another target")
@@ -101,7 +117,19 @@ def main(argv):
                         "default: the one that it names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the written weights")
+    parser.add_argument("--as_lora", action="store_true", help="write MoRA's update as a LoRA that "
+                        "peft loads, and leave the base model as it is")
+    parser.add_argument("--rank", type=at_least(1), default=0, help="of --as_lora: cut every "
+                        "update to this rank; default: exact")
     args = parser.parse_args(argv)
+    if args.rank and not args.as_lora:
+        raise UserError(f"--rank={args.rank} needs --as_lora: a merge is exact")
+    if args.as_lora:
+        report = write_lora(args.checkpoint, args.target, getattr(torch, args.dtype), args.base,
+                            args.best, args.rank)
+        print(f"wrote {args.target}: a LoRA of rank {report['rank']}, {report['bytes']:,} bytes, "
+              f"relative error of an update at most {report['error']:.2g}")
+        return
     target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype),
                                           args.base, args.best)
     print(f"merged into {target}: a Hugging Face directory; "

@@ -135,6 +135,26 @@ def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("docu") and len(texts[0]) > 4
 
 
+def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    out, target = run("--steps=10"), tmp_path / "lora"
+    merge.main([str(out), str(target), "--as_lora"])
+    assert "a LoRA of rank" in capsys.readouterr().out
+    base = checkpoint.steps_of(out)[-1] / "base"
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), target)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = checkpoint.load(out)[0](ids)
+        assert (ours - theirs(ids).logits).abs().max() < 1e-5
+    with pytest.raises(UserError, match="needs a TARGET"):
+        merge.main([str(out), "--as_lora"])
+    with pytest.raises(UserError, match="exists and is not empty"):
+        merge.main([str(out), str(target), "--as_lora"])
+    with pytest.raises(UserError, match="needs --as_lora"):
+        merge.main([str(out), "--rank=4"])
+
+
 # ------------------------------------------------------------
 # README
 
