@@ -66,7 +66,7 @@ class Batches(Prefetcher):
         self.order = lru_cache(2)(self._order)
         self.steps_an_epoch = self.windows / batch_size
         self.tokens_a_step = batch_size * seq_len
-        self.says = f"{batch_size} x {seq_len} = {self.tokens_a_step:,} tokens"
+        self.description = f"{batch_size} x {seq_len} = {self.tokens_a_step:,} tokens"
 
     def _order(self, epoch):
         return np.random.default_rng((self.seed, epoch)).permutation(self.windows)
@@ -126,8 +126,8 @@ class SampleBatches(Prefetcher):
         self.tokens_a_step = float(samples.lengths[first_epoch].sum(1).mean()) - batch_size
         padded_tokens = float(self._padded_lengths(first_epoch).sum() * micro_batch)
         self.padding = 1 - self.tokens_a_step * self.steps_an_epoch / padded_tokens
-        self.says = (f"{batch_size} samples, {self.tokens_a_step:,.0f} tokens on average and "
-                     f"{self.padding:.1%} of padding,")
+        self.description = (f"{batch_size} samples, {self.tokens_a_step:,.0f} tokens on average "
+                            f"and {self.padding:.1%} of padding,")
 
     def _plan(self, epoch):
         """The samples (steps, batch_size) of an epoch, as indices."""

@@ -27,6 +27,7 @@ import tokenizer
 from adapters import read_tensors
 from config import Config, UserError, read_json, write_json
 from model import Llama, LlamaConfig, fp8_scales
+from shards import fingerprint
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
@@ -283,6 +284,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss,
             "config": dataclasses.asdict(cfg), "fp8_scales": fp8_scales(model),
+            "corpus": fingerprint(cfg.data),
             "files": file_records(beside)})
         os.replace(beside, final)
     except (OSError, SafetensorError) as error:

@@ -52,7 +52,7 @@ from model import (
     use_fp8,
 )
 from optimizer import build_optimizer, learning_rate, optimizer_step
-from shards import Samples, open_split
+from shards import Samples, fingerprint, open_split
 
 # keys that a resumed run may not change, beside the model's shape and the adapters' settings
 FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restart_every",
@@ -205,6 +205,8 @@ def check_run_folder(cfg, rank):
     fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)
                if before[key] != now[key]]
+    if state.get("corpus", fingerprint(cfg.data)) != fingerprint(cfg.data):
+        changed.append(f"the tokens in {cfg.data} changed since")
     if changed:
         raise UserError(f"{newest} is of another experiment: {'; '.join(changed)}")
     if state["step"] > cfg.steps:
@@ -343,7 +345,7 @@ def header(cfg, model, device, world, micro_batch, accumulate, first_step, batch
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
             "fp8_layers": len(fp8_layers(model)), "linear_layers": len(block_linears(model)),
-            "tokens_per_step": batches.tokens_a_step, "step_is": batches.says}
+            "tokens_per_step": batches.tokens_a_step, "step_is": batches.description}
 
 
 class Log:

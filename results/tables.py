@@ -48,6 +48,15 @@ TABLES = {
         Column("/ full", "250m.{}.to_full", "{:.2f}"),
         Column("peak GiB", "250m.{}.peak_gib", "{:.1f}"),
     )),
+    "fp8": ({
+        "full rank, bf16": "full", "full rank, FP8": "full_fp8", "LoRA, FP8": "lora_fp8",
+        "**MoRA, FP8**": "mora_fp8", "ReMoRA permute, FP8": "remora_permute_fp8",
+    }, (
+        Column("1.3b tokens/s", "1.3b.{}.tokens_per_s", "{:,.0f}"),
+        Column("/ full, bf16", "1.3b.{}.over_full", "{:.2f}"),
+        Column("peak GiB", "1.3b.{}.peak_gib", "{:.1f}"),
+        Column("/ full, bf16", "1.3b.{}.peak_over_full", "{:.2f}"),
+    )),
     "uuid": ({
         "full fine-tuning": "fft", "LoRA, r = 8": "lora_r8", "MoRA, r = 8": "mora_r8",
         "LoRA, r = 256": "lora_r256", "MoRA, r = 256": "mora_r256",

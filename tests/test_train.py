@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import data
+import tokenizer
 import train
 from config import Config, UserError, lock
 
@@ -209,6 +212,21 @@ def test_a_folder_in_use_is_refused(run, config):
     (out / ".lock").write_text("process 1 on nowhere\n")
     run("--steps=1")
     assert not (out / ".lock").exists()
+
+
+def test_a_corpus_that_changed_is_noticed_on_resume(run, tmp_path):
+    folder = tmp_path / "corpus"
+    for text in ("one", "two"):
+        def texts(text=text):
+            yield [f"{text} {i}" * 20 for i in range(200)]
+        data.prepare(folder, tokenizer.load("bytes"), {"source": text},
+                       [(texts, data.every_100th)])
+        if text == "one":
+            run(f"--data={folder}", "--steps=10")
+            run(f"--data={folder}", "--steps=11", "--resume")
+            shutil.rmtree(folder)
+    with pytest.raises(UserError, match="the tokens in .*corpus changed since"):
+        run(f"--data={folder}", "--steps=12", "--resume")
 
 
 def test_full_rank_warm_start(run):
