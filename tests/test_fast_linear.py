@@ -59,7 +59,7 @@ def test_gradcheck(kind, shape):
     x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
 
     def merged(x, *parameters):
-        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, mora.Products,
+        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, None,
                                        *parameters)
 
     assert torch.autograd.gradcheck(merged, (x, *parameters))
@@ -174,7 +174,7 @@ def small_network(variant):
 def test_a_second_derivative_of_the_merged_product_is_refused(variant):
     model, parameters = small_network(variant)
     loss, inputs = model(torch.randn(5, 12).double()).square().sum(), list(parameters.values())
-    with pytest.raises(RuntimeError, match="differentiated once, not twice: set layer.merges"):
+    with pytest.raises(RuntimeError, match="once.*create_graph=True .*set layer.merges"):
         torch.autograd.grad(loss, inputs, create_graph=True)
 
 
@@ -219,7 +219,7 @@ def test_parameters_that_functional_call_replaced_are_refused(variant):
     values = {name: (parameter * 2).detach().requires_grad_()
               for name, parameter in parameters.items()}
     loss = functional_call(model, values, (torch.randn(5, 12).double(),)).sum()
-    with pytest.raises(RuntimeError, match="were replaced between forward and backward"):
+    with pytest.raises(RuntimeError, match="own parameters.*functional_call set layer.merges"):
         loss.backward()
 
 

@@ -105,7 +105,7 @@ def test_gradients_are_close_to_float32(method):
 def test_a_weight_that_outgrows_its_scale_is_not_clipped(method):
     model = llama(method)
     use_fp8(model)
-    name, layer = fp8_layers(model)[3]
+    name, layer = list(fp8_layers(model).items())[3]
     before = fp8_scales(model)
     with torch.no_grad():
         layer.weight.mul_(100)
@@ -126,7 +126,7 @@ def test_a_scale_is_renewed_before_it_overflows():
         model = llama()
         use_fp8(model)
         with torch.no_grad():
-            for _, layer in fp8_layers(model):
+            for layer in fp8_layers(model).values():
                 layer.weight.mul_(factor)
         assert model(*ids_and_targets()).isfinite()
         assert fit_scales(model, only_if_tight=True) == renewed
@@ -135,7 +135,7 @@ def test_a_scale_is_renewed_before_it_overflows():
 def test_only_sizes_of_multiples_of_16_are_converted():
     model = llama("mora", intermediate_size=40)
     use_fp8(model)
-    names = {name.rpartition(".")[2] for name, _ in fp8_layers(model)}
+    names = {name.rpartition(".")[2] for name in fp8_layers(model)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(block_linears(model)) == 14 and len(fp8_layers(model)) == 8
     loss, gradients = loss_and_gradients(model)
@@ -183,7 +183,7 @@ def test_compiled_code_is_the_same_and_not_compiled_again(method):
     first = assert_same()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for each in (model, compiled):
-            for _, layer in fp8_layers(each):
+            for layer in fp8_layers(each).values():
                 layer.weight.mul_(10)
             if method != "full":
                 mora.start_cycle(mora.adapted_layers(each), seed=0, cycle=1)
