@@ -1,8 +1,8 @@
 """A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. No adapters here.
 
-Names and shapes of its state dict are those of Hugging Face's LlamaForCausalLM, so a checkpoint IS
-a Hugging Face checkpoint. Parameters are float32; the computation runs in `model.compute_dtype`
-(bfloat16 on a GPU), norms and losses in float32.
+Its state dict is that of Hugging Face's LlamaForCausalLM, so a checkpoint IS a Hugging Face one.
+Parameters are float32; the computation runs in `model.compute_dtype` (bfloat16 on a GPU), norms and
+losses in float32.
 
 Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads,
 Dh head size, V vocabulary.
@@ -140,9 +140,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
+class MLP(nn.Module):  # SwiGLU
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
@@ -166,9 +164,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Body(nn.Module):
-    """Embeddings, blocks and the last norm: the part that Hugging Face calls `model`."""
-
+class Body(nn.Module):  # all but the head: the part that Hugging Face calls `model`
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -273,23 +269,22 @@ def softmax_gradient(logits, targets, vocab_size, scale):
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, kernel):
-        wants_dx, wants_dw = ctx.needs_input_grad[:2]
         w, chunks = padded(weight, x.dtype), counted_chunks(targets)
         loss = at_least_float32(x.new_zeros(()))
         scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
-        dx = torch.zeros_like(x) if wants_dx else None
-        dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
+        dx, dw = torch.zeros_like(x), None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype)
         for positions in chunks:
             rows = x[positions]
             part, gradient = kernel(rows @ w.T, targets[positions], len(weight), scale)
             loss += part
-            if wants_dx:
-                dx[positions] = gradient @ w
-            if wants_dw and dw.is_cuda and dw.dtype != rows.dtype:  # summed inside the product
+            dx[positions] = gradient @ w
+            if dw is not None and dw.is_cuda and dw.dtype != rows.dtype:  # float32 += bfloat16
                 torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
-            elif wants_dw:
+            elif dw is not None:
                 dw += gradient.T @ rows
-        ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
+        ctx.gradients = dx, None if dw is None else dw[:len(weight)]
         return loss * scale
 
     @staticmethod

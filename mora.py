@@ -70,8 +70,7 @@ def rolled_order(features, width, generator, device=None):
 def rotations(width, pieces):
     """Cosines and signed sines of eq. 10, (2, pieces, width), float64: piece p turns by the angles
     p * 10000^(-2j / width). The pairs are (j, j + width/2), where the paper has (2j, 2j + 1)."""
-    pair = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
-    theta = 10000.0 ** (-pair / width)
+    theta = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     angles = torch.arange(pieces, dtype=torch.float64, device="cpu")[:, None] * theta
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
@@ -102,16 +101,14 @@ class Fold(nn.Module):
     the pieces if asked to, add piece p to block p mod blocks. Further features are ignored.
     """
 
-    def __init__(self, features, width, blocks, pieces, rotates=False, groups="strided",
-                 dtype=torch.float32):
+    def __init__(self, features, width, blocks, pieces, rotates, groups, dtype=torch.float32):
         super().__init__()
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
         turns = rotations(width, pieces).to(dtype) if rotates else None
-        order = None  # int32: a gather with int64 indices costs 4 % of a step at 250M
-        if groups != "strided":
-            order = torch.arange(features, dtype=torch.int32)
+        # int32: a gather with int64 indices costs 4 % of a step at 250M
+        order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", None if order is None else order.clone(), persistent=False)
         self.register_buffer("turns", turns, persistent=False)
@@ -168,8 +165,7 @@ class Fold(nn.Module):
     def rotate(self, pieces, sign):
         """Rotate the pairs (j, j + width/2) of (..., pieces, width) by sign * the angles."""
         cos, sin = self.turns.to(torch.promote_types(pieces.dtype, torch.float32))
-        halves = pieces.unflatten(-1, (2, -1))
-        partners = halves.flip(-2).flatten(-2)  # one expression: two halves would be computed twice
+        partners = pieces.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # fused: no half twice
         return (pieces * cos + partners * (sign * sin)).to(pieces.dtype)
 
 
@@ -302,8 +298,8 @@ class AdaptedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         is_wide = self.weight.dtype in (torch.float32, torch.float64)
-        can_merge = self.merges and is_wide and not torch._C._are_functorch_transforms_active()
-        if not can_merge or self.dropout:
+        is_transform = torch._C._are_functorch_transforms_active()  # of torch.func
+        if not self.merges or not is_wide or self.dropout or is_transform:
             dropped = F.dropout(x, self.dropout, self.training)
             y = F.linear(x, self.matrix.to(x.dtype)) + self.update(dropped)
         elif torch.is_grad_enabled():
@@ -441,34 +437,31 @@ def find_linears(model):
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order. Raises
     ValueError for a target without a linear layer and for a layer that cannot be adapted."""
-    linears = find_linears(model)
+    linears, chosen, head = find_linears(model), set(), None
     if targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        chosen = {name for name, linear in linears.items() if linear is not head}
+        patterns = {targets: ".*"}
+        if hasattr(model, "get_output_embeddings"):
+            head = model.get_output_embeddings()
     elif isinstance(targets, str):
-        chosen = matching_linears(model, linears, targets, f"|{targets}")
+        patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
     else:
-        chosen = set().union(*(matching_linears(model, linears, target) for target in targets))
-    if not chosen:
-        raise ValueError(f"targets {targets!r} match no linear layer of the model")
-    found = {name: linear for name, linear in linears.items() if name in chosen}
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    for target, pattern in patterns.items():
+        try:
+            matched = {name: m for name, m in model.named_modules() if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"target {target!r} is no regular expression: {error}") from None
+        if matched.keys().isdisjoint(linears):
+            kinds = ", ".join(sorted({type(module).__name__ for module in matched.values()}))
+            parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            what = f"only {kinds}" if kinds else "no module"
+            raise ValueError(f"target {target!r} matches {what}; the model's linear layers are named "
+                             f"{parts or 'nothing'}")
+        chosen |= matched.keys()
+    found = {name: linear for name, linear in linears.items()
+             if name in chosen and linear is not head}
     refuse_unfit(model, found)
     return found
-
-
-def matching_linears(model, linears, target, or_pattern=""):
-    """The names of linear layers with this last part; raises ValueError if there are none."""
-    pattern = rf"(.*\.)?{re.escape(target)}{or_pattern}"
-    try:
-        matched = {name: m for name, m in model.named_modules() if re.fullmatch(pattern, name)}
-    except re.error as error:
-        raise ValueError(f"target {target!r} is no regular expression: {error}") from None
-    if matched.keys().isdisjoint(linears):
-        kinds = ", ".join(sorted({type(module).__name__ for module in matched.values()}))
-        last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-        raise ValueError(f"target {target!r} matches {f'only {kinds}' if kinds else 'no module'}; "
-                         f"the model's linear layers are named {last_parts or 'nothing'}")
-    return matched.keys() & linears.keys()
 
 
 def refuse_unfit(model, linears):
@@ -492,8 +485,8 @@ def refuse_unfit(model, linears):
         others = [place for place in places[id(linear)] if place != name]
         others += [place for place in places[id(weight)] if place != f"{name}.weight"]
         if others:
-            raise ValueError(f"{name} shares its weight with {', '.join(others)}: an update of one "
-                             "would be merged into both; untie them, or leave it out of targets")
+            raise ValueError(f"{name} shares its weight with {', '.join(others)}, and an update "
+                             "would be merged into both: untie them, or leave it out of targets")
 
 
 def update_shape(linear):
@@ -531,7 +524,7 @@ def merge(model):
         raise ValueError("the model has no adapted layers to merge")
     for name, layer in layers:
         layer.merge_()
-        linear, = layer.linear
+        linear = layer.linear[0]
         linear.weight, linear.bias = layer.weight, layer.bias
         model.set_submodule(name, linear)
     model.__dict__.pop("save_pretrained", None)  # the class's own again
@@ -571,13 +564,12 @@ def _save_merged(model, folder, *, state_dict=None, **options):
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
 
-    The function is unchanged. LoRA: A is drawn again, B = 0. MoRA: M = 0, the groups move.
-    DoRA: m stays. The optimizer forgets the states of the adapters and no others, Adam's step count
+    The function is unchanged. LoRA: A is drawn again, B = 0. MoRA: M = 0, the groups move. DoRA: m
+    stays. The optimizer forgets the states of the adapters and no others, Adam's step count
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
 
-    Returns {"states": how many states were forgotten or pruned, "update_norm": the Frobenius norm
-    of all that was merged}. Raises RuntimeError if an adapter's tensor had no state, so was not
-    being trained.
+    Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
+    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained.
     """
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad]
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
