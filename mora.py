@@ -455,8 +455,8 @@ def find_targets(model, targets):
             kinds = ", ".join(sorted({type(module).__name__ for module in matched.values()}))
             parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             what = f"only {kinds}" if kinds else "no module"
-            raise ValueError(f"target {target!r} matches {what}; the model's linear layers are named "
-                             f"{parts or 'nothing'}")
+            raise ValueError(f"target {target!r} matches {what}; the model's linear layers are "
+                             f"named {parts or 'nothing'}")
         chosen |= matched.keys()
     found = {name: linear for name, linear in linears.items()
              if name in chosen and linear is not head}

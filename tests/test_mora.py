@@ -456,7 +456,7 @@ def test_a_layer_whose_weight_torch_reads_is_refused_by_name(target):
 def test_a_layer_without_a_weight_to_merge_into_is_refused():
     model = small_model()
     nn.utils.parametrizations.weight_norm(model["head"])
-    with pytest.raises(ValueError, match="head is no target: its Param.* holds no .out, in. matrix"):
+    with pytest.raises(ValueError, match="head is no target: .* holds no .out, in. matrix"):
         mora.adapt(model, targets=("head",))
 
 
