@@ -1,6 +1,7 @@
 """FP8 products: accuracy, gradients, weights that outgrow their scale, resume, compilation."""
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from model import (
 METHODS = {"full": {}, "lora": {"method": "lora"},
            "mora": {"operator": "rotate", "groups": "permute"}}
 FP8_RUN = ["--matmul=fp8", "--hidden_size=32", "--intermediate_size=48", "--lr=3e-2",
-           "--groups=permute", "--restart_every=7"]
+           "--groups=permute", "--restart_every=7", "--batch_size=2"]
 
 
 def llama(method="full", intermediate_size=48):
@@ -143,11 +144,10 @@ def test_only_sizes_of_multiples_of_16_are_converted():
 
 
 def resumed(run, whole, name):
-    """The folder of a run that was stopped at step 10 and resumed."""
-    out = whole.with_name(name)
-    run(*FP8_RUN, f"--out={out}")
+    """The folder of a copy of a run that lost its checkpoints after step 10 and was resumed."""
+    out = shutil.copytree(whole, whole.with_name(name))
     for step in checkpoint.steps_of(out)[1:]:
-        step.rename(step.with_name(".lost"))
+        shutil.rmtree(step)
     run(*FP8_RUN, f"--out={out}", "--resume")
     return out
 
@@ -165,7 +165,7 @@ def test_resume_is_bitwise_identical(run, monkeypatch):
     assert not same(whole / last, other / last)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ("full", "mora"))  # Float8Linear, MergedLinear
 def test_compiled_code_is_the_same_and_not_compiled_again(method):
     model = llama(method)
     use_fp8(model)
