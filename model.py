@@ -71,19 +71,14 @@ def rope(first, length, cfg, device):
     first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
     frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
-    if cfg.rope_scaling:
-        frequencies = stretch(frequencies, **cfg.rope_scaling)
+    if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
+        low, high = (cfg.rope_scaling[f"{end}_freq_factor"] for end in ("low", "high"))
+        turns = frequencies * cfg.rope_scaling["original_max_position_embeddings"] / (2 * torch.pi)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (share + (1 - share) / cfg.rope_scaling["factor"])
     positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angles = (positions[:, None] * frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
-
-
-def stretch(frequencies, factor, low_freq_factor, high_freq_factor,
-            original_max_position_embeddings):
-    """LLaMA-3's rope scaling: divide slow frequencies by `factor`, blend up to the fast ones."""
-    turns = frequencies * original_max_position_embeddings / (2 * torch.pi)  # in that context
-    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequencies * (share + (1 - share) / factor)
 
 
 def rotate(x, cos, sin):
@@ -317,28 +312,6 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
 # fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
 
-def quantize_rows(x):
-    """Return (x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
-    wide = x.float()
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (wide / scale).to(torch.float8_e4m3fn), scale
-
-
-def quantize_weight(weight, scale):
-    """Return weight / scale in e4m3; entries beyond the largest number become NaN."""
-    scaled = weight / scale
-    return torch.where(scaled.abs() <= LARGEST, scaled, torch.nan).to(torch.float8_e4m3fn)
-
-
-def multiply_fp8(x, weight, scale):
-    """Return x @ (weight * scale)^T in x's dtype, (..., m): x (..., n), weight (m, n) in e4m3."""
-    rows, row_scale = quantize_rows(x.flatten(0, -2))
-    column_scale = scale.expand(1, len(weight)).contiguous()
-    y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=column_scale,
-                         out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-
 class Float8Products(nn.Module):
     """The two large products of one layer. No quantized copy of W is kept between them."""
 
@@ -347,7 +320,15 @@ class Float8Products(nn.Module):
         self.register_buffer("scale", torch.ones((), device=device), persistent=False)
 
     def y(self, x, weight):
-        return multiply_fp8(x, quantize_weight(weight, self.scale), self.scale)
+        """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
+        rows, columns = x.flatten(0, -2).float(), weight / self.scale
+        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+        columns = torch.where(columns.abs() <= LARGEST, columns, torch.nan)
+        y = torch._scaled_mm((rows / row_scale).to(torch.float8_e4m3fn),
+                             columns.to(torch.float8_e4m3fn).T, scale_a=row_scale,
+                             scale_b=self.scale.expand(1, len(weight)).contiguous(),
+                             out_dtype=torch.bfloat16, use_fast_accum=True)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dx(self, dy, weight):
         return self.y(dy, weight.T.contiguous())
@@ -392,11 +373,8 @@ def use_fp8(model):
 
 @torch.no_grad()
 def fit_scales(model, only_if_tight=False):
-    """Set the FP8 scales from the largest entry of W + dW now; return how many were set.
-
-    only_if_tight: leave those alone that still have room. Costs a pass over the weights: for
-    restarts, and every few steps. A weight that is not finite gets no scale.
-    """
+    """Set the FP8 scales from the largest entry of W + dW now; return how many were set. A weight
+    that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
     layers, renewed = fp8_layers(model).values(), 0
     weights = (layer.merged() if hasattr(layer, "merged") else layer.weight for layer in layers)
     largest = [weight.abs().max() for weight in weights]  # all are queued before the first is read

@@ -12,14 +12,13 @@ import checkpoint
 import mora
 import train
 from model import (
+    Float8Products,
     Llama,
     LlamaConfig,
     block_linears,
     fit_scales,
     fp8_layers,
     fp8_scales,
-    multiply_fp8,
-    quantize_weight,
     use_fp8,
 )
 
@@ -75,8 +74,9 @@ def test_a_product_is_accurate(dtype):
     x = torch.randn(3, 5, 64, generator=generator)
     x *= torch.logspace(-3, 3, 5)[:, None]  # a scale per token: small tokens lose nothing
     weight = 0.02 * torch.randn(48, 64, generator=generator)
-    scale = torch.tensor(2.0 ** -9)
-    y = multiply_fp8(x.to(dtype), quantize_weight(weight, scale), scale)
+    products = Float8Products("cpu")
+    products.scale.fill_(2.0 ** -9)
+    y = products.y(x.to(dtype), weight)
     exact = x @ weight.T
     assert y.shape == (3, 5, 48) and y.dtype == dtype
     for token in range(5):
