@@ -214,7 +214,7 @@ class Llama(nn.Module):
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
         second sequence length makes torch compile once more, for every length."""
-        def require_gradient(module, ids, x):  # frozen embeddings: block 0 is compiled as others
+        def require_gradient(module, ids, x):  # frozen or not: all blocks are compiled alike
             return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
 
         for block in self.model.layers:

@@ -34,7 +34,7 @@ METHODS = ("mora", "lora", "frozen")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 GROUPS = ("strided", "contiguous", "alternate", "permute")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SETTINGS = ("scale", "operator", "groups", "seed", "cycle")  # of an update, beside its tensors
+SETTINGS = ("scale", "operator", "groups", "seed", "cycle")  # what dW depends on beside parameters
 ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products are fastest on rows of such multiples
 
 
@@ -48,8 +48,7 @@ def r_hat(rank, in_features, out_features, even=False):
 
 def contiguous_order(features, width, device=None):
     """The permutation (features,) that puts neighbours into one group: appendix B's second kind.
-    Position p * width + i is member p of group i; the first features mod width groups are larger.
-    """
+    Position p * width + i is member p of group i; the first features mod width have one more."""
     smaller_size, larger_groups = divmod(features, width)
     position = torch.arange(features, device=device)
     group = position % width
@@ -237,10 +236,10 @@ class Square(nn.Module):
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
 
-    Full rank's third product, W's gradient, is not needed: so adapters are faster. The update's
-    gradients come from compressed operands. W + dW and update.compress(x) are saved: for MoRA r^
-    numbers per block and token, never x. products: None, or model.Float8Products, which round W +
-    dW themselves (W is saved, and merged again for dx).
+    W is frozen, so full rank's third product, W's gradient, is saved: adapters are faster. The
+    gradients of the update come from compressed operands. W + dW and update.compress(x) are kept
+    for them: for MoRA r^ numbers per block and token, never x. products: None, or
+    model.Float8Products, for which W is kept and merged again.
     """
 
     @staticmethod
@@ -298,8 +297,8 @@ class AdaptedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         is_wide = self.weight.dtype in (torch.float32, torch.float64)
-        is_transform = torch._C._are_functorch_transforms_active()  # of torch.func
-        if not self.merges or not is_wide or self.dropout or is_transform:
+        in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
+        if not self.merges or not is_wide or self.dropout or in_transform:
             dropped = F.dropout(x, self.dropout, self.training)
             y = F.linear(x, self.matrix.to(x.dtype)) + self.update(dropped)
         elif torch.is_grad_enabled():
@@ -326,16 +325,15 @@ class AdaptedLinear(nn.Module):
         return delta.square().sum()
 
     def get_extra_state(self):
-        """The settings of the update: load_state_dict refuses an update that is another map."""
+        """The update's settings, so that load_state_dict refuses an update that is another map."""
         update = getattr(self.update, "inner", self.update)
         return {key: getattr(update, key) for key in SETTINGS if hasattr(update, key)}
 
     def set_extra_state(self, state):
         own = self.get_extra_state()
-        for key in {**own, **state}:
-            if own.get(key) != state.get(key):
-                raise RuntimeError(f"the loaded update has {key} {state.get(key)!r}, the model's "
-                                   f"has {own.get(key)!r}: adapt the model as the saved one was")
+        if state != own:
+            raise RuntimeError(f"the loaded update has {state}, the model's {own}: adapt the model "
+                               "as the saved one was")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Refuse another W without its update: what dW is added to would change unnoticed."""
@@ -465,8 +463,8 @@ def find_targets(model, targets):
 
 
 def refuse_unfit(model, linears):
-    """Raise ValueError for a layer of {name: linear} whose weight is not its own plain matrix. The
-    update would be merged for every reader of the weight, but this layer alone would train it."""
+    """Raise ValueError for a layer of {name: linear} whose weight is not a matrix of its own. Its
+    update would be merged for every reader of the weight, but this layer alone trains it."""
     places = {}  # {id of a module or parameter: the names under which it stands}
     for parent_name, parent in model.named_modules():
         for key, held in (*parent._modules.items(), *parent._parameters.items()):

@@ -52,7 +52,7 @@ def test_fast_linear_matches_two_paths(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(9, 7, 1), (5, 12, 1), (12, 5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 12, 1), (12, 5, 1)], ids=str)
 def test_gradcheck(kind, shape):
     adapted = layer(kind, shape)
     parameters = tuple(adapted.update.parameters())
