@@ -89,10 +89,8 @@ def rotate(x, cos, sin):
 
 class Past:
     """A layer's keys and values so far, (B, Hk, T, Dh) each."""
+    length, both = 0, None
     room = 128  # for more tokens: appending one copies that one alone
-
-    def __init__(self):
-        self.length, self.both = 0, None
 
     def append(self, k, v):
         """All keys and all values, these being the last."""
@@ -101,8 +99,7 @@ class Past:
             self.both = k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
             if first:
                 self.both[:, :, :, :first] = before[:, :, :, :first]
-        self.both[0, :, :, first:self.length] = k
-        self.both[1, :, :, first:self.length] = v
+        self.both[:, :, :, first:self.length] = torch.stack((k, v))
         return self.both[:, :, :, :self.length]
 
     def keep(self, rows):
@@ -285,8 +282,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss frees its gradients in the first backward: call "
-                               "backward once, or compute the loss again")
+            raise RuntimeError("the chunked loss has its gradients once: compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         dx, dw = (g if g is None else g.mul_(factor) for g in gradients)
         return dx, dw, None, None

@@ -502,9 +502,8 @@ def start_cycle(layers, seed, cycle):
         for square in layer.update.modules():
             if isinstance(square, Square):  # layers that share an input's fold get the same draw
                 square.seed, square.cycle = seed, cycle
-                name_of_input = f"{name.rpartition('.')[0]} {square.fold_in.features}"
-                drawn = seeded_generator(seed, cycle, name_of_input)
-                square.fold_in.move(cycle, drawn.initial_seed())
+                input_name = f"{name.rpartition('.')[0]} {square.fold_in.features}"
+                square.fold_in.move(cycle, seeded_generator(seed, cycle, input_name).initial_seed())
 
 
 def seeded_generator(seed, cycle, name):
