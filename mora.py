@@ -586,8 +586,10 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
 
 
 def prune_(first_moment, part):
-    """Set all but the largest entries to zero, in place. The second moment stays: with zeros there
-    too, Adam's next step would be 3.16 times too large."""
+    """Set all but the largest entries to zero, in place.
+
+    The second moment stays: with zeros there too, Adam's next step would be 3.16 times too large.
+    """
     kept = max(1, round(part * first_moment.numel()))
     magnitudes = first_moment.abs().flatten()
     smallest = magnitudes.topk(len(magnitudes) - kept, largest=False).indices

@@ -1,5 +1,4 @@
 """The command lines of evaluate, sample, merge and bench."""
-import functools
 import io
 import json
 
@@ -31,7 +30,6 @@ NUMBERS = [
 ]
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
-other_tokenizer = functools.cache(small_bpe)
 
 
 @pytest.mark.parametrize("verb, key, values", NUMBERS,
@@ -100,10 +98,10 @@ def test_a_chat_without_a_template_is_that_of_training(tmp_path, monkeypatch):
 
 def test_mistakes_of_sample_are_named(tmp_path, monkeypatch):
     write_model(tmp_path / "small", tokenizer.load("bytes"))
-    other_tokenizer().export(tmp_path)
     for words, line in ((["--chat", "--prompt=x"], "leave out --prompt"),
                         (["--system=x"], "add --chat"),
                         (["--prompt=日本語", "--tokenizer=other"], "gives the id .* 257 tokens")):
+        small_bpe().export(tmp_path)
         words = [word.replace("other", str(tmp_path)) for word in words]
         with pytest.raises(UserError, match=line):
             sample.main([str(tmp_path / "small"), *words])
@@ -158,7 +156,7 @@ def test_a_merged_directory_keeps_special_tokens_and_generation_config(run, tmp_
         checkpoint.load(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("make", (other_tokenizer, gpt2, lambda: tokenizer.load("bytes")),
+@pytest.mark.parametrize("make", (small_bpe, gpt2, lambda: tokenizer.load("bytes")),
                          ids=("small", "gpt2", "bytes"))
 def test_transformers_pads_with_a_written_tokenizer(tmp_path, make):
     from transformers import AutoTokenizer
