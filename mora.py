@@ -236,10 +236,10 @@ class Square(nn.Module):
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
 
-    W is frozen, so full rank's third product, W's gradient, is saved: adapters are faster. The
-    gradients of the update come from compressed operands. W + dW and update.compress(x) are kept
-    for them: for MoRA r^ numbers per block and token, never x. products: None, or
-    model.Float8Products, for which W is kept and merged again.
+    W is frozen, so full rank's third product, W's gradient, is left out: adapters are faster. The
+    gradients of the update come from compressed operands. W + dW and update.compress(x) are saved:
+    for MoRA r^ numbers per block and token, never x. products: None, or model.Float8Products, for
+    which W is saved and merged again.
     """
 
     @staticmethod
