@@ -378,9 +378,12 @@ def quantize_weight(weight, scale):
 
 
 def multiply_fp8(x, weight, scale):
-    """Return x @ (weight * scale)^T in x's dtype, (..., m): x (..., n), weight (m, n) in e4m3."""
+    """Return x @ (weight * scale)^T in x's dtype, (..., m): x (..., n), weight (m, n) in e4m3.
+
+    scale: one number, or one for each row of the weight, (m, 1).
+    """
     rows, row_scale = quantize_rows(x.flatten(0, -2))
-    column_scale = scale.expand(1, len(weight)).contiguous()
+    column_scale = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
     y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=column_scale,
                          out_dtype=torch.bfloat16, use_fast_accum=True)
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -400,6 +403,27 @@ class Float8Products(nn.Module):
     def dx(self, dy, weight):
         transposed = quantize_weight(weight.T.contiguous(), self.scale)
         return multiply_fp8(dy, transposed, self.scale)
+
+    def frozen(self, x, weight):
+        return Float8Linear.apply(x, weight, self)
+
+
+class Float8Base(nn.Module):
+    """The products of a frozen weight that is kept in e4m3, with one scale per row."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)  # (rows, 1)
+
+    def y(self, x, weight):
+        return multiply_fp8(x, weight, self.scale), None
+
+    def dx(self, dy, weight):
+        scaled = dy * self.scale.T.to(dy.dtype)
+        return multiply_fp8(scaled, weight.T.contiguous(), torch.ones_like(self.scale[:1]))
+
+    def frozen(self, x, weight):
+        return Float8Linear.apply(x, weight, self)
 
 
 class Float8Linear(torch.autograd.Function):
@@ -435,6 +459,18 @@ def use_fp8(model):
         if all(size % 16 == 0 for size in layer.weight.shape):
             layer.products = Float8Products(layer.weight.device)
     fit_scales(model)
+
+
+@torch.no_grad()
+def keep_in_fp8(model):
+    """Round the frozen weights of the blocks to e4m3, in place: a byte each, one scale per row.
+
+    A layer whose sizes are no multiples of 16 keeps its weight.
+    """
+    for _, layer in block_linears(model):
+        if not layer.weight.requires_grad and all(size % 16 == 0 for size in layer.weight.shape):
+            rounded, scale = quantize_rows(layer.weight)
+            layer.weight.data, layer.products = rounded, Float8Base(scale)
 
 
 def fp8_layers(model):

@@ -278,7 +278,10 @@ class Square(nn.Module):
 # the adapted layer
 
 class Products:
-    """The two large products of a merged linear, in x's dtype. model.Float8Products: in FP8."""
+    """The large products of an adapted layer, in x's dtype. model.Float8Products: in FP8.
+
+    y and dx: of MergedLinear. frozen: W x, beside the update (two paths).
+    """
 
     @staticmethod
     def y(x, merged):
@@ -289,6 +292,10 @@ class Products:
     @staticmethod
     def dx(dy, merged):
         return dy @ merged
+
+    @staticmethod
+    def frozen(x, weight):
+        return F.linear(x, weight.to(x.dtype))
 
 
 TWO_PATHS = "set layer.merges = False for every (name, layer) of mora.adapted_layers(model)"
@@ -361,7 +368,7 @@ class AdaptedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.can_merge() or self.dropout:
             dropped = F.dropout(x, self.dropout, self.training)
-            y = F.linear(x, self.matrix.to(x.dtype)) + self.update(dropped)
+            y = self.products.frozen(x, self.matrix) + self.update(dropped)
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, self.matrix, self.update, self.products,
                                    *self.update.parameters())
