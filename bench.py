@@ -47,6 +47,7 @@ METHODS = {
     "lora": {"method": "lora"},
     "mora": {"method": "mora"},
     "mora_two_paths": {"method": "mora"},
+    "mora_rotate_fp8": {"method": "mora", "operator": "rotate", "matmul": "fp8"},
     "mora_rotate": {"method": "mora", "operator": "rotate"},
     "remora_permute": {"method": "mora", "groups": "permute"},
     "full_fp8": {"method": "full", "matmul": "fp8"},
@@ -72,7 +73,9 @@ def settings(shape, name, rank, seq_len, batch):
         options.setdefault("operator", "rotate" if shape == "7b" else "share")
     if shape == "7b":
         options["train_rest"] = False
-        options["base_dtype"] = "float32" if name == "full" else "bfloat16"
+        fp8 = options.pop("matmul", "bf16") == "fp8"
+        frozen_dtype = "float8" if fp8 else "bfloat16"
+        options["base_dtype"] = "float32" if options["method"] == "full" else frozen_dtype
     return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
                   num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
                   **options)
