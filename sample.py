@@ -19,7 +19,7 @@ import checkpoint
 import mora
 import sft
 import tokenizer
-from config import UserError, at_least, command_line
+from config import Arguments, UserError, at_least, command_line
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -63,14 +63,13 @@ def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
     Prompts of similar length share a batch.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
+    answers = {}
     for first in range(0, len(by_length), batch):
         indices = by_length[first:first + batch]
-        together = [prompts[i] for i in indices]
-        written = greedy_batch(model, together, vocab_size, max_new_tokens, stop)
-        for i, answer in zip(indices, written, strict=True):
-            answers[i] = answer
-    return answers
+        written = greedy_batch(model, [prompts[i] for i in indices], vocab_size, max_new_tokens,
+                               stop)
+        answers.update(zip(indices, written, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -84,15 +83,12 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
-    ids = torch.full((len(prompts), end), stop)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[:len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(device)
+    ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],
+                       device=device)
     prompt_ends = torch.tensor(lengths, device=device)
     rows = torch.arange(len(prompts), device=device)  # the rows of ids that are still in the batch
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = model.new_cache()
-    inputs = ids[:, :min(lengths)]
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    cache, inputs = model.new_cache(), ids[:, :min(lengths)]
     # eager, because compiled blocks would be compiled again for each length of the cache
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):
         for position in range(min(lengths), end):
@@ -112,11 +108,9 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
                 rows, ended, inputs = rows[remaining], ended[remaining], inputs[remaining]
                 for past in cache:
                     past.keep(remaining)
-    answers = []
-    for row, length in zip(ids.tolist(), lengths, strict=True):
-        answer = row[length:length + max_new_tokens]
-        answers.append(answer[:answer.index(stop)] if stop in answer else answer)
-    return answers
+    answers = (row[length:length + max_new_tokens] + [stop]
+               for row, length in zip(ids.tolist(), lengths, strict=True))
+    return [answer[:answer.index(stop)] for answer in answers]
 
 
 def load_merged(path, tokenizer_name=None, best=False):
@@ -128,7 +122,7 @@ def load_merged(path, tokenizer_name=None, best=False):
         raise UserError(f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another "
                         "encoding of tiktoken, bytes, or a folder with a tokenizer.json)")
     if mora.adapted_layers(model):
-        model = mora.merge(model)  # the sum W + dW is computed once, not for each token
+        mora.merge(model)  # the sum W + dW is computed once, not for each token
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tok
 
 
@@ -148,8 +142,12 @@ def chat_ids(tok, messages):
     return ids[:-1]
 
 
-def input_lines():
-    """Lines of standard input until its end, without empty ones; a terminal shows a prompt."""
+def chat(write, tok, system):
+    """Answer the lines of standard input, without empty ones, until its end.
+
+    write(ids) prints a continuation and returns its ids. A terminal shows a prompt.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -158,14 +156,8 @@ def input_lines():
             return
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is no text: {error}") from None
-        if line.strip():
-            yield line
-
-
-def chat(write, tok, system):
-    """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for line in input_lines():
+        if not line.strip():
+            continue
         messages.append({"role": "user", "content": line})
         answer = write(chat_ids(tok, messages))
         print()
@@ -173,20 +165,20 @@ def chat(write, tok, system):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
-    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
-    parser.add_argument("--prompt", default="", help="default: the start of a document")
-    parser.add_argument("--chat", action="store_true", help="answer the lines of standard input")
-    parser.add_argument("--system", default="", help="the system message of a chat")
-    parser.add_argument("--max_new_tokens", type=at_least(0), default=200)
-    parser.add_argument("--temperature", type=at_least(0.0, float), default=0.8)
-    parser.add_argument("--top_k", type=at_least(0), default=200,
-                        help="draw among the likeliest tokens, this many; 0 for all")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a "
-                        "tokenizer.json, for a directory that does not name its tokenizer")
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    add("--best", action="store_true", help=checkpoint.BEST)
+    add("--prompt", default="", help="default: the start of a document")
+    add("--chat", action="store_true", help="answer the lines of standard input")
+    add("--system", default="", help="the system message of a chat")
+    add("--max_new_tokens", type=at_least(0), default=200)
+    add("--temperature", type=at_least(0.0, float), default=0.8)
+    add("--top_k", type=at_least(0), default=200,
+        help="draw among the likeliest tokens, this many; 0 for all")
+    add("--seed", type=at_least(0), default=0)
+    add("--tokenizer", help="for a directory that does not name its own: an encoding of tiktoken, "
+        "bytes, or a folder with a tokenizer.json")
     args = parser.parse_args(argv)
     if args.chat and args.prompt:
         raise UserError("--chat reads messages from standard input: leave out --prompt")
@@ -205,8 +197,7 @@ def main(argv):
         if max(ids) >= model.cfg.vocab_size:
             raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
                             f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
-        decode = tok.decoder()
-        written = []
+        decode, written = tok.decoder(), []
         for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
                               args.top_k, tok.end, generator):
             print(decode(token), end="", flush=True)
