@@ -134,22 +134,17 @@ def plot_spectra(named, file):
 def read_records(path):
     """Return the records of a log.jsonl, a list of dicts.
 
-    A killed run can leave an incomplete last line: it is left out, with a note. A damaged line
-    elsewhere raises UserError.
+    A killed run can leave an incomplete last line. A damaged line elsewhere raises UserError.
     """
     lines, records = path.read_text(errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number == len(lines):
+            records.append({**json.loads(line)})
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not a JSON object: {line[:40]!r}; "
+                                "repair or remove this line") from None
             print(f"note: {path}, line {number} is incomplete and was left out")
-        else:
-            raise UserError(f"{path}, line {number} is not a JSON object: {line[:40]!r}; "
-                            "repair or remove this line")
     return records
 
 
@@ -164,8 +159,7 @@ def read_log(run, x="step"):
     curves = {key: {record["step"]: record[key] for record in records if key in record}
               for key in ("loss", "val_loss")}
     if not curves["loss"]:
-        raise UserError(f"{path} has no training loss yet: the run writes one every log_every "
-                        "steps")
+        raise UserError(f"{path} has no training loss yet: a run writes one per log_every steps")
     steps, places = axis_of(records, path, x)
     return {key: [(float(np.interp(step, steps, places)), value)
                   for step, value in sorted(points.items())] for key, points in curves.items()}
@@ -186,8 +180,7 @@ def axis_of(records, path, x):
         return steps, steps
     headers = [record for record in records if "tokens_per_step" in record]
     if not headers or (x == "seconds" and not all(speeds.values())):
-        raise UserError(f"{path} lacks tokens_per_step or a tokens_per_s, so --x={x} is unknown: "
-                        "use --x=step")
+        raise UserError(f"{path} lacks tokens_per_step or a tokens_per_s: use --x=step, not {x}")
     tokens = steps * headers[-1]["tokens_per_step"]
     if x == "tokens":
         return steps, tokens
@@ -251,12 +244,12 @@ def picture(file, rows=1, columns=1, **options):
 
 
 def command_parser():
-    parser = Arguments(description=__doc__, allow_abbrev=False,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Arguments(description=__doc__, **options)
     commands = parser.add_subparsers(dest="command", required=True)
-    spectra, losses, schedule = parts = [commands.add_parser(name, allow_abbrev=False)
-                                         for name in ("spectra", "losses", "schedule")]
-    for part in parts:
+    spectra, losses, schedule = (commands.add_parser(name, **options)
+                                 for name in ("spectra", "losses", "schedule"))
+    for part in (spectra, losses, schedule):
         part.add_argument("--png", help="file of the picture; default: COMMAND.png")
     spectra.add_argument("checkpoints", nargs="+",
                          help="runs, their steps, or Hugging Face directories")

@@ -3,14 +3,12 @@
     python bench.py                                        a small shape on a CPU, 250m on a GPU
     python bench.py --shape=1.3b --methods=full,mora,lora  on one GPU
     python bench.py --shape=250m --processes=2             DDP
-    python bench.py --shape=7b --methods=mora,lora         fine-tuning: rank 8, operator rotate,
-                                                           bfloat16 base, adapters alone train
+    python bench.py --shape=7b --methods=mora,lora         fine-tuning of a bfloat16 base, rank 8
     python bench.py --json=FILE                            add the numbers to a file
 
 Each method runs in a new process on random tokens. The figure is the median of repeated blocks of
-steps after a warm-up block. A step is train.py's: forward, backward, clipping, AdamW. MFU is (FLOPs
-that the method needs) / time / (FLOP/s of an 8192-cubed matrix product in the same dtype, measured
-here on random data).
+train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an
+8192-cubed matrix product in the same dtype, measured here on random data).
 """
 import argparse
 import json
@@ -19,10 +17,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+import timeit
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import timer
 
 import mora
 from checkpoint import read_object
@@ -75,26 +74,16 @@ def settings(shape, name, rank, seq_len, batch):
                   **options)
 
 
-def seconds(work, device, repeats):
-    """[seconds of each of `repeats` calls of work()], the GPU's part included."""
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    times = []
-    for _ in range(repeats):
-        begun = now()
-        work()
-        times.append(now() - begun)
-    return times
+def seconds(work, repeats):
+    """[seconds of each of `repeats` calls of work()]; torch's timer synchronizes with the GPU."""
+    return timeit.repeat(work, number=1, repeat=repeats, timer=timer)
 
 
 def matrix_rate(device, dtype):
     """FLOP/s of a square matrix product on random data: the median of ten, after three."""
     width = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return 2 * width ** 3 / statistics.median(seconds(lambda: a @ b, device, 13)[3:])
+    return 2 * width ** 3 / statistics.median(seconds(lambda: a @ b, 13)[3:])
 
 
 def needed_flops(model, cfg):
@@ -116,10 +105,7 @@ def needed_flops(model, cfg):
 
 
 def measure(args):
-    """The numbers of one method, measured in this process or in torchrun's group.
-
-    Every rank returns a dict with `tokens_per_s` of all ranks together and `mfu` of one.
-    """
+    """The numbers of one method, as a dict: tokens_per_s of all torchrun's ranks, mfu of one."""
     cfg = settings(args.shape, args.child, args.rank, args.seq_len, args.batch)
     rank, world, device = join_processes(cfg)
     vocab_size = SHAPES[args.shape][4]
@@ -146,26 +132,22 @@ def measure(args):
     block()  # the warm-up: it compiles, and it allocates the optimizer's state
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = seconds(block, device, args.repeats)
+    times = seconds(block, args.repeats)
     speed = args.steps * cfg.batch_size * cfg.seq_len / statistics.median(times)  # of one process
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops_per_s = matrix_rate(device, model.compute_dtype)
     result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
               "mfu": needed_flops(model, cfg) * speed / flops_per_s,
-              "gemm_tflops": flops_per_s / 1e12,
-              "trainable_parameters": sum(p.numel() for p in model.parameters()
-                                          if p.requires_grad)}
+              "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:  # without the optimizer's states
-        result["restart_ms"] = 1e3 * statistics.median(seconds(restart, device, 3))
+        result["restart_ms"] = 1e3 * statistics.median(seconds(restart, 3))
     return result
 
 
 def run_child(argv, name, processes):
-    """Measure one method in a new process: its numbers, or None if it fails (out of memory, say).
-
-    The child gets this process's arguments and prints its numbers as its last line.
-    """
+    """Measure one method in a new process: the numbers of its last line, or None if it fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *argv]
     done = subprocess.run([*command, f"--child={name}"], capture_output=True, text=True,
@@ -186,8 +168,7 @@ def parse_arguments(argv):
         help=f"some of {', '.join(METHODS)}")
     add("--rank", type=at_least(0), default=0, help="default: 128; at 7b 8, at tiny 16")
     add("--seq_len", type=count, default=512 if gpu else 64)
-    add("--batch", type=at_least(0), default=0,
-        help="sequences per process and step; default: by shape")
+    add("--batch", type=at_least(0), default=0, help="per process and step; default: by shape")
     add("--steps", type=count, default=10 if gpu else 2, help="steps per block")
     add("--repeats", type=count, default=5, help="blocks, of which the median counts")
     add("--processes", type=count, default=1, help="GPUs (or CPU processes) of this machine")

@@ -2,14 +2,11 @@
 
     python evaluate.py out/60m_mora data/wiki                  the run's newest checkpoint
     python evaluate.py out/60m_mora/merged data/c4_sample      any LLaMA in Hugging Face's format
-    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl
-                                                               greedy answers, compared and kept
-    python evaluate.py out/uuid_mora_r8 data/uuid --answers    right hex digits of second UUIDs
+    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl   greedy answers
 
-The validation split is scored. Text: non-overlapping windows over the whole split; each token is
-predicted once, end-of-text included. Samples: their learned tokens, each sample once. Answers: of
-UUIDs the share of right digits; where each reference names a number after ####, as GSM8K's do,
-whether the numbers are equal; for every format, whether the texts are equal.
+The validation split is scored. Text: non-overlapping windows; each token is predicted once,
+end-of-text included. Samples: their learned tokens. Answers: whether the texts are equal; of UUIDs
+the share of right digits; where each reference names a number after ####, whether they are equal.
 """
 import argparse
 import json
@@ -36,9 +33,8 @@ from shards import Samples, open_split
 def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     """{"loss" (nats per token), "ppl", "bits_per_byte", "tokens"} of a model on a split.
 
-    Every rank of `world` must call it, on the unwrapped model. Each rank scores its part of the
-    split, and all return the same mean over tokens. limit: stop after this many tokens, 0 for
-    all. Of samples only the learned tokens count, and only their bytes.
+    Every rank of `world` must call it, on the unwrapped model; all return the same mean over
+    tokens. limit: stop after this many tokens, 0 for all. Of samples the learned tokens count.
     """
     device = next(model.parameters()).device
     sum_device = "cpu" if device.type == "mps" else device  # mps has no float64
@@ -63,10 +59,7 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 @torch.no_grad()
 def merged_copy(model):
-    """A plain Llama with the updates merged and the matrices in the model's compute_dtype.
-
-    It generates with the fewest kernels per token.
-    """
+    """A plain Llama of merged matrices in compute_dtype: the fewest kernels per token."""
     weights = {name: weight.to(model.compute_dtype) if weight.ndim > 1 else weight
                for name, weight in mora.merged_weights(model).items()}
     with torch.device("meta"):
@@ -91,9 +84,9 @@ def prompt_and_reference(samples, i, end):
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
     """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
 
-    limit: the first samples, this many; 0 for all. max_new_tokens of an answer; 0: one more than
-    the longest reference. file: an open file for {"question", "answer", "reference"} as JSON
-    lines. A training loop may call it between two steps, on one rank, on the unwrapped model.
+    limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
+    file: an open file for {"question", "answer", "reference"} as JSON lines. The model is only
+    read, so a training loop may call it between two steps.
     """
     prompts, references = zip(*(prompt_and_reference(samples, i, tok.end)
                                 for i in range(len(samples.lengths))[:limit or None]), strict=True)
@@ -129,14 +122,12 @@ def same_number(answer, reference):
 
 
 def right_digits(answer, reference):
-    """The share of a UUID's 32 hex digits that are right at their position.
+    """The share of a UUID's 32 hex digits that are right at their position; hyphens do not count.
 
-    Hyphens do not count; missing digits are wrong. A random digit is right once in 16. An answer
-    that has the form of a UUID scores 9.8 % by chance: one digit is always 4, another one of four.
+    A UUID drawn at random scores 9.8 %: one digit is always 4, another one of four.
     """
     answer, reference = (text.strip().replace("-", "") for text in (answer, reference))
-    right = sum(a == b for a, b in zip(answer, reference, strict=False))
-    return right / len(reference)
+    return sum(a == b for a, b in zip(answer, reference, strict=False)) / len(reference)
 
 
 def number(text):
@@ -159,18 +150,14 @@ def parse_arguments(argv):
     add("data", help="folder of token shards, as data/wiki")
     add("--best", action="store_true", help=checkpoint.BEST)
     add("--split", default="val", choices=("val", "train"))
-    add("--answers", action="store_true",
-        help="of samples: answer greedily and compare with the responses")
+    add("--answers", action="store_true", help="of samples: compare greedy answers with responses")
     add("--out", help="of answers: a file for each question, answer and reference, as JSON lines")
     add("--limit", **count, help="answer the first samples, this many; default: all")
-    add("--max_new_tokens", **count,
-        help="of an answer; default: one more than the longest response")
-    add("--seq_len", **count,
-        help="tokens per window; default: as in training, or the longest sample")
+    add("--max_new_tokens", **count, help="default: one more than the longest response")
+    add("--seq_len", **count, help="of a window; default: as in training, or the longest sample")
     add("--batch", **count, help="windows at once, default 16, or answers, default 512")
     add("--tokens", **count, help="stop after this many; default: the whole split")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the computation; default: float32, of answers on a GPU bfloat16")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
     if args.out and not args.answers:
         raise UserError("--out keeps answers: add --answers")

@@ -123,11 +123,11 @@ def test_a_log_that_lacks_what_an_axis_needs_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no training loss yet"):
         analyze.read_log(path)
     write_log(path, {"step": 10, "loss": 5.0, "tokens_per_s": 1.0})
-    with pytest.raises(UserError, match="lacks tokens_per_step.*--x=tokens is unknown.*--x=step"):
+    with pytest.raises(UserError, match="log.jsonl lacks tokens_per_step.*--x=step, not tokens"):
         analyze.read_log(path, "tokens")
     write_log(path, {"tokens_per_step": 100}, {"step": 10, "loss": 5.0})
     assert analyze.read_log(path, "tokens")["loss"] == [(1000, 5.0)]
-    with pytest.raises(UserError, match="lacks .*tokens_per_s, so --x=seconds is unknown"):
+    with pytest.raises(UserError, match="lacks .*tokens_per_s: use --x=step, not seconds"):
         analyze.read_log(path, "seconds")
 
 
