@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -62,19 +63,19 @@ def _projections(state):
 
 
 def spectra(after, before):
-    """Return {kind: [singular values of each layer's dW, descending]}, dW = after - before.
+    """Return {name: singular values of dW, descending}, dW = after - before.
 
     after, before: {name: weight}. The computation runs on the GPU if there is one.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {kind: [] for kind in KINDS}
+    values = {}
     for name, weight in after.items():
         if name not in before or before[name].shape != weight.shape:
             raise UserError(f"{name}, {tuple(weight.shape)}, is missing or has another shape in "
                             "the checkpoint to compare with")
         delta = weight.to(device) - before[name].to(device)
         tall = max(delta, delta.T, key=len)  # LAPACK needs half the time for it
-        values[name.split(".")[-2]].append(torch.linalg.svdvals(tall).cpu())
+        values[name] = torch.linalg.svdvals(tall).cpu()
     return values
 
 
@@ -98,13 +99,13 @@ def measures(values):
             "energy_90": int((energy(values) < 0.9).sum()) + 1, "largest": largest}
 
 
-def mean_measures(spectra_by_kind):
+def mean_measures(values_by_name):
     """Return {kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
-    rows = {kind: [measures(values) for values in layers]
-            for kind, layers in spectra_by_kind.items()}
-    rows["all"] = sum(rows.values(), [])
-    return {kind: {key: sum(row[key] for row in layers) / len(layers) for key in layers[0]}
-            for kind, layers in rows.items()}
+    rows = {name: measures(values) for name, values in values_by_name.items()}
+    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in KINDS}
+    layers["all"] = list(rows.values())
+    return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
+            for kind, part in layers.items()}
 
 
 def print_measures(label, means):
@@ -117,14 +118,13 @@ def plot_spectra(named, file):
     """Draw {label: spectra}: left the bars of Figure 5, right the energy of the mean spectrum."""
     places, width = np.arange(len(KINDS)), 0.8 / len(named)
     with picture(file, 1, 2, figsize=(12, 4)) as ((bars, curves),):
-        for i, (label, spectra_by_kind) in enumerate(named.items()):
-            means = mean_measures(spectra_by_kind)
+        for i, (label, spectra_of_run) in enumerate(named.items()):
+            means = mean_measures(spectra_of_run)
             heights = [means[kind]["singular_above_0.1"] for kind in KINDS]
             bars.bar(places + i * width, heights, width, label=label)
-            spectra_of_layers = sum(spectra_by_kind.values(), [])
-            length = min(map(len, spectra_of_layers))
-            mean = torch.stack([energy(values)[:length] for values in spectra_of_layers]).mean(0)
-            curves.plot(range(1, length + 1), mean.numpy(), label=label)
+            length = min(map(len, spectra_of_run.values()))
+            energies = [energy(values)[:length].numpy() for values in spectra_of_run.values()]
+            curves.plot(range(1, length + 1), np.mean(energies, axis=0), label=label)
         bars.set_xticks(places + 0.4 - width / 2, [kind.removesuffix("_proj") for kind in KINDS])
         bars.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
         curves.set(title="energy of ΔW in its largest singular values", xlabel="singular values",

@@ -74,11 +74,10 @@ def prompt_and_reference(samples, i, end):
 
     The prompt is what precedes the first learned token; the reference is the first learned part.
     """
-    ids, learned = samples.sample(i)
-    first = int(learned[1:].argmax()) + 1  # the first token of a sample is never learned
-    unlearned = (~learned[first:]).nonzero()[0]
-    after = first + int(unlearned[0]) if len(unlearned) else len(ids)
-    return ids[:first].tolist(), [token for token in ids[first:after].tolist() if token != end]
+    ids, learned = (part.tolist() for part in samples.sample(i))
+    first = learned.index(True)
+    after = [*learned, False].index(False, first)
+    return ids[:first], [token for token in ids[first:after] if token != end]
 
 
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
@@ -135,11 +134,9 @@ def number(text):
 
     "1,234", "$1234.00." and "$ 1234" are equal.
     """
-    marks = list(re.finditer("####", text)) or list(re.finditer("[Tt]he answer is:?", text))
-    if not marks:
-        return None
-    match = re.match(r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text[marks[-1].end():])
-    sign, digits = match.groups()
+    mark = "####" if "####" in text else "[Tt]he answer is:?"
+    parts = re.findall(mark + r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text)
+    sign, digits = parts[-1] if parts else ("", "")
     return Decimal(sign + digits.replace(",", "")) if digits else None
 
 
