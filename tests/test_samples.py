@@ -187,7 +187,7 @@ def test_all_lengths_take_two_compilations(monkeypatch, method):
     """One for the first length, one for all others; each with gradients and without."""
     model, compile_model = tiny(seed=1), torch.compile
     if method != "full":  # frozen embeddings: the first block's input alone has no gradient
-        mora.adapt(model, method=method, rank=2)
+        mora.adapt(model, method=method, rank=2, targets=("q_proj", "down_proj"))
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_model(
         *args, **options, backend="aot_eager", fullgraph=True))
