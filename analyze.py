@@ -243,35 +243,26 @@ def picture(file, rows=1, columns=1, **options):
     print(f"wrote {file}")
 
 
-def command_parser():
-    options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Arguments(description=__doc__, **options)
-    commands = parser.add_subparsers(dest="command", required=True)
-    spectra, losses, schedule = (commands.add_parser(name, **options)
-                                 for name in ("spectra", "losses", "schedule"))
-    for part in (spectra, losses, schedule):
-        part.add_argument("--png", help="file of the picture; default: COMMAND.png")
-    spectra.add_argument("checkpoints", nargs="+",
-                         help="runs, their steps, or Hugging Face directories")
-    spectra.add_argument("--since", help="the weights to subtract; default: each run's first ones")
-    losses.add_argument("runs", nargs="+", help="run folders, or log.jsonl files")
-    losses.add_argument("--x", choices=AXES, default="step", help="default: step")
-    schedule.add_argument("config", help="a config file; more words as for train.py")
-    return parser
-
-
 def main(argv):
-    parser = command_parser()
+    parser = Arguments(description=__doc__, allow_abbrev=False,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("spectra", "losses", "schedule"))
+    parser.add_argument("paths", nargs="+", help="runs, their steps, or Hugging Face directories; "
+                        "runs or log.jsonl files; a config file and more words as for train.py")
+    parser.add_argument("--png", help="file of the picture; default: COMMAND.png")
+    parser.add_argument("--since", help="of spectra: the weights to subtract; default: each run's "
+                        "first weights")
+    parser.add_argument("--x", choices=AXES, default="step", help="of losses; default: step")
     args, rest = parser.parse_known_args(argv)
     png = args.png or f"{args.command}.png"
     if args.command == "schedule":
-        return plot_schedule(with_steps(load([args.config, *rest], None)), png)
+        return plot_schedule(with_steps(load([*args.paths, *rest], None)), png)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if args.command == "losses":
-        return plot_losses({run: read_log(run, args.x) for run in args.runs}, png, args.x)
+        return plot_losses({run: read_log(run, args.x) for run in args.paths}, png, args.x)
     named = {}
-    for path in args.checkpoints:
+    for path in args.paths:
         after, folder = weights(path)
         before = weights(args.since)[0] if args.since else first_weights(folder)
         named[path] = spectra(after, before)
