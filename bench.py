@@ -11,6 +11,7 @@ train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / t
 8192-cubed matrix product in the same dtype, measured here on random data).
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -76,7 +77,8 @@ def settings(shape, name, rank, seq_len, batch):
 
 def seconds(work, repeats):
     """[seconds of each of `repeats` calls of work()]; torch's timer synchronizes with the GPU."""
-    return timeit.repeat(work, number=1, repeat=repeats, timer=timer)
+    # timeit alone would turn the garbage collector off
+    return timeit.repeat(work, setup=gc.enable, timer=timer, repeat=repeats, number=1)
 
 
 def matrix_rate(device, dtype):
