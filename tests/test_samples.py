@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import prompts
-from test_train import records, same, torchrun
+from conftest import finish, prompts
+from test_train import records, same
 
 import checkpoint
 import data
@@ -101,15 +101,15 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(pai
             assert np.mean(weights) == pytest.approx(1)
 
 
-def test_accumulation_and_two_processes_equal_one_big_batch(fit, pairs, config):
+def test_accumulation_and_two_processes_equal_one_big_batch(fit, pairs, group):
     words = ("--steps=8", "--eval_every=4")
     big = fit("--micro_batch=8", *words)
     small = fit("--micro_batch=1", *words, f"--out={big.with_name('small')}")
     two = big.with_name("two")
-    done = torchrun(config, f"--data={pairs}", "--seq_len=64", "--micro_batch=2", *words,
-                    f"--out={two}")
-    assert done.returncode == 0, done.stderr
-    assert "of padding, in 2 x 2 sequences" in done.stdout
+    codes, outputs = finish(group(2, f"--data={pairs}", "--seq_len=64", "--micro_batch=2", *words,
+                                  f"--out={two}"))
+    assert codes == [0, 0], outputs
+    assert "of padding, in 2 x 2 sequences" in outputs[0]
     for key in ("loss", "grad_norm", "val_loss"):
         for other in (small, two):
             assert records(other, key) == pytest.approx(records(big, key), rel=1e-4), key
