@@ -54,8 +54,8 @@ def first_weights(step):
     if cfg.init_from:
         return weights(cfg.init_from)[0]
     vocab_size = checkpoint.read_json(step / "base" / "config.json")["vocab_size"]
-    model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()), seed=cfg.seed)
-    return _projections(model.state_dict())
+    shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())
+    return _projections(Llama(shape, cfg.seed, cfg.residual_init).state_dict())
 
 
 def _projections(state):

@@ -59,7 +59,8 @@ def test_spectra_compare_weights_of_the_same_shape(tmp_path):
 
 
 @pytest.mark.parametrize(("restarts", "rank"), [
-    ((), 2), (("--restart_every=7", "--restart_warmup=1"), 6)], ids=("LoRA", "ReLoRA"))
+    ((), 2), (("--restart_every=7", "--restart_warmup=1", "--residual_init=true"), 6)],
+    ids=("LoRA", "ReLoRA"))
 def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     """LoRA of rank 2 adds rank 2, ReLoRA of three cycles rank 6, since the seed's weights."""
     out = run("--method=lora", "--lr=0.03", *restarts)
