@@ -18,11 +18,11 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import timeit
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import timer
 
 import mora
 from checkpoint import read_object
@@ -76,14 +76,19 @@ def settings(shape, name, rank, seq_len, batch):
 
 
 def seconds(work, repeats):
-    """[seconds of each of `repeats` calls of work()]; torch's timer synchronizes with the GPU."""
+    """[seconds of each of `repeats` calls of work()], the GPU's part included."""
+    def clock():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     # timeit alone would turn the garbage collector off
-    return timeit.repeat(work, setup=gc.enable, timer=timer, repeat=repeats, number=1)
+    return timeit.repeat(work, setup=gc.enable, timer=clock, repeat=repeats, number=1)
 
 
 def matrix_rate(device, dtype):
     """FLOP/s of a square matrix product on random data: the median of ten, after three."""
-    width = 8192 if device.type == "cuda" else 1024
+    width = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     return 2 * width ** 3 / statistics.median(seconds(lambda: a @ b, 13)[3:])
 
