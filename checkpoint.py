@@ -25,17 +25,7 @@ import adapters
 import mora
 import tokenizer
 from adapters import read_tensors
-from config import (
-    TINY,
-    Config,
-    UserError,
-    check_heads,
-    need,
-    number,
-    one_line,
-    read_json,
-    write_json,
-)
+from config import TINY, Config, UserError, heads_fit, need, number, one_line, read_json, write_json
 from model import Llama, LlamaConfig, fp8_scales
 from shards import fingerprint
 
@@ -43,6 +33,7 @@ BEST = "of a run: the checkpoint of the lowest validation loss; default: the new
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 SHAPE = (*COUNTS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # keys of LLaMA-3's rope scaling
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # keys of config.json of which some values are implemented: (default, those values)
@@ -52,15 +43,14 @@ IMPLEMENTED = {"model_type": (None, ("llama",)), "hidden_act": ("silu", ("silu",
                "tie_word_embeddings": (False, (False, True))}
 
 
-# ------------------------------------------------------------
-# Hugging Face directories
+# ---- Hugging Face directories
 
 def write_hugging_face(folder, weights, model, tok, seq_len=None):
     """Write a directory that transformers loads: model.safetensors and config.json.
 
-    weights: {name: tensor}. model: its shape, and what it inherited (see read_hugging_face). tok:
-    see tokenizer.load, or None if unknown. seq_len: tokens per sequence in training, or None.
-    config.json holds the tokenizer's name and seq_len under keys that transformers ignores.
+    weights: {name: tensor}. model: has the shape, and inherited (see read_hugging_face). tok: see
+    tokenizer.load, or None. seq_len: tokens per sequence in training, or None. config.json holds
+    the tokenizer's name and seq_len under keys that transformers ignores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -82,8 +72,7 @@ def write_hugging_face(folder, weights, model, tok, seq_len=None):
 
 
 def llama_config(config, where):
-    """The LlamaConfig of a config.json (a dict). Raises UserError that names `where` and the key.
-    """
+    """The LlamaConfig of a config.json, a dict. where: the file, for the UserError."""
     for key, (default, implemented) in IMPLEMENTED.items():
         must_be_implemented(key, config.get(key, default), implemented, where)
     given = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6,
@@ -92,7 +81,7 @@ def llama_config(config, where):
     # at most 2 ** 28, so that no size of a matrix exceeds 64 bits
     shape = {key: number(f"{where}: {key}", given.get(key), int, 1, 2 ** 28) for key in COUNTS}
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    check_heads(hidden, heads, shape["num_key_value_heads"], f"{where}: ")
+    heads_fit(hidden, heads, shape["num_key_value_heads"], f"{where}: ")
     must_be_implemented("head_dim", config.get("head_dim"), (None, hidden // heads), where)
     return LlamaConfig(**shape, **rope_config(config, where),
                        rms_norm_eps=number(f"{where}: rms_norm_eps", given["rms_norm_eps"], float),
@@ -105,34 +94,32 @@ def must_be_implemented(key, value, implemented, where):
 
 
 def rope_config(config, where):
-    """{"rope_theta": number, "rope_scaling": dict or None} of a Hugging Face config.json.
+    """{"rope_theta": number, "rope_scaling": dict or None} of a config.json.
 
-    The keys stand at the top with `rope_scaling` beside them (transformers 4), or together in
-    `rope_parameters` (transformers 5).
+    The keys are in `rope_parameters` (transformers 5), or at the top and in `rope_scaling` (4).
     """
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     need(isinstance(new, dict) and isinstance(old, dict), f"{where}: rope_parameters and "
          f"rope_scaling must be JSON objects, got {new!r} and {old!r}")
     rope = new or {"rope_theta": config.get("rope_theta"), **old}
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = LlamaConfig.rope_theta
-    theta = number(f"{where}: rope_theta", rope["rope_theta"], float, TINY)
+    theta = rope["rope_theta"] if rope.get("rope_theta") is not None else LlamaConfig.rope_theta
+    shape = {"rope_theta": number(f"{where}: rope_theta", theta, float, TINY)}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     must_be_implemented("rope_type", rope_type, ("default", "llama3"), where)
     if rope_type == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
+        return shape
     for key in LLAMA3:
         number(f"{where}: {key}", rope.get(key), float, TINY)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     need(low < high, f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
-    return {"rope_theta": theta, "rope_scaling": {key: rope[key] for key in LLAMA3}}
+    return shape | {"rope_scaling": {key: rope[key] for key in LLAMA3}}
 
 
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory.
 
-    model.inherited is what the directory holds for other tools: (bos, eos and pad of config.json,
-    generation_config.json or None). It goes into every directory that is written from the model.
+    model.inherited is for other tools, and goes into every directory written from the model: (bos,
+    eos and pad of config.json, generation_config.json or None).
     """
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file, dict)
@@ -143,9 +130,8 @@ def read_hugging_face(folder):
         model = Llama(cfg)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     load_weights(model, copies, folder, assign=True)
-    special_tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-                      if key in config}
-    model.inherited = special_tokens, read_json(generation, dict) if generation.exists() else None
+    model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
+                       read_json(generation, dict) if generation.exists() else None)
     name = config.get("tokenizer")
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
     if name:
@@ -169,10 +155,7 @@ def base_weights(folder):
 
 
 def load_weights(model, weights, where, assign=False):
-    """Load {name: tensor} into a model: copied, or as they are (assign).
-
-    Raises UserError unless the names and shapes are exactly the model's.
-    """
+    """Copy {name: tensor} into a model, or assign them; UserError unless names and shapes fit."""
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
@@ -180,15 +163,14 @@ def load_weights(model, weights, where, assign=False):
     try:
         model.load_state_dict(weights | own, assign=assign)
     except RuntimeError as error:
-        raise UserError(f"{where}: the weights do not fit the model: {one_line(error)[:400]}"
-                        ) from None
+        reason = one_line(error)[:400]
+        raise UserError(f"{where}: the weights do not fit the model: {reason}") from None
 
 
-# ------------------------------------------------------------
-# checkpoints of a run: writing
+# ---- checkpoints of a run: writing
 
 def collect(model, optimizer):
-    """({name: weight}, state dict of the optimizer): the tensors that a checkpoint holds."""
+    """({name: weight}, state dict of the optimizer): the tensors that save writes."""
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     return weights, optimizer.state_dict()
 
@@ -196,13 +178,12 @@ def collect(model, optimizer):
 def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none).
 
-    val_loss: the validation loss of these weights, or None if they were not evaluated; state.json
-    names it. keep_best: the step of the lowest val_loss stays too.
-    Raises UserError, and leaves no trace, if a weight is not finite or the disk refuses.
+    val_loss: the validation loss of these weights, or None. keep_best: the step of the lowest
+    val_loss stays too. Raises UserError, and leaves no trace, if a weight is not finite or the disk
+    refuses.
     """
     out, final = Path(cfg.out), Path(cfg.out) / f"step-{step:08d}"
-    if val_loss is not None and not math.isfinite(val_loss):
-        val_loss = None  # JSON has no nan
+    val_loss = val_loss if math.isfinite(val_loss or 0) else None  # JSON has no nan
     weights, optimizer_state = collect(model, optimizer)
     must_be_finite(weights, step, cfg)
     remove_leftovers(out, ".*ing-step-*")
@@ -214,14 +195,17 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
             adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
                            **cfg.adapter())
         torch.save(optimizer_state, beside / "optimizer.pt")
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        names = [path.relative_to(beside).as_posix() for path in files]
+        with ThreadPoolExecutor() as pool:
+            records = dict(zip(names, pool.map(file_record, files), strict=True))
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss, "config": dataclasses.asdict(cfg),
-            "fp8_scales": fp8_scales(model), "corpus": fingerprint(cfg.data),
-            "files": file_records(beside)})
+            "fp8_scales": fp8_scales(model), "corpus": fingerprint(cfg.data), "files": records})
         os.replace(beside, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # of torch, when the disk is full
-        raise UserError(f"{final} cannot be written: {one_line(error)}; {last_good(out)}"
-                        ) from error
+        reason = f"{one_line(error)}; {last_good(out)}"
+        raise UserError(f"{final} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     best = best_of(out) if keep_best else None
@@ -232,11 +216,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
 
 
 def must_be_finite(weights, step, cfg):
-    """Raise UserError if a tensor of {name: tensor} holds nan or inf.
-
-    aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core).
-    One tensor is read back from the device.
-    """
+    """Raise UserError if a tensor of {name: tensor} holds nan or inf. Synchronizes once."""
+    # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
     names = [name for name, weight in weights.items() if torch.is_tensor(weight) and weight.numel()]
     extremes = torch.stack([torch.stack(weights[name].aminmax()).float() for name in names])
     finite = extremes.isfinite().all(dim=1).tolist()
@@ -248,18 +229,9 @@ def must_be_finite(weights, step, cfg):
 
 def last_good(out):
     """Where to continue after a step that could not be saved, in words."""
-    steps = steps_of(out)
-    if steps:
-        return f"the last good checkpoint is {steps[-1]}: continue from it with --resume"
+    if steps_of(out):
+        return f"the last good checkpoint is {steps_of(out)[-1]}: continue from it with --resume"
     return "there is no checkpoint yet: start again"
-
-
-def file_records(folder):
-    """{path in the folder: file_record} of all files of a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(file_record, files), strict=True))
 
 
 def file_record(path):
@@ -281,18 +253,17 @@ def remove_leftovers(folder, pattern):
     for leftover in folder.glob(pattern):
         process = leftover.name.rpartition(".")[2]
         try:
-            if int(process) != os.getpid():
-                os.kill(int(process), 0)  # does nothing to a process, but raises if there is none
-                continue
-        except PermissionError:
-            continue
+            os.kill(int(process), 0)  # does nothing to a process, raises if there is none
+            runs = int(process) != os.getpid()
         except (ValueError, ProcessLookupError, OverflowError):
-            pass
-        shutil.rmtree(leftover, ignore_errors=True)
+            runs = False
+        except PermissionError:
+            runs = True
+        if not runs:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-# ------------------------------------------------------------
-# checkpoints of a run: reading
+# ---- checkpoints of a run: reading
 
 def steps_of(run):
     """The checkpoints of a run folder, oldest first."""
@@ -300,10 +271,7 @@ def steps_of(run):
 
 
 def best_of(run):
-    """The checkpoint of the lowest validation loss in a run folder, or None if none has a loss.
-
-    Damaged checkpoints are passed over, and so are losses that are not finite.
-    """
+    """The checkpoint of a run with the lowest finite validation loss; damaged ones are left out."""
     losses = {}
     for step in steps_of(run):
         with contextlib.suppress(UserError):
@@ -314,10 +282,7 @@ def best_of(run):
 
 
 def read_state(step):
-    """The state.json of a checkpoint; keys that its config lacks get their defaults.
-
-    Raises UserError if the file is damaged. Older versions recorded no "files".
-    """
+    """The state.json of a checkpoint; keys of Config that it lacks get their defaults."""
     state = {"files": {}} | read_json(step / "state.json", dict)
     for key, kind in (("step", int), ("cycle", int), ("config", dict), ("files", dict)):
         need(type(state.get(key)) is kind,
@@ -346,24 +311,23 @@ def damage(step, resuming):
     return None
 
 
-# A damaged newest checkpoint is an error; the older one is named, not taken. Steps would be lost
-# without a decision, a damaged disk would stay unseen, and the damaged folder would be in the way
-# of the checkpoint that the run writes at the same step.
 def verify(step, resuming=True):
-    """Raise UserError if a checkpoint is damaged. It names the older one that is whole."""
-    reason = damage(step, resuming)
+    """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
+
+    Older ones are not taken by themselves: steps would be lost without a decision, a damaged disk
+    would stay unseen, and the damaged folder would be in the way when the run saves this step.
+    """
+    reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return
-    *older, newest = [other for other in steps_of(step.parent) if other <= step] or [step]
-    whole = next((other for other in reversed(older) if not damage(other, resuming)), None)
+    older = (other for other in reversed(steps) if other < step and not damage(other, resuming))
+    whole = next(older, None)
+    advice = f"{whole} is whole: name it instead"
     if not whole:
         advice = f"no older checkpoint in {step.parent} is whole"
     elif resuming:
-        newer = " ".join(map(str, [other for other in steps_of(step.parent) if other > whole]))
-        advice = f"`rm -r {newer}`, and the same command continues from {whole.name}"
-        advice = f"{whole} is whole: {advice}"
-    else:
-        advice = f"{whole} is whole: name it instead"
+        newer = " ".join(str(other) for other in steps if other > whole)
+        advice = f"{whole} is whole: `rm -r {newer}`, and the same command continues from it"
     raise UserError(f"{reason}; {advice}")
 
 
@@ -390,15 +354,9 @@ def read_optimizer(file):
 def resume(path, model, optimizer):
     """Load a checkpoint into a model of the same shape and method, and into its optimizer.
 
-    Returns the checkpoint's state.json.
+    Returns its state.json. Raises UserError unless the tensors have the shapes of the parameters.
     """
-    restore(model, optimizer, *read_step(path), path)
-    return read_state(path)
-
-
-def restore(model, optimizer, weights, optimizer_state, path):
-    """Load what collect returned. Raises UserError unless the shapes are those of the parameters.
-    """
+    weights, optimizer_state = read_step(path)
     load_weights(model, weights, path)
     file = path / "optimizer.pt"
     try:
@@ -407,9 +365,9 @@ def restore(model, optimizer, weights, optimizer_state, path):
         raise UserError(f"{file} does not fit the optimizer: {one_line(error)}") from None
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            need(not torch.is_tensor(value) or not value.ndim or value.shape == parameter.shape,
-                 f"{file}: {key} of shape {tuple(value.shape)} does not fit a parameter of shape "
-                 f"{tuple(parameter.shape)}")
+            need(not torch.is_tensor(value) or value.shape in ((), parameter.shape),
+                 f"{file}: {key} does not fit a parameter of shape {tuple(parameter.shape)}")
+    return read_state(path)
 
 
 def load(path, base=None, best=False):
@@ -447,9 +405,9 @@ def load(path, base=None, best=False):
 
 
 def trained_seq_len(folder):
-    """The tokens per sequence that a model was trained on, or None if nothing records them.
+    """The tokens per sequence that a model was trained on, or None. folder: as load returns it.
 
-    folder: as load() returns it. max_position_embeddings is another number after --init_from.
+    It can be less than max_position_embeddings, after --init_from.
     """
     step = folder.parent if folder.name in ("base", "adapter") else folder
     file, values = folder / "config.json", {}

@@ -15,19 +15,16 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import io
 import itertools
 import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import textwrap
 import time
 import traceback
 import types
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -72,10 +69,9 @@ def key(default, explanation, allowed=(), only=(), group=""):
     return dataclasses.field(default=default, metadata=details)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
-    out: str = key("", "run folder; empty: out/<config file>, or out/<config file>_<variant>",
-                   group="run")
+    out: str = key("", "run folder; empty: out/<config file>[_<variant>]", group="run")
     seed: int = key(1337, "seed of initial weights, adapters and data order")
     resume: bool = key(False, "continue from the newest whole checkpoint in out")
     init_from: str = key("", "checkpoint or Hugging Face directory; empty: random weights")
@@ -94,35 +90,29 @@ class Config:
     tie_word_embeddings: bool = key(False, "the head is the embedding matrix")
     rope_theta: float = key(10000.0, "base of the rotary position embedding", ABOVE_0)
     rms_norm_eps: float = key(1e-6, "epsilon of RMSNorm")
-    residual_init: bool = key(False, "draw o_proj and down_proj with standard deviation "
-                              "0.02 / sqrt(2 num_hidden_layers); without init_from")
+    residual_init: bool = key(False, "std of o_proj and down_proj: 0.02 / sqrt(2 layers)")
 
-    method: str = key("mora", "what trains: full: every parameter; frozen: embeddings, norms and "
-                      "head; lora, mora: these (see train_rest) and an update of each target",
-                      ("full", *mora.METHODS), group="method")
+    method: str = key("mora", "full: all trains; frozen: embeddings, norms, head; lora, mora: an "
+                      "update of each target, too", ("full", *mora.METHODS), group="method")
     rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters")
-    operator: str = key("", "how inputs and outputs are folded; empty: share",
-                        ("", *mora.OPERATORS), MORA)
+    operator: str = key("", "how inputs are folded; empty: share", ("", *mora.OPERATORS), MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)
     rslora: bool = key(False, "the scale is alpha / sqrt(rank) (rsLoRA)", only=LORA)
-    lora_A: str = key("uniform", "how A is drawn; frozen: orthogonal, not trained (AsyLoRA)",
-                      lora.KINDS_OF_A, LORA)
+    lora_A: str = key("uniform", "how A is drawn; frozen: as AsyLoRA", lora.KINDS_OF_A, LORA)
     lora_plus_ratio: float = key(1.0, "learning rate of B over that of A (LoRA+)", ABOVE_0, LORA)
     dora: bool = key(False, "train the magnitudes of the rows of W + dW (DoRA)", only=ADAPTERS)
     dropout: float = key(0.0, "dropout on the input of the adapters", BELOW_1, ADAPTERS)
     targets: tuple[str, ...] = key(PROJECTIONS, "names of the linear layers to adapt")
     train_rest: bool = key(True, "embeddings, norms and head train too; False: adapters only")
-    restart_every: int = key(0, "steps between restarts, which merge the update and start a new "
-                             "one (ReLoRA, ReMoRA); 0: none")
+    restart_every: int = key(0, "steps between merging restarts (ReLoRA, ReMoRA); 0: none")
     restart_steps: tuple[int, ...] = key((), "steps of restarts, instead of restart_every")
-    restart_keep: float = key(0.0, "fraction of the adapters' first moments that a restart keeps, "
-                              "the largest ones; 0: optimizer state is dropped", UP_TO_1)
+    restart_keep: float = key(0.0, "fraction of the first moments that a restart keeps", UP_TO_1)
 
     steps: int = key(10000, "optimizer steps", FROM_1, group="optimizer")
     epochs: float = key(0.0, "passes over the training data, instead of steps; 0: steps")
-    optimizer: str = key("adamw", "muon: the matrices of the update (full rank: of the blocks) "
-                         "learn by Muon, everything else by AdamW", ("adamw", "muon"))
+    optimizer: str = key("adamw", "muon: of the matrices of the update (full: of the blocks); the "
+                         "rest learns by AdamW", ("adamw", "muon"))
     schedule: str = key("cosine", "learning rate after the warm-up", ("cosine", "linear"))
     lr: float = key(5e-4, "peak learning rate", ABOVE_0)
     rest_lr: float = key(0.0, "peak learning rate of embeddings, head and norms; 0: lr")
@@ -144,14 +134,11 @@ class Config:
 
     device: str = key("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"),
                       group="machine")
-    dtype: str = key("auto", "dtype of the computation, parameters are float32; auto: bfloat16 on "
-                     "cuda, else float32", ("auto", "float32", "bfloat16"))
-    base_dtype: str = key("float32", "dtype of the frozen weights; bfloat16 halves their memory "
-                          "and computes W x and the update apart", ("float32", "bfloat16"))
-    matmul: str = key("bf16", "fp8: products with frozen weights in FP8, on devices that have it",
-                      ("bf16", "fp8"))
-    compile: str = key("auto", "torch.compile of each block; auto: on for cuda, else off",
-                       ("auto", "on", "off"))
+    dtype: str = key("auto", "dtype of the computation; auto: bfloat16 on cuda, else float32",
+                     ("auto", "float32", "bfloat16"))
+    base_dtype: str = key("float32", "dtype of the frozen weights", ("float32", "bfloat16"))
+    matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
+    compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))
 
     def cycle(self, step):
         """(number of restarts up to and including this step, step of the latest one or 0)."""
@@ -174,15 +161,14 @@ class Config:
             return {}
         own = [name for name, field in FIELDS.items() if self.method in field.metadata["only"]
                and name != "lora_plus_ratio"]  # of the optimizer
-        names = ["method", "targets", "train_rest", "seed", *own, *["rank"] * bool(own)]
+        names = ["method", "targets", "train_rest", "seed", *own] + (["rank"] if own else [])
         return {name: getattr(self, name) for name in names}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-# --------------------------------------------------------------------------------------------------
-# from the command line to a Config
+# ---- from the command line to a Config
 
 def load(argv, default):
     """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`. Raises UserError.
@@ -238,7 +224,12 @@ def read_override(word):
 def read_file(path):
     """(first docstring line, {key: value}, {variant: {key: value}}) of a config file."""
     if not path.is_file():
-        raise UserError(f"no config file {path}{_nearest_experiment(path.stem)}")
+        typed = {file.stem: str(file) for file in _shipped()}
+        typed |= {f"{stem}_{variant}": f"{file} {variant}" for stem, file in typed.items()
+                  for variant in read_file(Path(file))[2]}
+        close = difflib.get_close_matches(path.stem, typed, 1, 0.5)
+        advice = f"did you mean {typed[close[0]]}?" if close else "--configs lists them"
+        raise UserError(f"no config file {path}; {advice}")
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
@@ -262,16 +253,6 @@ def read_file(path):
 def _shipped():
     """The files of configs/, relative to the current folder, as they are typed."""
     return [Path(os.path.relpath(path)) for path in sorted((ROOT / "configs").glob("*.py"))]
-
-
-def _nearest_experiment(stem):
-    """The hint for a config file that does not exist. FILE_VARIANT finds the variant of FILE."""
-    typed = {}
-    for file in _shipped():
-        typed[file.stem] = str(file)
-        typed |= {f"{file.stem}_{variant}": f"{file} {variant}" for variant in read_file(file)[2]}
-    close = difflib.get_close_matches(stem, typed, 1, 0.5)
-    return f"; did you mean {typed[close[0]]}?" if close else "; --configs lists them"
 
 
 def hint(word, words):
@@ -321,8 +302,7 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-# --------------------------------------------------------------------------------------------------
-# what can run
+# ---- what can run
 
 def need(condition, message):
     """Raise UserError with the message unless the condition holds."""
@@ -336,12 +316,13 @@ def check(cfg):
         value, only = cast(name, getattr(cfg, name)), field.metadata["only"]
         need(not only or cfg.method in only or value == field.default, f"method {cfg.method} takes "
              f"no {name}, got {value!r}; only {' and '.join(only)} can have it")
-    check_heads(cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads)
+    heads_fit(cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads)
     for conflict, message in conflicts(cfg):
         need(not conflict, message)
 
 
-def check_heads(hidden_size, heads, kv_heads, where=""):
+def heads_fit(hidden_size, heads, kv_heads, where=""):
+    """Raise UserError unless the heads divide hidden_size. kv_heads 0: as many as heads."""
     need(hidden_size % (2 * heads) == 0, f"{where}hidden_size {hidden_size} must be an even "
          f"multiple of num_attention_heads {heads}")
     need(heads % (kv_heads or heads) == 0, f"{where}num_attention_heads {heads} must be a multiple "
@@ -383,10 +364,7 @@ def conflicts(cfg):
 
 
 def schedule_warnings(cfg):
-    """Lines about restarts and warm-ups that do not fit into the steps of the run.
-
-    A trial of a few steps is normal, so none of them stops a run. cfg.steps must be final.
-    """
+    """Lines about restarts and warm-ups that do not fit into cfg.steps, which must be final."""
     notes, steps, every = [], cfg.steps, cfg.restart_every
     if cfg.warmup >= steps:
         notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the whole run is warm-up, "
@@ -410,8 +388,7 @@ def schedule_warnings(cfg):
 def accumulation(cfg, processes):
     """(sequences per forward pass, forward passes per step) of each process.
 
-    The global batch is fixed, so the number of processes does not change the experiment. Raises
-    UserError if it does not divide.
+    The global batch is fixed, so the number of processes does not change the experiment.
     """
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
@@ -427,8 +404,7 @@ def differences(cfg):
             if getattr(cfg, name) != field.default}
 
 
-# --------------------------------------------------------------------------------------------------
-# what is printed
+# ---- what is printed
 
 def help_text():
     """The keys with their defaults and explanations, in groups."""
@@ -467,8 +443,7 @@ def experiments_text():
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# command lines
+# ---- command lines
 
 def command_line(main):
     """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
@@ -477,7 +452,7 @@ def command_line(main):
     A second Ctrl-C ends the process at once.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # ASCII terminals
     signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -493,8 +468,13 @@ def command_line(main):
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
-        where = "" if rank == "0" else f" on rank {rank}"
-        print(f"error{where}: {_explained(error)}", file=sys.stderr, flush=True)
+        where, text = "" if rank == "0" else f" on rank {rank}", error
+        if isinstance(error, OSError):
+            text = error.strerror or one_line(error) or type(error).__name__
+            text += f": {error.filename}" if error.filename is not None else ""
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                text += "; free some space and run the same command again"
+        print(f"error{where}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -505,17 +485,6 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def _explained(error):
-    """One line on an error: of an OSError what failed, the file, and for a full disk what to do."""
-    if not isinstance(error, OSError):
-        return error
-    text = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-    if error.filename is not None:
-        text += f": {error.filename}"
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return text + ("; free some space and run the same command again" if full else "")
-
-
 class Arguments(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -524,7 +493,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def at_least(minimum, kind=int, largest=LARGEST):
-    """An argparse type: a number of this kind from minimum to largest, see number."""
+    """An argparse type: see number."""
     def parse(text):
         try:
             return number("", to_number(text), kind, minimum, largest)
@@ -533,8 +502,7 @@ def at_least(minimum, kind=int, largest=LARGEST):
     return parse
 
 
-# --------------------------------------------------------------------------------------------------
-# files
+# ---- files
 
 def read_json(path, kind=object):
     """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
@@ -579,7 +547,7 @@ def lock(folder, doing):
              "needs it alone; wait for that process, or end it")
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             file.flush()
             yield
         finally:
