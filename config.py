@@ -282,8 +282,9 @@ def number(subject, value, kind=int, least=0, most=LARGEST):
 
 def cast(name, value, where=""):
     """`value` as the type of the key `name`, if it is in its range or among its choices."""
-    need(name in FIELDS, f"unknown key {name!r} {where or 'on the command line'}"
-         f"{hint(name, FIELDS)}")
+    if name not in FIELDS:
+        where = where or "on the command line"
+        raise UserError(f"unknown key {name!r} {where}{hint(name, FIELDS)}")
     kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
     subject = f"{name} {where}".strip()
     if kind in (int, float):
@@ -292,8 +293,9 @@ def cast(name, value, where=""):
     if get_args(kind) and isinstance(value, (tuple, list)):
         value, fits = tuple(value), all(type(part) is get_args(kind)[0] for part in value)
     need(fits, f"{subject} must be {WORDS[kind]}, got {value!r:.80}")
-    need(not allowed or value in allowed, f"{subject} must be one of "
-         f"{', '.join(filter(None, allowed))}, got {value!r}{hint(value, allowed)}")
+    if allowed and value not in allowed:
+        choices = ", ".join(filter(None, allowed))
+        raise UserError(f"{subject} must be one of {choices}, got {value!r}{hint(value, allowed)}")
     return value
 
 
