@@ -209,7 +209,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     best = best_of(out) if keep_best else None
-    for old in steps_of(out)[:-cfg.keep or None] if cfg.keep else []:
+    for old in steps_of(out)[:-cfg.keep] if cfg.keep else []:
         if old != best:
             # renamed first, so that a kill leaves no half checkpoint behind
             shutil.rmtree(old.rename(temporary(old, "removing")))
@@ -271,12 +271,12 @@ def steps_of(run):
 
 
 def best_of(run):
-    """The checkpoint of a run with the lowest finite validation loss; damaged ones are left out."""
+    """The checkpoint of a run with the lowest validation loss; damaged ones are left out."""
     losses = {}
     for step in steps_of(run):
         with contextlib.suppress(UserError):
             loss = read_state(step).get("val_loss")
-            if isinstance(loss, float) and math.isfinite(loss):
+            if isinstance(loss, float):
                 losses[step] = loss
     return min(losses, key=losses.get, default=None)
 
@@ -373,10 +373,9 @@ def resume(path, model, optimizer):
 def load(path, base=None, best=False):
     """(model in float32, tokenizer or None, folder) of what a command line names.
 
-    path: a run (its newest step is taken, or with `best` the one of the lowest validation loss), a
-    step, a Hugging Face directory, or an adapter folder.
-    A step with an update returns an adapted model; so does an adapter folder, on `base`, a Hugging
-    Face directory (None: the one that the folder names).
+    path: a run (its newest step, or with `best` the one of the lowest validation loss), a step, a
+    Hugging Face directory, or an adapter folder, which takes `base`, a Hugging Face directory
+    (None: the one that it names). The model of a step or adapter folder with an update is adapted.
     """
     need(str(path), "the path of the checkpoint is empty")
     run, path = path, Path(path)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -36,11 +37,6 @@ if (Path(__file__).parent / Path(sys.argv[0]).name).is_file():
 import lora
 import mora
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 ROOT = Path(__file__).parent
 LARGEST = 2 ** 32 - 1  # of all numbers: products of a few fit into 64 bits, and into float32
 TINY = 1e-30           # the smallest number above 0: float32 holds it and LARGEST / TINY
@@ -53,8 +49,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 LORA, MORA, ADAPTERS = ("lora",), ("mora",), ("lora", "mora")
 
 
-class UserError(Exception):
-    """A mistake that the user can correct: one line on stderr and exit status 2, no traceback."""
+class UserError(argparse.ArgumentTypeError):
+    """A mistake that the user can correct: one line on stderr and exit status 2, no traceback.
+
+    Raised by the type of an argparse option, it gets the name of the option before it.
+    """
 
 
 def key(default, explanation, allowed=(), only=(), group=""):
@@ -209,8 +208,7 @@ def read_override(word):
     name, equals, text = word.lstrip("-").partition("=")
     kind, value = FIELDS[name].type if name in FIELDS else str, text
     if kind is bool:
-        switch = {"true": True, "1": True, "false": False, "0": False}
-        value = switch.get(text.lower(), text) if equals else True
+        value = {"": True, "true": True, "false": False}.get(text.lower(), text)
     elif kind in (int, float):
         value = to_number(text)
     elif kind is not str:
@@ -276,7 +274,7 @@ def number(subject, value, kind=int, least=0, most=LARGEST):
     inverse: what is nearer to 0 than TINY is 0.
     """
     fits = type(value) in (int, float) and least <= value <= most and kind(value) == value
-    need(fits, f"{subject} must be {WORDS[kind]} from {least} to {most}, got {value!r:.80}")
+    need(fits, f"{subject} must be {WORDS[kind]} from {least} to {most}, got {value!r:.80}".strip())
     return kind(value if abs(value) >= TINY else 0)
 
 
@@ -495,12 +493,9 @@ class Arguments(argparse.ArgumentParser):
 
 
 def at_least(minimum, kind=int, largest=LARGEST):
-    """An argparse type: see number."""
+    """An argparse type, see number."""
     def parse(text):
-        try:
-            return number("", to_number(text), kind, minimum, largest)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(one_line(error)) from None
+        return number("", to_number(text), kind, minimum, largest)
     return parse
 
 
@@ -530,12 +525,9 @@ def write_json(path, value):
 def lock(folder, doing):
     """Hold the lock of a folder, the file .lock in it. doing: what needs it, for the message.
 
-    Raises UserError that names the process and the host if another process holds it. The lock of a
-    process that has ended does not block. Without fcntl (Windows) nothing is locked.
+    Raises UserError that names the process and the host that hold it. A process that has ended
+    does not block.
     """
-    if fcntl is None:
-        yield
-        return
     path = Path(folder) / ".lock"
     with open(path, "a+") as file:
         try:

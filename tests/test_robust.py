@@ -330,13 +330,6 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path, holder):
     assert not (tmp_path / "n" / ".lock").exists()
 
 
-def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
-    import config
-    monkeypatch.setattr(config, "fcntl", None)
-    with lock(tmp_path, "one"), lock(tmp_path, "two"):
-        assert not list(tmp_path.iterdir())
-
-
 def test_two_preparations_of_one_folder_do_not_mix(tmp_path):
     def read():
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
