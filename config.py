@@ -110,8 +110,7 @@ class Config:
 
     steps: int = key(10000, "optimizer steps", FROM_1, group="optimizer")
     epochs: float = key(0.0, "passes over the training data, instead of steps; 0: steps")
-    optimizer: str = key("adamw", "muon: of the matrices of the update (full: of the blocks); the "
-                         "rest learns by AdamW", ("adamw", "muon"))
+    optimizer: str = key("adamw", "muon: Muon for matrices, AdamW for the rest", ("adamw", "muon"))
     schedule: str = key("cosine", "learning rate after the warm-up", ("cosine", "linear"))
     lr: float = key(5e-4, "peak learning rate", ABOVE_0)
     rest_lr: float = key(0.0, "peak learning rate of embeddings, head and norms; 0: lr")
