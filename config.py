@@ -447,7 +447,7 @@ def experiments_text():
 def command_line(main):
     """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
 
-    Exit status: 2 for a UserError or an OSError, 130 for Ctrl-C, 1 if the reader of stdout is gone.
+    Exit status: 2 for a UserError, an OSError, no memory, 130 for Ctrl-C, 1 for a closed pipe.
     A second Ctrl-C ends the process at once.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -461,15 +461,17 @@ def command_line(main):
         # Python flushes stdout again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # torch raises a RuntimeError where Python raises a MemoryError
         # under torchrun all processes usually raise the same error: rank 0 prints it, and torchrun
         # ends the others while they wait
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
-        where, text = "" if rank == "0" else f" on rank {rank}", error
+        where, text = "" if rank == "0" else f" on rank {rank}", one_line(error)
         if isinstance(error, OSError):
-            text = error.strerror or one_line(error) or type(error).__name__
+            text = error.strerror or text or type(error).__name__
             text += f": {error.filename}" if error.filename is not None else ""
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 text += "; free some space and run the same command again"

@@ -360,11 +360,21 @@ def test_a_failed_write_of_json_leaves_nothing(tmp_path):
     (IsADirectoryError(21, "Is a directory", "x"), "error: Is a directory: x\n"),
     (TimeoutError(), "error: TimeoutError\n"),
     (UserError("a mistake"), "error: a mistake\n"),
+    (MemoryError("Unable to allocate 32.0 GiB"), "error: Unable to allocate 32.0 GiB\n"),
+    (RuntimeError("CUDA out of memory.\nTried to allocate 9 GiB"),
+     "error: CUDA out of memory. Tried to allocate 9 GiB\n"),
 ])
 def test_failures_of_the_machine_are_one_line(command, error, line):
     def main(argv):
         raise error
     assert command(main, []) == (2, line)
+
+
+def test_other_errors_keep_their_traceback(command):
+    def main(argv):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        command(main, [])
 
 
 def test_an_interrupt_ends_with_130_and_a_second_one_at_once(command):
