@@ -50,10 +50,7 @@ LORA, MORA, ADAPTERS = ("lora",), ("mora",), ("lora", "mora")
 
 
 class UserError(argparse.ArgumentTypeError):
-    """A mistake that the user can correct: one line on stderr and exit status 2, no traceback.
-
-    Raised by the type of an argparse option, it gets the name of the option before it.
-    """
+    """A mistake that the user can correct: one line on stderr and exit status 2, no traceback."""
 
 
 def key(default, explanation, allowed=(), only=(), group=""):
@@ -230,11 +227,10 @@ def read_file(path):
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", "?")
+        frames = traceback.extract_tb(error.__traceback__)
+        place = error if isinstance(error, SyntaxError) else frames[-1]
         text = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path}, line {line}: {text}") from error
+        raise UserError(f"{place.filename}, line {place.lineno}: {text}") from error
     lines = (names.get("__doc__") or "").strip().splitlines()
     variants = names.pop("variants", {})
     named = variants.items() if isinstance(variants, dict) else [(None, variants)]
@@ -366,9 +362,8 @@ def schedule_warnings(cfg):
     """Lines about restarts and warm-ups that do not fit into cfg.steps, which must be final."""
     notes, steps, every = [], cfg.steps, cfg.restart_every
     if cfg.warmup >= steps:
-        notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the whole run is warm-up, "
-                     f"and the learning rate ends at {cfg.lr * steps / cfg.warmup:.3g} "
-                     f"(lr is {cfg.lr:g})")
+        notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the learning rate ends at "
+                     f"{cfg.lr * steps / cfg.warmup:.3g} (lr is {cfg.lr:g})")
     planned = range(every, max(steps, every + 1), every) if every else cfg.restart_steps
     restarts = [step for step in planned if step < steps]
     late = [str(step) for step in planned if step >= steps]
@@ -494,7 +489,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def at_least(minimum, kind=int, largest=LARGEST):
-    """An argparse type, see number."""
+    """An argparse type, see number. argparse puts the name of the option before the UserError."""
     def parse(text):
         return number("", to_number(text), kind, minimum, largest)
     return parse
