@@ -334,25 +334,20 @@ def conflicts(cfg):
            f"{cfg.init_from} loads them: remove one of the two")
     yield adapts and not cfg.rank, f"rank must be at least 1 for method {method}, got 0"
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
-    yield ("lm_head" in cfg.targets, "targets may not name lm_head: the loss reads only its "
-           "weight, so an update of it would never train")
-    yield (cfg.rslora and not cfg.alpha,
-           "rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+    yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
+    yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
     yield restarts and not adapts, f"method {method} has no update to restart, got {given}"
     yield cfg.restart_every and cfg.restart_steps, f"{given}: give one of them"
     yield (listed != sorted({step for step in listed if step > 0}),
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    yield (restarts and half, "restarts merge small updates, which base_dtype bfloat16 would round "
-           "away: use float32")
-    yield (cfg.rest_lr and not cfg.train_rest and method != "full", f"rest_lr {cfg.rest_lr:g} has "
-           "no effect with train_rest False: embeddings, head and norms do not train")
-    yield (muon and method == "frozen",
-           "optimizer muon has no matrix to train with method frozen: use adamw")
-    yield (muon and cfg.restart_keep, f"restart_keep {cfg.restart_keep:g} keeps first moments of "
-           "AdamW, which optimizer muon does not have: use restart_keep 0 or adamw")
+    yield restarts and half, "restarts merge small updates, which base_dtype bfloat16 rounds away"
+    yield (cfg.rest_lr and not cfg.train_rest and method != "full",
+           f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
+    yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
+    yield (muon and cfg.restart_keep,
+           f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
-    yield (half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 would "
-           "round away: use float32")
+    yield half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 rounds away"
     yield half and fp8, "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16"
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "
            f"{cfg.dropout:g} computes them apart: use dropout 0 or matmul bf16")
@@ -398,7 +393,7 @@ def differences(cfg):
             if getattr(cfg, name) != field.default}
 
 
-# ---- what is printed
+# ---- command lines
 
 def help_text():
     """The keys with their defaults and explanations, in groups."""
@@ -436,8 +431,6 @@ def experiments_text():
             lines.append(f"    {variant}".ljust(29) + f" {' '.join(pairs)}")
     return "\n".join(lines)
 
-
-# ---- command lines
 
 def command_line(main):
     """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
