@@ -40,7 +40,7 @@ import mora
 ROOT = Path(__file__).parent
 LARGEST = 2 ** 32 - 1  # of all numbers: products of a few fit into 64 bits, and into float32
 TINY = 1e-30           # the smallest number above 0: float32 holds it and LARGEST / TINY
-FROM_0, FROM_1, ABOVE_0 = (0, LARGEST), (1, LARGEST), (TINY, LARGEST)
+FROM_1, ABOVE_0 = (1, LARGEST), (TINY, LARGEST)  # ranges; a number without one is from 0
 UP_TO_1, BELOW_1 = (0, 1), (0, 0.999999)
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
          tuple[str, ...]: "names with commas between",
@@ -91,7 +91,7 @@ class Config:
     method: str = key("mora", "full: all trains; frozen: embeddings, norms, head; lora, mora: an "
                       "update of each target, too", ("full", *mora.METHODS), group="method")
     rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters")
-    operator: str = key("", "how inputs are folded; empty: share", ("", *mora.OPERATORS), MORA)
+    operator: str = key("share", "how inputs and outputs are folded", mora.OPERATORS, MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)
     rslora: bool = key(False, "the scale is alpha / sqrt(rank) (rsLoRA)", only=LORA)
@@ -192,8 +192,6 @@ def load(argv, default):
         if name == "steps":
             values.pop("epochs", None)  # those of the file would win over later steps
     values["out"] = values.get("out") or f"out/{path.stem}{f'_{variant}' if variant else ''}"
-    if values.get("method", Config.method) == "mora":
-        values["operator"] = values.get("operator") or "share"
     cfg = Config(**values)
     check(cfg)
     return cfg
@@ -281,7 +279,7 @@ def cast(name, value, where=""):
     kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
     subject = f"{name} {where}".strip()
     if kind in (int, float):
-        return number(subject, value, kind, *allowed or FROM_0)
+        return number(subject, value, kind, *allowed)
     fits = kind in (bool, str) and isinstance(value, kind)
     if get_args(kind) and isinstance(value, (tuple, list)):
         value, fits = tuple(value), all(type(part) is get_args(kind)[0] for part in value)

@@ -95,7 +95,7 @@ def test_fine_tuning_follows_appendix_a(task):
         assert (cfg.method, cfg.rank, cfg.train_rest) == (method, int(rank), False)
         assert cfg.alpha == {"lora_r8": 16, "lora_r256": 128}.get(variant, 0)
         operator = "rotate" if rank == "8" and task != "uuid" else "share"
-        assert cfg.operator == (operator if method == "mora" else "")
+        assert cfg.operator == (operator if method == "mora" else "share")
 
 
 def test_metamath_has_the_operators_of_table_4():
@@ -278,7 +278,7 @@ def test_no_number_is_nan_or_infinite(tmp_path):
     assert {"lr", "rest_lr", "epochs", "weight_decay", "rms_norm_eps"} <= {*names}
     for name, bad in itertools.product(names, (math.nan, math.inf, -math.inf)):
         with pytest.raises(UserError, match=f"^{name} must be a number from .* to .*, got {bad}$"):
-            check(dataclasses.replace(Config(), operator="share", **{name: bad}))
+            check(dataclasses.replace(Config(), **{name: bad}))
     path = write(tmp_path, "lr = float('nan')")
     assert refused([path]) == f"lr in {path} must be a number from 1e-30 to 4294967295, got nan"
     for word in ("nan", "inf", "1e999"):
@@ -301,7 +301,7 @@ def test_the_new_keys_combine(tmp_path, words):
 def test_choices_are_those_of_the_code_that_takes_them():
     choices = {field.name: field.metadata["allowed"] for field in dataclasses.fields(Config)}
     assert choices["method"] == ("full", *mora.METHODS)
-    assert choices["operator"] == ("", *mora.OPERATORS)
+    assert choices["operator"] == mora.OPERATORS
     assert (choices["groups"], choices["lora_A"]) == (mora.GROUPS, lora.KINDS_OF_A)
 
 
