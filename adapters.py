@@ -166,7 +166,7 @@ def read(folder):
     Raises UserError for a file that cannot be read and for a key that is not implemented.
     """
     config_file, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = read_json(config_file)
+    config = read_json(config_file, dict)
     refuse(config, config_file)
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save it "

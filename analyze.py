@@ -17,13 +17,14 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from config import Arguments, Config, UserError, command_line, load  # first, for Ctrl-C; isort: skip
+
 import numpy as np
 import torch
 
 import checkpoint
 import mora
 from batches import Batches, SampleBatches
-from config import Arguments, Config, UserError, command_line, load
 from model import Llama, LlamaConfig
 from optimizer import learning_rate
 from shards import Samples, open_split

@@ -22,11 +22,12 @@ import time
 import timeit
 from pathlib import Path
 
+from config import (  # first, for Ctrl-C; isort: skip
+    Arguments, Config, UserError, at_least, command_line, read_json, write_json)
+
 import torch
 
 import mora
-from checkpoint import read_object
-from config import Arguments, Config, UserError, at_least, command_line, write_json
 from model import Llama, LlamaConfig
 from optimizer import optimizer_step
 from train import data_parallel, join_processes, prepare_model
@@ -194,7 +195,7 @@ def parse_arguments(argv):
 
 def compare(args, argv):
     """Measure the methods one after another; print a table and write --json."""
-    numbers = read_object(args.json) if args.json and args.json.exists() else {}
+    numbers = read_json(args.json, dict) if args.json and args.json.exists() else {}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")

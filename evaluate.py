@@ -16,6 +16,8 @@ from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import torch
 import torch.distributed as dist
 
@@ -23,7 +25,6 @@ import checkpoint
 import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from config import Arguments, UserError, at_least, command_line
 from model import Llama
 from sample import greedy
 from shards import Samples, open_split

@@ -11,6 +11,8 @@ import argparse
 import sys
 import time
 
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,7 +20,6 @@ import checkpoint
 import mora
 import sft
 import tokenizer
-from config import Arguments, UserError, at_least, command_line
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
