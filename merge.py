@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from config import UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import torch
 from safetensors import SafetensorError
