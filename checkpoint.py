@@ -278,8 +278,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
         write_hugging_face(beside / "base", weights, model.cfg, tok, cfg.seq_len,
                            inherited_of(model))
         if updates:
-            adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
-                           **cfg.adapter())
+            config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
+            adapters.write(beside / "adapter", config, updates)
         write_optimizer(optimizer, beside / "optimizer.pt")
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss,
