@@ -29,29 +29,27 @@ import mora
 from config import UserError, read_json, write_json
 from lora import LowRank, Rescaled
 
-PREFIX = "base_model.model."
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
+PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
         "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
 AUTHORS_TYPES = (1, 2, 3, 4, 6)
 
-LAST_PARTS = r"(.*\.)?({})"  # of a name: what peft's patterns match
-
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
-COUNT, TEXT = r"[1-9]\d{0,8}", r'"([^"\\]|\\.)*"'
+COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
 SCALE = r"(?=[\d.]*[1-9])\d{1,300}(\.\d+)?(e[+-]\d+)?"
-CHECKS = {key: rule for keys, *rule in (
+CHECKS = {key: check for keys, *check in (
     ("peft_type", '"LORA"|"MORA"'),
     ("use_rslora use_dora use_mora fan_in_fan_out inference_mode", "true|false"),
     ("operator", "|".join(map(json.dumps, mora.OPERATORS))),
     ("groups", "|".join(map(json.dumps, mora.GROUPS))),
     ("mora_type", "|".join(map(str, AUTHORS_TYPES))),
-    ("r", COUNT, "a whole number from 1 to 999999999"),
-    ("lora_alpha", SCALE, "a finite number above 0"),
-    ("rank_pattern", rf"{{({TEXT}: {COUNT}(, )?)*}}", "an object of whole numbers from 1"),
-    ("alpha_pattern", rf"{{({TEXT}: {SCALE}(, )?)*}}", "an object of finite numbers above 0"),
     ("seed", r"-?\d+", "a whole number"),
     ("cycle", r"\d+", "a whole number from 0"),
+    ("r", COUNT, "a whole number from 1 to 99999"),
+    ("lora_alpha", SCALE, "a finite number above 0"),
+    ("rank_pattern", rf"{{({TEXT}: {COUNT}(, )?)*}}", "an object of whole numbers from 1 to 99999"),
+    ("alpha_pattern", rf"{{({TEXT}: {SCALE}(, )?)*}}", "an object of finite numbers above 0"),
     ("base_model_name_or_path task_type", TEXT, "text"),
     # other values change the biases or the base model itself
     ("bias", '"none"'),
@@ -62,11 +60,13 @@ CHECKS = {key: rule for keys, *rule in (
     ("layers_to_transform", r"\d+|\[(\d+(, )?)*\]", "a whole number or a list of them"),
     # these do not change the trained function
     ("lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
-     "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config", ".*", "anything"),
+     "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config", ".*"),
 ) for key in keys.split()}
+AUTHORS_CHECKS = {"peft_type": ['"LORA"'], "use_dora": ["false"]}  # with use_mora
 NOT_IMPLEMENTED = r'false|0|""|\[\]|{}', "left out: it is not implemented"
 NEEDED = {"LORA": ("peft_type", "r", "lora_alpha"),
           "MORA": ("r", "operator", "groups", "seed", "cycle")}  # the others may be null or missing
+LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
 
 
 @contextlib.contextmanager
@@ -85,20 +85,18 @@ def read_config(folder):
     config = read_json(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} must hold a JSON object, got {json.dumps(config)[:80]}")
+    checks = CHECKS | AUTHORS_CHECKS if config.get("use_mora") else CHECKS
     needed = NEEDED["MORA" if config.get("peft_type") == "MORA" else "LORA"]
     for key in (*needed, *config):
-        text, (form, *words) = json.dumps(config.get(key)), CHECKS.get(key, NOT_IMPLEMENTED)
+        text, (form, *words) = json.dumps(config.get(key)), checks.get(key, NOT_IMPLEMENTED)
         if not re.fullmatch(form, text) and (text != "null" or key in needed):
-            words = words or [form.replace("|", " or ")]
-            raise UserError(f"{file}: {key} must be {words[0]}, got {text[:80]}")
+            must_be = words[0] if words else form.replace("|", " or ")
+            raise UserError(f"{file}: {key} must be {must_be}, got {text[:80]}")
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
         for text in [config[key]] if isinstance(config.get(key), str) else config.get(key) or ():
             with as_user_error(f"{file}: {key} holds {text!r:.80}, which is no regular expression",
                                re.error, OverflowError, RecursionError):
                 re.compile(LAST_PARTS.format(text) if isinstance(config[key], dict) else text)
-    if config.get("use_mora") and (config["peft_type"] == "MORA" or config.get("use_dora")):
-        raise UserError(f"{file}: use_mora true is implemented with peft_type LORA and use_dora "
-                        f"false alone, got {config['peft_type']} and {config.get('use_dora')}")
     return config
 
 
@@ -108,8 +106,7 @@ def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
 
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
-    UserError if the folder could not give the model back: parameters beside the updates trained, or
-    the layers have updates of several kinds.
+    UserError if other parameters train beside the updates, or the updates are of several kinds.
     """
     config, updates = config_of(model, base), dict(mora.adapter_parameters(model))
     rest = [name for name, parameter in model.named_parameters()
@@ -124,17 +121,14 @@ def save(model, folder, base=None):
 def write(folder, config, updates, metadata=None):
     """Write an adapter folder: its config, {name of mora.adapter_parameters: tensor}, and strings
     for the head of the safetensors file."""
-    tensors = {tensor_name(name): tensor.detach().cpu().contiguous()
-               for name, tensor in updates.items()}
+    tensors = {}
+    for name, tensor in updates.items():
+        layer, _, key = name.partition(".update.")
+        tensor_name = f"{PREFIX}{layer}.{KEYS[key.removeprefix('inner.')]}"
+        tensors[tensor_name] = tensor.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", config)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"} | (metadata or {}))
-
-
-def tensor_name(name):
-    """The name in a file of a parameter of mora.adapter_parameters."""
-    layer, _, key = name.partition(".update.")
-    return f"{PREFIX}{layer}.{KEYS[key.removeprefix('inner.')]}"
 
 
 def config_of(model, base=None):
@@ -145,13 +139,13 @@ def config_of(model, base=None):
     config = {}
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values = {name: each.pop(key) for name, each in options.items() if key in each}
-        config[key] = most = max(values.values(), default=None)
+        config[key] = largest = max(values.values(), default=None)
         config[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()
-                           if value != most}
+                           if value != largest}
     names, (first, *others) = sorted(options), options.values()
     for other in others:
         if other != first:
-            raise UserError(f"one adapter folder cannot hold {first} and {other}")
+            raise UserError(f"one adapter folder cannot hold layers with {first} and {other}")
     last_parts = {name.rpartition(".")[2] for name in names}
     if not any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model)):
         names = sorted(last_parts)  # no other layer has them
@@ -185,13 +179,8 @@ def read_tensors(file):
         return load_file(file)
 
 
-def weights(folder):
-    """{name of mora.adapter_parameters: tensor} of an adapter folder; see `read`."""
-    return read(folder)[1]
-
-
 def read(folder):
-    """(config, {name of mora.adapter_parameters: tensor}) of an adapter folder.
+    """(config, {layer: {name of its update's parameter: tensor}}) of an adapter folder.
 
     Raises UserError for a file that cannot be read and for what is not implemented or not finite.
     """
@@ -199,8 +188,8 @@ def read(folder):
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save it "
                         "again with safe_serialization=True")
-    updates, inner = {}, "inner." if config.get("use_dora") else ""
-    for name, tensor in read_tensors(file).items():
+    layers, tensors = {}, read_tensors(file)
+    for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         if not key or not name.startswith(PREFIX):
             raise UserError(f"{file}: {name} is no part of an adapter of linear layers "
@@ -208,12 +197,32 @@ def read(folder):
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise UserError(f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
-        updates[f"{layer}.update.{'' if key == 'magnitude' else inner}{key}"] = tensor
-    if not updates:
+        is_inner = config.get("use_dora") and key != "magnitude"
+        layers.setdefault(layer, {})[f"inner.{key}" if is_inner else key] = tensor
+    if not layers:
         raise UserError(f"{file} holds no tensors, so it adapts nothing")
-    if config.get("use_mora"):
-        drop_second_copies(updates, file)
-    return lora_as_mora(config, updates, file)
+    for name, tensors_of_layer in layers.items() if config.get("use_mora") else ():
+        B = tensors_of_layer.pop("B", None)  # the fork saves lora_A there again
+        if B is not None and not torch.equal(B, tensors_of_layer.get("A", B)):
+            raise UserError(f"{file}: {name} has a lora_B that is not its lora_A, as use_mora "
+                            "makes it")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    if metadata.get("crc32") == checksum(metadata.get("mora", ""), tensors.values()):
+        config = json.loads(metadata["mora"]) | {"from_lora": True}  # unchanged since as_lora
+    return config, layers
+
+
+def checksum(text, tensors):
+    """A number, as text, that changes if the text or one of the tensors does."""
+    blocks = (tensor.detach().cpu().contiguous().view(torch.uint8) for tensor in tensors)
+    return str(sum((zlib.crc32(block.numpy()) for block in blocks), zlib.crc32(text.encode())))
+
+
+def weights(folder):
+    """{name of mora.adapter_parameters: tensor} of an adapter folder."""
+    return {f"{layer}.update.{key}": tensor for layer, tensors in read(folder)[1].items()
+            for key, tensor in tensors.items()}
 
 
 def base_of(folder, base=None):
@@ -249,51 +258,48 @@ def attach(model, folder, exclude=("lm_head",)):
     exclude: names of layers whose weight the model reads itself; model.py's loss does so with
     lm_head. Raises UserError for layers that do not fit.
     """
-    config, updates = read(folder)
-    linears, dora = mora.find_linears(model), bool(config.get("use_dora"))
+    (config, layers), linears = read(folder), mora.find_linears(model)
+    dora = bool(config.get("use_dora"))
     if config.get("fan_in_fan_out") and not any(map(mora.is_transposed, linears.values())):
         raise UserError(f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
-    names = dict.fromkeys(name.partition(".update.")[0] for name in updates)
-    for name in names:
+    for name in layers:
         if name not in linears or name in exclude:
             raise UserError(f"{folder} adapts {name}, which is no linear layer of the base model's "
                             "blocks: is it of another base model?")
+    linears, inner = {name: linears[name] for name in layers}, "inner." if dora else ""
     with as_user_error(folder, ValueError):
-        mora.refuse_read_weights(model, {name: linears[name] for name in names})
-        mora.refuse_shared_weights(model, {name: linears[name] for name in names})
-    for name in names:
+        mora.refuse_read_weights(model, linears)
+        mora.refuse_shared_weights(model, linears)
+    for name, tensors in layers.items():
         with as_user_error(f"{folder}: {name}", ValueError):
             update = update_of(config, name, linears[name])
-        mora.replace(model, name, mora.AdaptedLinear(linears[name], update, dora=dora))
-    needed = dict(mora.adapter_parameters(model))
-    for name in needed | updates:
-        shapes = [list(each[name].shape) if name in each else "absent"
-                  for each in (updates, needed)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{folder}: {tensor_name(name)} is {shapes[0]}, but here it must be "
-                            f"{shapes[1]}: is it of another base model?")
-    layers = mora.adapted_layers(model)
-    for _, layer in layers:
-        layer.update.to_empty(device=layer.weight.device)
-    if config["peft_type"] == "MORA":
-        mora.start_cycle(layers, config["seed"], config["cycle"])  # the groups of its cycle
-    for name, parameter in mora.adapter_parameters(model):
-        parameter.copy_(updates[name])
+        layer = mora.AdaptedLinear(linears[name], update, dora=dora)
+        if config["peft_type"] == "MORA":  # the groups of its cycle
+            mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
+        if config.get("from_lora"):
+            A, B = tensors.pop(f"{inner}A"), tensors.pop(f"{inner}B")
+            tensors[f"{inner}M"] = square_of_factors(update, A, B)
+        parameters = dict(layer.update.named_parameters())
+        given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
+                         for each in (tensors, parameters))
+        if given != needed:
+            raise UserError(f"{folder}: {name} has tensors of the shapes {given}, but here it "
+                            f"takes {needed}: is it of another base model?")
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+        mora.replace(model, name, layer)
     mora.save_pretrained_merged(model)
     return model
 
 
 def update_of(config, name, linear):
-    """The update that a config describes for one layer, on the meta device; DoRA's inner one."""
-    shape = mora.update_shape(linear) | {"device": "meta"}
+    """The update that a config describes for one layer, to be filled; DoRA's inner one."""
+    shape = mora.update_shape(linear)
     shape["rank"] = value_for(name, config.get("rank_pattern"), config["r"])
     if config.get("use_mora"):
         return AuthorsSquare(**shape, mora_type=config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        square = mora.Square(**shape, operator=config["operator"], groups=config["groups"])
-        for fold in (square.fold_in, square.fold_out):
-            fold.move(0, 0)  # to_empty fills its buffers again
-        return square
+        return mora.Square(**shape, operator=config["operator"], groups=config["groups"])
     alpha = value_for(name, config.get("alpha_pattern"), config["lora_alpha"])
     return LowRank(**shape, alpha=alpha, rslora=bool(config.get("use_rslora")))
 
@@ -320,24 +326,23 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     Returns {"rank": of the LoRA, "bytes": of its file, "error": the largest relative Frobenius
     error of a layer's dW}. Raises UserError if the model has no MoRA, or no exact LoRA.
     """
-    config, updates, factors, largest_error = config_of(model, base), {}, {}, 0.0
+    config, error = config_of(model, base), 0.0
     if config["peft_type"] != "MORA":
         raise UserError("the model has no MoRA adapter to write as a LoRA")
-    for name, layer in mora.adapted_layers(model):
-        square = layer.update
-        if config["use_dora"]:
-            updates[f"{name}.update.magnitude"] = square.magnitude
-            square = square.inner
+    squares = {name: getattr(layer.update, "inner", layer.update)
+               for name, layer in mora.adapted_layers(model)}
+    updates = {name: parameter for name, parameter in mora.adapter_parameters(model)
+               if name.endswith(".magnitude")}
+    width = rank or max(len(square.M) for square in squares.values())
+    for name, square in squares.items():
         if not rank and square.fold_in.blocks > 1:
             limit = min(square.fold_in.features, square.fold_out.features)
             raise UserError(f"{name}: {square.operator} makes a dW of rank up to {limit}, so no "
                             "LoRA of rank r^ equals it: name a rank to cut it to, or merge it")
         dW = square.delta()
         A, B = (factor.to(dtype) for factor in factors_of(square, dW, rank))
-        error = (dW - B.to(dW.dtype) @ A.to(dW.dtype)).norm() / dW.norm().clamp_min(1e-30)
-        factors[name], largest_error = (A, B), max(largest_error, error.item())
-    width = max(len(A) for A, _ in factors.values())
-    for name, (A, B) in factors.items():
+        left = dW - B.to(dW.dtype) @ A.to(dW.dtype)
+        error = max(error, (left.norm() / dW.norm().clamp_min(1e-30)).item())
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
@@ -347,7 +352,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
     write(Path(folder), config, updates, metadata)
     size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    return {"rank": width, "bytes": size, "error": largest_error}
+    return {"rank": width, "bytes": size, "error": error}
 
 
 def factors_of(square, dW, rank):
@@ -360,34 +365,15 @@ def factors_of(square, dW, rank):
     return square.fold_in(identity)[:, 0].T, square.fold_out.adjoint(square.M.T[:, None]).T
 
 
-def checksum(text, tensors):
-    """A number, as text, that changes if the text or one of the tensors does."""
-    blocks = (tensor.detach().cpu().contiguous().view(torch.uint8) for tensor in tensors)
-    return str(sum(map(zlib.crc32, (block.numpy() for block in blocks)), zlib.crc32(text.encode())))
-
-
-def lora_as_mora(config, updates, file):
-    """(config, updates) of the MoRA that `as_lora` wrote as this LoRA and nobody changed since, or
-    of the LoRA itself."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-    text = metadata.get("mora", "")
-    if metadata.get("crc32") != checksum(text, updates.values()):
-        return config, updates
-    config = json.loads(text)
-    for name in [name for name in updates if name.endswith(".A")]:
-        A, B = updates.pop(name), updates.pop(f"{name[:-1]}B")
-        linear = nn.Linear(A.shape[1], len(B), device="meta")
-        layer = name.partition(".update.")[0]
-        square = update_of(config, layer, linear).to_empty(device="cpu")
-        mora.start_cycle([(layer, mora.AdaptedLinear(linear, square))], config["seed"],
-                         config["cycle"])
-        width = len(square.M)
-        row_of_M = square.fold_out.adjoint(torch.arange(1.0, width + 1)[None]).long()  # 0: none
-        M = B.new_zeros(width + 1, width)
-        M[row_of_M] = B[:, :width]
-        updates[f"{name[:-1]}M"] = M[1:]
-    return config, updates
+def square_of_factors(square, A, B):
+    """The M (r^, r^) of a Square of which factors_of made A and B; B if it has other features."""
+    if (A.shape[1], len(B)) != (square.fold_in.features, square.fold_out.features):
+        return B
+    rows = torch.arange(1.0, len(square.M) + 1, device=square.M.device)
+    row_of_output = square.fold_out.adjoint(rows[None]).long().cpu()  # 0: none
+    M = B.new_zeros(len(rows) + 1, len(rows))
+    M[row_of_output] = B[:, :len(rows)]
+    return M[1:]
 
 
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
@@ -398,15 +384,6 @@ def lora_as_mora(config, updates, file):
 #
 #     mora_type   1: share; 2: share, groups of neighbours; 3: the inputs alone in groups of
 #                 neighbours; 4: the outputs alone; 6: rotate
-
-def drop_second_copies(updates, file):
-    """Remove the B of every layer from {name: tensor}: the fork saves lora_A there again."""
-    for name in [name for name in updates if name.endswith(".B")]:
-        B = updates.pop(name)
-        if not torch.equal(B, updates.get(f"{name[:-1]}A", B)):
-            raise UserError(f"{file}: {name[:-9]} has a lora_B that is not its lora_A, as use_mora "
-                            "makes it")
-
 
 def authors_r_hat(rank, in_features, out_features, mora_type):
     """Their width: sqrt(rank (in + out)) rounded to nearest; even for type 6."""

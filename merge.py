@@ -11,6 +11,7 @@ The sum W + dW is computed in float32. Its logits are compared with the adapted 
 anything is written.
 """
 import argparse
+import contextlib
 import copy
 import os
 import shutil
@@ -22,27 +23,15 @@ from safetensors import SafetensorError
 import adapters
 import checkpoint
 import mora
-from config import UserError, at_least, command_line
+from config import UserError, at_least, command_line, lock
 
 
 @torch.no_grad()
-def largest_logit_difference(model, other, length=64):
-    """(largest absolute difference of two models' float32 logits, largest absolute logit).
+def merged_model(model, folder):
+    """(merged copy of a model, largest absolute difference of their logits of random ids).
 
-    Both models read the same random ids (2, length).
+    Raises UserError if there is nothing to merge, or if the two differ.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.cfg.vocab_size, (2, length), generator=generator)
-    logits = model(ids)
-    return (logits - other(ids)).abs().max().item(), logits.abs().max().item()
-
-
-def merged_model(source, base=None, best=False):
-    """(merged model in float32, tokenizer, folder, largest difference of logits) of a checkpoint.
-
-    Raises UserError if there is nothing to merge, or if merged and adapted model differ.
-    """
-    model, tok, folder = checkpoint.load(source, base, best)
     if not mora.adapted_layers(model):
         message = f"{folder} holds no adapters: there is nothing to merge"
         if (folder / "base").is_dir():
@@ -51,54 +40,40 @@ def merged_model(source, base=None, best=False):
     merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
-    difference, scale = largest_logit_difference(model, merged)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=generator)
+    logits = model(ids)
+    difference, scale = (logits - merged(ids)).abs().max().item(), logits.abs().max().item()
     if not difference <= 1e-3 * max(1.0, scale):
         raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to "
                         f"{scale:.2g}): nothing was written; is {folder} damaged?")
-    return merged, tok, folder, difference
+    return merged, difference
 
 
-def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=False):
-    """Write the merged model of a run, a step, or an adapter folder (on `base`).
+@contextlib.contextmanager
+def written_whole(target):
+    """A path to write in a `with` block, which then becomes `target`: it appears whole or not.
 
-    best: of a run, the step of the lowest validation loss instead of the newest.
-
-    Returns (target, largest difference of the logits before the cast to dtype).
+    Raises UserError if target is not free or cannot be written, and names the process and the host
+    if another process writes it.
     """
-    if target:
-        must_be_free(Path(target))
-    merged, tok, folder, difference = merged_model(source, base, best)
-    target = Path(target) if target else folder.parent / "merged"
     must_be_free(target)
-    checkpoint.remove_leftovers(target.parent, f".writing-{target.name}*")
-    beside = checkpoint.temporary(target, "writing")
-    weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-    try:  # creates the folders above target, too
-        checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
-                                      checkpoint.trained_seq_len(folder),
-                                      checkpoint.inherited_of(merged))
-        if tok:
-            tok.export(beside)
-        must_be_free(target)  # another process may have written it by now
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
+    place = target.resolve()
+    beside = place.with_name(f".writing-{place.name}")
+    try:
+        with adapters.as_user_error(f"{target} cannot be written", OSError, SafetensorError):
+            beside.mkdir(parents=True, exist_ok=True)
+            with lock(beside, f"merging into {target}"):
+                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
+                try:
+                    yield beside / "new"
+                    must_be_free(target)
+                    os.replace(beside / "new", place)
+                finally:
+                    shutil.rmtree(beside / "new", ignore_errors=True)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target, difference
-
-
-def write_lora(source, target, dtype=torch.float32, base=None, best=False, rank=0):
-    """Write the MoRA of a checkpoint as a LoRA for any tool; see adapters.as_lora."""
-    if not target:
-        raise UserError("--as_lora needs a TARGET folder: python merge.py CHECKPOINT TARGET "
-                        "--as_lora")
-    target = Path(target)
-    must_be_free(target)
-    model, _, folder = checkpoint.load(source, base, best)
-    beside = (folder / "base").resolve()
-    base_model = base or (str(beside) if beside.is_dir() else None)
-    return adapters.as_lora(model, target, dtype, rank, base_model)
+        with contextlib.suppress(OSError):  # another process works in it
+            beside.rmdir()
 
 
 def must_be_free(target):
@@ -110,8 +85,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
-    parser.add_argument("target", nargs="?", help="an empty or new folder; default: merged, in "
-                        "the run's folder or beside the adapter folder")
+    parser.add_argument("target", nargs="?", type=Path, help="an empty or new folder; default: "
+                        "merged, in the run's folder or beside the adapter folder")
     parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
     parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; "
                         "default: the one that it names")
@@ -124,16 +99,31 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.rank and not args.as_lora:
         raise UserError(f"--rank={args.rank} needs --as_lora: a merge is exact")
+    if args.as_lora and not args.target:
+        raise UserError("--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
+    if args.target:
+        must_be_free(args.target)  # before anything is loaded
+    model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
+    target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
+    with written_whole(target) as new:
+        if args.as_lora:
+            beside = (folder / "base").resolve()
+            base = args.base or (str(beside) if beside.is_dir() else None)
+            made = adapters.as_lora(model, new, dtype, args.rank, base)
+        else:
+            merged, difference = merged_model(model, folder)
+            weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
+            checkpoint.write_hugging_face(new, weights, merged.cfg, tok,
+                                          checkpoint.trained_seq_len(folder),
+                                          checkpoint.inherited_of(model))
+            if tok:
+                tok.export(new)
     if args.as_lora:
-        report = write_lora(args.checkpoint, args.target, getattr(torch, args.dtype), args.base,
-                            args.best, args.rank)
-        print(f"wrote {args.target}: a LoRA of rank {report['rank']}, {report['bytes']:,} bytes, "
-              f"relative error of an update at most {report['error']:.2g}")
-        return
-    target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype),
-                                          args.base, args.best)
-    print(f"merged into {target}: a Hugging Face directory; "
-          f"largest difference of the logits {difference:.2g}")
+        print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
+              f"relative error of an update at most {made['error']:.2g}")
+    else:
+        print(f"merged into {target}: a Hugging Face directory; "
+              f"largest difference of the logits {difference:.2g}")
 
 
 if __name__ == "__main__":
