@@ -82,9 +82,7 @@ def read_config(folder):
     """The adapter_config.json of a folder, a dict. Raises UserError that names the key and the
     value that is wrong or not implemented."""
     file = folder / "adapter_config.json"
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise UserError(f"{file} must hold a JSON object, got {json.dumps(config)[:80]}")
+    config = read_json(file, dict)
     checks = CHECKS | AUTHORS_CHECKS if config.get("use_mora") else CHECKS
     needed = NEEDED["MORA" if config.get("peft_type") == "MORA" else "LORA"]
     for key in (*needed, *config):

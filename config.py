@@ -677,12 +677,14 @@ def at_least(minimum, kind=int, largest=None):
 # --------------------------------------------------------------------------------------------------
 # files
 
-def read_json(path):
-    """The value of a JSON file; raises UserError."""
+def read_json(path, kind=object):
+    """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    need(isinstance(value, kind), f"{path} must hold a JSON object, got {value!r:.80}")
+    return value
 
 
 def write_json(path, value):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import adapters
 import checkpoint
 import mora
-from config import UserError, at_least, command_line, lock
+from config import Arguments, UserError, at_least, command_line, lock
 
 
 @torch.no_grad()
@@ -82,8 +82,7 @@ def must_be_free(target):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
     parser.add_argument("target", nargs="?", type=Path, help="an empty or new folder; default: "
                         "merged, in the run's folder or beside the adapter folder")
