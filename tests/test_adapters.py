@@ -2,8 +2,8 @@
 import copy
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -96,7 +96,7 @@ LORA_RUNS = (["--alpha=4"], ["--dora=true"],
 @pytest.mark.parametrize("options", LORA_RUNS, ids=" ".join)
 def test_peft_loads_our_adapters(run, corpus, options, capsys):
     """adapter/ on base/ is the trained model: in peft, after merge.py and in evaluate.py."""
-    out = run("--method=lora", *options)
+    out = run("--method=lora", "--steps=10", "--eval_every=5", *options)
     model, _, path = checkpoint.load(out)
     assert_scored_as_in_training(out, model, corpus)
     with warnings.catch_warnings():
@@ -121,7 +121,7 @@ MORA_RUNS = (["--dora=true", "--groups=alternate"], ["--operator=rotate", "--gro
 @pytest.mark.parametrize("options", MORA_RUNS, ids=" ".join)
 def test_our_mora_adapters_merge_without_their_run(run, corpus, tmp_path, monkeypatch, options):
     """With the groups of their cycle, here the third; never on ../base of the working directory."""
-    out = run(*options, "--restart_every=6")
+    out = run(*options, "--restart_every=4", "--steps=10", "--eval_every=5")
     model, _, path = checkpoint.load(out)
     assert_scored_as_in_training(out, model, corpus)
     shutil.copytree(path / "base", tmp_path / "model")
@@ -395,14 +395,14 @@ def test_weights_without_their_update_are_refused():
         model.load_state_dict(mora.merged_weights(model), strict=False)
 
 
-def test_the_trainer_example_runs(tmp_path):
+def test_the_trainer_example_runs(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parent.parent / "docs" / "trainer_example.py"
     assert len(script.read_text().splitlines()) <= 60
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, last, difference = map(float, re.search(
-        r"loss (\S+) -> (\S+), trained and merged logits differ by (\S+)", done.stdout).groups())
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(script), run_name="__main__")
+    line = r"loss (\S+) -> (\S+), trained and merged logits differ by (\S+)"
+    first, last, difference = map(float, re.search(line, capsys.readouterr().out).groups())
     assert last < 0.9 * first and difference < 1e-4
 
 
