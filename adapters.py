@@ -147,11 +147,10 @@ def config_of(model, base=None):
     last_parts = {name.rpartition(".")[2] for name in names}
     if not any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model)):
         names = sorted(last_parts)  # no other layer has them
-    generates = hasattr(model, "prepare_inputs_for_generation")
+    task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
     return config | first | {
-        "task_type": "CAUSAL_LM" if generates else None, "inference_mode": True, "bias": "none",
         "base_model_name_or_path": base or getattr(model, "name_or_path", None),
-        "target_modules": names}
+        "target_modules": names, "task_type": task_type, "inference_mode": True, "bias": "none"}
 
 
 def options_of(name, layer):
@@ -178,7 +177,7 @@ def read_tensors(file):
 
 
 def read(folder):
-    """(config, {layer: {name of its update's parameter: tensor}}) of an adapter folder.
+    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS.
 
     Raises UserError for a file that cannot be read and for what is not implemented or not finite.
     """
@@ -195,15 +194,13 @@ def read(folder):
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise UserError(f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
-        is_inner = config.get("use_dora") and key != "magnitude"
-        layers.setdefault(layer, {})[f"inner.{key}" if is_inner else key] = tensor
+        layers.setdefault(layer, {})[key] = tensor
     if not layers:
         raise UserError(f"{file} holds no tensors, so it adapts nothing")
-    for name, tensors_of_layer in layers.items() if config.get("use_mora") else ():
-        B = tensors_of_layer.pop("B", None)  # the fork saves lora_A there again
-        if B is not None and not torch.equal(B, tensors_of_layer.get("A", B)):
-            raise UserError(f"{file}: {name} has a lora_B that is not its lora_A, as use_mora "
-                            "makes it")
+    for name, matrices in layers.items() if config.get("use_mora") else ():
+        B = matrices.pop("B", None)  # the fork saves lora_A there again
+        if B is not None and not torch.equal(B, matrices.get("A", B)):
+            raise UserError(f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
     if metadata.get("crc32") == checksum(metadata.get("mora", ""), tensors.values()):
@@ -219,15 +216,17 @@ def checksum(text, tensors):
 
 def weights(folder):
     """{name of mora.adapter_parameters: tensor} of an adapter folder."""
-    return {f"{layer}.update.{key}": tensor for layer, tensors in read(folder)[1].items()
-            for key, tensor in tensors.items()}
+    config, layers = read(folder)
+    inner = "inner." if config.get("use_dora") else ""
+    return {f"{layer}.update.{'' if key == 'magnitude' else inner}{key}": tensor
+            for layer, tensors in layers.items() for key, tensor in tensors.items()}
 
 
 def base_of(folder, base=None):
     """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names.
 
-    The name is looked up from the folder, then from the working directory. BESIDE is looked up from
-    the folder alone: in the working directory it may be another model.
+    The name is looked up from the folder, then (but not BESIDE, which may be another model there)
+    from the working directory.
     """
     named = read_config(folder).get("base_model_name_or_path")
     places = [Path(base)] if base else [folder / named, Path(named)] if named else []
@@ -264,7 +263,7 @@ def attach(model, folder, exclude=("lm_head",)):
         if name not in linears or name in exclude:
             raise UserError(f"{folder} adapts {name}, which is no linear layer of the base model's "
                             "blocks: is it of another base model?")
-    linears, inner = {name: linears[name] for name in layers}, "inner." if dora else ""
+    linears = {name: linears[name] for name in layers}
     with as_user_error(folder, ValueError):
         mora.refuse_read_weights(model, linears)
         mora.refuse_shared_weights(model, linears)
@@ -275,9 +274,9 @@ def attach(model, folder, exclude=("lm_head",)):
         if config["peft_type"] == "MORA":  # the groups of its cycle
             mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
         if config.get("from_lora"):
-            A, B = tensors.pop(f"{inner}A"), tensors.pop(f"{inner}B")
-            tensors[f"{inner}M"] = square_of_factors(update, A, B)
-        parameters = dict(layer.update.named_parameters())
+            tensors["M"] = square_of_factors(update, tensors.pop("A"), tensors.pop("B"))
+        parameters = {key.removeprefix("inner."): parameter
+                      for key, parameter in layer.update.named_parameters()}
         given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
                          for each in (tensors, parameters))
         if given != needed:
@@ -329,18 +328,22 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         raise UserError("the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(layer.update, "inner", layer.update)
                for name, layer in mora.adapted_layers(model)}
-    updates = {name: parameter for name, parameter in mora.adapter_parameters(model)
-               if name.endswith(".magnitude")}
+    updates = {name: p for name, p in mora.adapter_parameters(model) if name.endswith("magnitude")}
     width = rank or max(len(square.M) for square in squares.values())
     for name, square in squares.items():
-        if not rank and square.fold_in.blocks > 1:
-            limit = min(square.fold_in.features, square.fold_out.features)
-            raise UserError(f"{name}: {square.operator} makes a dW of rank up to {limit}, so no "
-                            "LoRA of rank r^ equals it: name a rank to cut it to, or merge it")
         dW = square.delta()
-        A, B = (factor.to(dtype) for factor in factors_of(square, dW, rank))
-        left = dW - B.to(dW.dtype) @ A.to(dW.dtype)
-        error = max(error, (left.norm() / dW.norm().clamp_min(1e-30)).item())
+        if not rank and square.fold_in.blocks > 1:
+            raise UserError(f"{name}: {square.operator} makes a dW of rank up to {min(dW.shape)}: "
+                            "no LoRA of rank r^ equals it; name a rank to cut it to, or merge it")
+        if rank:
+            U, S, Vh = torch.linalg.svd(dW.double(), full_matrices=False)
+            A, B = S[:rank].sqrt()[:, None] * Vh[:rank], U[:, :rank] * S[:rank].sqrt()
+        else:
+            identity = torch.eye(dW.shape[1], dtype=dW.dtype, device=dW.device)
+            A, B = square.fold_in(identity)[:, 0].T, square.fold_out.adjoint(square.M.T[:, None]).T
+        A, B = A.to(dtype), B.to(dtype)
+        lost = dW - B.to(dW.dtype) @ A.to(dW.dtype)
+        error = max(error, (lost.norm() / dW.norm().clamp_min(1e-30)).item())
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
@@ -353,18 +356,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     return {"rank": width, "bytes": size, "error": error}
 
 
-def factors_of(square, dW, rank):
-    """(A, B), whose product B A is dW (rank 0; one block) or the nearest matrix of this rank."""
-    if rank:
-        U, S, Vh = torch.linalg.svd(dW.double(), full_matrices=False)
-        root = S[:rank].sqrt()
-        return root[:, None] * Vh[:rank], U[:, :rank] * root
-    identity = torch.eye(square.fold_in.features, dtype=dW.dtype, device=dW.device)
-    return square.fold_in(identity)[:, 0].T, square.fold_out.adjoint(square.M.T[:, None]).T
-
-
 def square_of_factors(square, A, B):
-    """The M (r^, r^) of a Square of which factors_of made A and B; B if it has other features."""
+    """The M (r^, r^) of a Square of which as_lora made A and B; B if it has other features."""
     if (A.shape[1], len(B)) != (square.fold_in.features, square.fold_out.features):
         return B
     rows = torch.arange(1.0, len(square.M) + 1, device=square.M.device)

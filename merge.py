@@ -85,7 +85,7 @@ def main(argv):
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
     parser.add_argument("target", nargs="?", type=Path, help="an empty or new folder; default: "
-                        "merged, in the run's folder or beside the adapter folder")
+                        "merged/ in the folder that the checkpoint is in")
     parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
     parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; "
                         "default: the one that it names")

@@ -506,7 +506,7 @@ ADAPTERS = [
     (lora(base_model_name_or_path=None), MERGE, "name one with --base=", 2),
     (lora(fan_in_fan_out=True), MERGE, "a: fan_in_fan_out is of models with transposed", 2),
     (lora(r=3), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here it takes {'A': [3, 16]", 2),
-    (lora(use_dora=True), MERGE, SHAPES + "'inner.A'", 2),
+    (lora(use_dora=True), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here", 2),
     (square(r=99999), MERGE, SHAPES + "'M': [8, 8]}, but here it takes {'M': [1788, 1788]}", 2),
     # adapter_config.json as a whole
     *[(lora() | {"a/adapter_config.json": content}, MERGE, f"a/adapter_config.json {line}", 2)
