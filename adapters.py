@@ -15,6 +15,7 @@ adapted:
 import contextlib
 import json
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -79,8 +80,7 @@ def as_user_error(where, *errors):
 
 
 def read_config(folder):
-    """The adapter_config.json of a folder, a dict. Raises UserError that names the key and the
-    value that is wrong or not implemented."""
+    """The adapter_config.json of a folder. Raises UserError that names a wrong key and value."""
     file = folder / "adapter_config.json"
     config = read_json(file, dict)
     checks = CHECKS | AUTHORS_CHECKS if config.get("use_mora") else CHECKS
@@ -117,8 +117,7 @@ def save(model, folder, base=None):
 
 
 def write(folder, config, updates, metadata=None):
-    """Write an adapter folder: its config, {name of mora.adapter_parameters: tensor}, and strings
-    for the head of the safetensors file."""
+    """Write {name of mora.adapter_parameters: tensor}; metadata: strings for the file's head."""
     tensors = {}
     for name, tensor in updates.items():
         layer, _, key = name.partition(".update.")
@@ -140,17 +139,17 @@ def config_of(model, base=None):
         config[key] = largest = max(values.values(), default=None)
         config[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()
                            if value != largest}
-    names, (first, *others) = sorted(options), options.values()
+    first, *others = options.values()
     for other in others:
         if other != first:
             raise UserError(f"one adapter folder cannot hold layers with {first} and {other}")
-    last_parts = {name.rpartition(".")[2] for name in names}
-    if not any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model)):
-        names = sorted(last_parts)  # no other layer has them
+    last_parts = {name.rpartition(".")[2] for name in options}
+    is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
     task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
     return config | first | {
         "base_model_name_or_path": base or getattr(model, "name_or_path", None),
-        "target_modules": names, "task_type": task_type, "inference_mode": True, "bias": "none"}
+        "target_modules": sorted(options if is_ambiguous else last_parts),
+        "task_type": task_type, "inference_mode": True, "bias": "none"}
 
 
 def options_of(name, layer):
@@ -231,17 +230,16 @@ def base_of(folder, base=None):
     named = read_config(folder).get("base_model_name_or_path")
     places = [Path(base)] if base else [folder / named, Path(named)] if named else []
     for place in places[:1] if named == BESIDE else places:
-        if (place / "config.json").exists():
+        if os.path.isfile(place / "config.json"):  # Path.is_file raises for too long a name
             return place
-    raise UserError(f"{folder}: its base model {str(base or named)!r} is no Hugging Face directory "
+    raise UserError(f"{folder}: its base model {base or named!r:.80} is no Hugging Face directory "
                     "here: name one with --base=...")
 
 
 def load(model, folder):
     """Adapt a plain torch model with the adapter of a folder, in place; returns the model.
 
-    The updates train and the rest is frozen, as after mora.adapt. Dropout is off. Raises UserError
-    for a folder that does not fit the model.
+    The updates train and the rest is frozen, as after mora.adapt; dropout is off. See `attach`.
     """
     if mora.adapted_layers(model):
         raise UserError("the model is adapted already: merge it first")
@@ -252,8 +250,8 @@ def load(model, folder):
 def attach(model, folder, exclude=("lm_head",)):
     """Adapt a plain model with the adapter of a folder, in place; returns the model.
 
-    exclude: names of layers whose weight the model reads itself; model.py's loss does so with
-    lm_head. Raises UserError for layers that do not fit.
+    exclude: layers whose weight the model reads itself, as model.py's loss does with lm_head.
+    Raises UserError for a folder that does not fit the model.
     """
     (config, layers), linears = read(folder), mora.find_linears(model)
     dora = bool(config.get("use_dora"))
@@ -274,7 +272,7 @@ def attach(model, folder, exclude=("lm_head",)):
         if config["peft_type"] == "MORA":  # the groups of its cycle
             mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
         if config.get("from_lora"):
-            tensors["M"] = square_of_factors(update, tensors.pop("A"), tensors.pop("B"))
+            tensors["M"] = restored(update, tensors.pop("A"), tensors.pop("B"))
         parameters = {key.removeprefix("inner."): parameter
                       for key, parameter in layer.update.named_parameters()}
         given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
@@ -356,7 +354,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     return {"rank": width, "bytes": size, "error": error}
 
 
-def square_of_factors(square, A, B):
+def restored(square, A, B):
     """The M (r^, r^) of a Square of which as_lora made A and B; B if it has other features."""
     if (A.shape[1], len(B)) != (square.fold_in.features, square.fold_out.features):
         return B
@@ -403,23 +401,25 @@ class AuthorsSquare(nn.Module):
                              f"cannot fill r^ = {width} of them")
         self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
 
-    def delta(self):
-        """dW, (out, in)."""
-        M, width, (in_features, out_features) = self.A, len(self.A), self.features
-        pieces = -(-in_features // width)
-        input_at = torch.arange(pieces * width, device=M.device) % in_features  # of every position
-        if self.mora_type in (1, 4):
-            rows = M.new_zeros(width, in_features).index_add(1, input_at, M.repeat(1, pieces))
-        elif self.mora_type in (2, 3):
-            rows = M[:, neighbour_groups(in_features, width, M.device)]
-        else:  # M R_p for every piece p; R_p rotates the pairs (j, j + r^/2)
-            cos, sin = mora.rotations(width, pieces).to(M)[:, :, None]
-            rotated = torch.block_diag(*(M * cos - M.roll(width // 2, 1) * sin))
-            rows = M.new_zeros(len(rotated), in_features).index_add(1, input_at, rotated)
-        if self.mora_type in (2, 4):
-            return rows[neighbour_groups(out_features, width, M.device)]
-        return rows[torch.arange(out_features, device=M.device) % len(rows)]
-
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""
-        return F.linear(x, self.delta().to(x.dtype))
+        width, (in_features, out_features) = len(self.A), self.features
+        if self.mora_type in (2, 3):
+            groups = neighbour_groups(in_features, width, x.device)
+            pieces = x.new_zeros(*x.shape[:-1], 1, width).index_add(-1, groups, x[..., None, :])
+        else:
+            filled = torch.arange(-(-in_features // width) * width, device=x.device) % in_features
+            pieces = x[..., filled].unflatten(-1, (-1, width))
+            if self.mora_type == 6:  # rotate the pairs (j, j + r^/2)
+                cos, sin = mora.rotations(width, pieces.shape[-2]).to(x)
+                pieces = pieces * cos + pieces.roll(width // 2, -1) * sin
+            else:
+                pieces = pieces.sum(-2, keepdim=True)
+        y = F.linear(pieces, self.A.to(x.dtype)).flatten(-2)
+        if self.mora_type in (2, 4):
+            return y[..., neighbour_groups(out_features, width, x.device)]
+        return y[..., torch.arange(out_features, device=x.device) % y.shape[-1]]
+
+    def delta(self):
+        """dW, (out, in)."""
+        return self(torch.eye(self.features[0], dtype=self.A.dtype, device=self.A.device)).T

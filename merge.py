@@ -33,10 +33,8 @@ def merged_model(model, folder):
     Raises UserError if there is nothing to merge, or if the two differ.
     """
     if not mora.adapted_layers(model):
-        message = f"{folder} holds no adapters: there is nothing to merge"
-        if (folder / "base").is_dir():
-            message += f"; {folder / 'base'} is a Hugging Face directory already"
-        raise UserError(message)
+        raise UserError(f"{folder} holds no adapters: there is nothing to merge. The base/ of a "
+                        "checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
@@ -52,10 +50,9 @@ def merged_model(model, folder):
 
 @contextlib.contextmanager
 def written_whole(target):
-    """A path to write in a `with` block, which then becomes `target`: it appears whole or not.
+    """A path to write in a `with` block, which then becomes `target`, whole or not at all.
 
-    Raises UserError if target is not free or cannot be written, and names the process and the host
-    if another process writes it.
+    Raises UserError if target is not free, cannot be written, or is written by another process.
     """
     must_be_free(target)
     place = target.resolve()
@@ -83,18 +80,15 @@ def must_be_free(target):
 
 def main(argv):
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
-    parser.add_argument("target", nargs="?", type=Path, help="an empty or new folder; default: "
-                        "merged/ in the folder that the checkpoint is in")
-    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
-    parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; "
-                        "default: the one that it names")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of the written weights")
-    parser.add_argument("--as_lora", action="store_true", help="write MoRA's update as a LoRA that "
-                        "peft loads, and leave the base model as it is")
-    parser.add_argument("--rank", type=at_least(1), default=0, help="of --as_lora: cut every "
-                        "update to this rank; default: exact")
+    add = parser.add_argument
+    add("checkpoint", help="a run, one of its steps, or an adapter folder")
+    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged, in the run's "
+        "folder or beside the adapter folder")
+    add("--best", action="store_true", help=checkpoint.BEST)
+    add("--base", help="base model of the adapter folder; default: the one that it names")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
+    add("--as_lora", action="store_true", help="write MoRA's update as a LoRA that peft loads")
+    add("--rank", type=at_least(1), default=0, help="of --as_lora, by an SVD; default: exact")
     args = parser.parse_args(argv)
     if args.rank and not args.as_lora:
         raise UserError(f"--rank={args.rank} needs --as_lora: a merge is exact")

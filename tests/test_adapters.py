@@ -446,6 +446,14 @@ def test_such_a_lora_comes_back_as_mora(options, dtype, tmp_path):
         assert torch.equal(loaded[name], expected), name
 
 
+def test_such_a_lora_of_another_model_is_refused(tmp_path):
+    adapters.as_lora(mora_model({}), tmp_path)
+    config = transformers.Qwen2Config(**SMALL | {"hidden_size": 16}, intermediate_size=56,
+                                      num_key_value_heads=2)
+    with pytest.raises(UserError, match="has tensors of the shapes .*of another base model"):
+        adapters.load(transformers.Qwen2ForCausalLM(config), tmp_path)
+
+
 def test_such_a_lora_that_was_trained_on_stays_a_lora(tmp_path):
     adapters.as_lora(mora_model({}), tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -503,6 +503,8 @@ ADAPTERS = [
     (authors(r=1000), MERGE, "q_proj: mora_type 1 wraps 16 inputs around once", 2),
     (authors(second_copy=2.0), MERGE, "q_proj has a lora_B that is not its lora_A", 2),
     (lora(base_model_name_or_path="no"), MERGE, "base model 'no' is no Hugging Face directory", 2),
+    (lora(base_model_name_or_path="n" * 5000), MERGE, "name one with --base=", 2),
+    (lora(base_model_name_or_path="a\0b"), MERGE, "name one with --base=", 2),
     (lora(base_model_name_or_path=None), MERGE, "name one with --base=", 2),
     (lora(fan_in_fan_out=True), MERGE, "a: fan_in_fan_out is of models with transposed", 2),
     (lora(r=3), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here it takes {'A': [3, 16]", 2),
