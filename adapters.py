@@ -158,7 +158,7 @@ def options_of(name, layer):
     update = layer.update.inner if dora else layer.update
     options = {"use_dora": dora, "lora_dropout": layer.dropout, "fan_in_fan_out": layer.transposed}
     if isinstance(update, mora.Square):
-        return options | {"peft_type": "MORA", "r": update.rank, **update.settings()}
+        return options | {"peft_type": "MORA", "r": update.rank, **layer.get_extra_state()}
     if isinstance(update, LowRank):
         alpha = update.alpha or update.rank  # alpha 0 is scale 1
         return options | {"peft_type": "LORA", "r": update.rank, "use_rslora": update.rslora,
@@ -282,7 +282,7 @@ def attach(model, folder, exclude=("lm_head",)):
                             f"takes {needed}: is it of another base model?")
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
-        mora.replace(model, name, layer)
+        model.set_submodule(name, layer)
     mora.save_pretrained_merged(model)
     return model
 
