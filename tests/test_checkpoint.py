@@ -294,7 +294,7 @@ def test_wrong_values_in_config_json_are_named(directory, change, line):
 
 def test_config_json_of_another_form_is_named(directory):
     for text, line in (("[1, 2]", "must hold a JSON object"), ("{", "can ?not be read"),
-                       ("", "can ?not be read"), ("[" * 100_000, "cannot be read: maximum rec")):
+                       ("", "can ?not be read"), ("[" * 100_000, "be read: maximum recursion")):
         (directory / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"config.json.* {line}"):
             checkpoint.load(directory)
