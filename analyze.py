@@ -16,6 +16,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from config import Config, UserError, command_line, load  # first, for Ctrl-C; isort: skip
+
 import numpy as np
 import torch
 from torch import nn
@@ -23,7 +25,6 @@ from torch import nn
 import checkpoint
 import mora
 from batches import Batches, SampleBatches
-from config import Config, UserError, command_line, load
 from model import Llama, LlamaConfig
 from optimizer import learning_rate
 from shards import Samples, open_split

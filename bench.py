@@ -23,11 +23,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+from config import Config, UserError, at_least, command_line, read_json, write_json  # isort: skip
+
 import torch
 
 import mora
-from checkpoint import read_object
-from config import Config, UserError, at_least, command_line, write_json
 from model import Llama, LlamaConfig
 from optimizer import optimizer_step
 from train import data_parallel, join_processes, prepare_model
@@ -222,7 +222,7 @@ def compare(args, argv):
     """Measure the methods one after another; print a table and write --json."""
     numbers = {}
     if args.json and args.json.exists():
-        numbers = read_object(args.json)
+        numbers = read_json(args.json, dict)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")

@@ -18,6 +18,8 @@ import re
 from contextlib import nullcontext
 from decimal import Decimal
 
+from config import UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import torch
 import torch.distributed as dist
 
@@ -25,7 +27,6 @@ import checkpoint
 import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from config import UserError, at_least, command_line
 from model import Llama
 from sample import greedy
 from shards import Samples, open_split

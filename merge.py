@@ -17,13 +17,14 @@ import os
 import shutil
 from pathlib import Path
 
+from config import Arguments, UserError, at_least, command_line, lock  # first; isort: skip
+
 import torch
 from safetensors import SafetensorError
 
 import adapters
 import checkpoint
 import mora
-from config import Arguments, UserError, at_least, command_line, lock
 
 
 @torch.no_grad()
@@ -106,9 +107,8 @@ def main(argv):
         else:
             merged, difference = merged_model(model, folder)
             weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-            checkpoint.write_hugging_face(new, weights, merged.cfg, tok,
-                                          checkpoint.trained_seq_len(folder),
-                                          checkpoint.inherited_of(model))
+            seq_len = checkpoint.trained_seq_len(folder)
+            checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
                 tok.export(new)
     if args.as_lora:

@@ -12,6 +12,8 @@ import argparse
 import sys
 import time
 
+from config import UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,7 +21,6 @@ import checkpoint
 import mora
 import sft
 import tokenizer
-from config import UserError, at_least, command_line
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

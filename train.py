@@ -22,16 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-import checkpoint
-import data
-import mora
-import tokenizer
-from batches import Batches, SampleBatches
-from config import (
+from config import (  # first, so that Ctrl-C ends imports; isort: skip
     UserError,
     accumulation,
     command_line,
@@ -41,6 +32,16 @@ from config import (
     schedule_warnings,
     write_json,
 )
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import mora
+import tokenizer
+from batches import Batches, SampleBatches
 from evaluate import perplexity
 from model import (
     Llama,

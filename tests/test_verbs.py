@@ -45,7 +45,7 @@ def test_numbers_out_of_range_are_refused_by_name(verb, key, values, capsys):
 def write_model(folder, tok):
     """A directory with random weights for a tokenizer."""
     model = Llama(LlamaConfig(vocab_size=tok.size, **SHAPE), seed=1)
-    checkpoint.write_hugging_face(folder, model.state_dict(), model.cfg, tok)
+    checkpoint.write_hugging_face(folder, model.state_dict(), model, tok)
     return folder
 
 
