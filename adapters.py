@@ -263,8 +263,7 @@ def attach(model, folder, exclude=("lm_head",)):
                             "blocks: is it of another base model?")
     linears = {name: linears[name] for name in layers}
     with as_user_error(folder, ValueError):
-        mora.refuse_read_weights(model, linears)
-        mora.refuse_shared_weights(model, linears)
+        mora.refuse_unfit(model, linears)
     for name, tensors in layers.items():
         with as_user_error(f"{folder}: {name}", ValueError):
             update = update_of(config, name, linears[name])
