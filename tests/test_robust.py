@@ -441,6 +441,9 @@ def test_manifests_of_before_are_read(tmp_path):
 #
 # The folder `base` holds a Hugging Face directory of one block, 16 features wide.
 
+SHAPE = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2}
+BASE = {"model_type": "llama"} | SHAPE
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B, M = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight", f"{Q_PROJ}.mora_M.weight"
 PAIR_OF_2 = {A: torch.ones(2, 16), B: torch.ones(16, 2)}
@@ -470,9 +473,7 @@ def authors(second_copy=1.0, **changes):
 
 
 def base_with(**changes):
-    config = {"model_type": "llama", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24,
-              "num_hidden_layers": 1, "num_attention_heads": 2}
-    return lora() | {"base/config.json": config | changes}
+    return lora() | {"base/config.json": BASE | changes}
 
 
 COUNTS, SCALES = "an object of whole numbers from 1 to 99999", "an object of finite numbers above 0"
@@ -593,13 +594,10 @@ ADAPTERS = [
 
 
 @pytest.fixture(scope="session")
-def base_files(tmp_path_factory):
-    """The files of `base`, as bytes."""
-    path = tmp_path_factory.mktemp("model") / "base"
-    cfg = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                      num_attention_heads=2, num_key_value_heads=2)
-    checkpoint.write_hugging_face(path, Llama(cfg, 0).state_dict(), cfg, None)
-    return {f"base/{file.name}": file.read_bytes() for file in path.iterdir()}
+def base_files():
+    """The files of `base`."""
+    weights = Llama(LlamaConfig(**SHAPE), 0).state_dict()
+    return {"base/config.json": BASE, "base/model.safetensors": save(weights)}
 
 
 @pytest.mark.parametrize("files, words, message, status", ADAPTERS)
