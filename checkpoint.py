@@ -333,18 +333,15 @@ def verify(step, resuming=True):
 
 def read_step(step, optimizer=True):
     """({name: weight}, state dict of the optimizer or None) of a checkpoint, on the CPU."""
-    weights = base_weights(step / "base")
+    weights, file = base_weights(step / "base"), step / "optimizer.pt"
     if (step / "adapter").is_dir():
         weights |= adapters.weights(step / "adapter")
-    return weights, read_optimizer(step / "optimizer.pt") if optimizer else None
-
-
-def read_optimizer(file):
-    """The state dict in optimizer.pt, read without running what a pickle names."""
+    if not optimizer:
+        return weights, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return weights, torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
         # torch's own text is left out: it recommends weights_only=False, which would run the file
         raise UserError(f"{file} cannot be loaded ({type(error).__name__}): it is no state of an "

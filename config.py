@@ -40,7 +40,7 @@ import mora
 ROOT = Path(__file__).parent
 LARGEST = 2 ** 32 - 1  # of all numbers: products of a few fit into 64 bits, and into float32
 TINY = 1e-30           # the smallest number above 0: float32 holds it and LARGEST / TINY
-FROM_0, FROM_1, ABOVE_0 = (0, LARGEST), (1, LARGEST), (TINY, LARGEST)
+FROM_1, ABOVE_0 = (1, LARGEST), (TINY, LARGEST)  # ranges; a number without one is from 0
 UP_TO_1, BELOW_1 = (0, 1), (0, 0.999999)
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
          tuple[str, ...]: "names with commas between",
@@ -91,7 +91,7 @@ class Config:
     method: str = key("mora", "full: all trains; frozen: embeddings, norms, head; lora, mora: an "
                       "update of each target, too", ("full", *mora.METHODS), group="method")
     rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters")
-    operator: str = key("", "how inputs are folded; empty: share", ("", *mora.OPERATORS), MORA)
+    operator: str = key("share", "how inputs and outputs are folded", mora.OPERATORS, MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)
     rslora: bool = key(False, "the scale is alpha / sqrt(rank) (rsLoRA)", only=LORA)
@@ -192,8 +192,6 @@ def load(argv, default):
         if name == "steps":
             values.pop("epochs", None)  # those of the file would win over later steps
     values["out"] = values.get("out") or f"out/{path.stem}{f'_{variant}' if variant else ''}"
-    if values.get("method", Config.method) == "mora":
-        values["operator"] = values.get("operator") or "share"
     cfg = Config(**values)
     check(cfg)
     return cfg
@@ -281,7 +279,7 @@ def cast(name, value, where=""):
     kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
     subject = f"{name} {where}".strip()
     if kind in (int, float):
-        return number(subject, value, kind, *allowed or FROM_0)
+        return number(subject, value, kind, *allowed)
     fits = kind in (bool, str) and isinstance(value, kind)
     if get_args(kind) and isinstance(value, (tuple, list)):
         value, fits = tuple(value), all(type(part) is get_args(kind)[0] for part in value)
@@ -334,25 +332,20 @@ def conflicts(cfg):
            f"{cfg.init_from} loads them: remove one of the two")
     yield adapts and not cfg.rank, f"rank must be at least 1 for method {method}, got 0"
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
-    yield ("lm_head" in cfg.targets, "targets may not name lm_head: the loss reads only its "
-           "weight, so an update of it would never train")
-    yield (cfg.rslora and not cfg.alpha,
-           "rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+    yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
+    yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
     yield restarts and not adapts, f"method {method} has no update to restart, got {given}"
     yield cfg.restart_every and cfg.restart_steps, f"{given}: give one of them"
     yield (listed != sorted({step for step in listed if step > 0}),
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    yield (restarts and half, "restarts merge small updates, which base_dtype bfloat16 would round "
-           "away: use float32")
-    yield (cfg.rest_lr and not cfg.train_rest and method != "full", f"rest_lr {cfg.rest_lr:g} has "
-           "no effect with train_rest False: embeddings, head and norms do not train")
-    yield (muon and method == "frozen",
-           "optimizer muon has no matrix to train with method frozen: use adamw")
-    yield (muon and cfg.restart_keep, f"restart_keep {cfg.restart_keep:g} keeps first moments of "
-           "AdamW, which optimizer muon does not have: use restart_keep 0 or adamw")
+    yield restarts and half, "restarts merge small updates, which base_dtype bfloat16 rounds away"
+    yield (cfg.rest_lr and not cfg.train_rest and method != "full",
+           f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
+    yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
+    yield (muon and cfg.restart_keep,
+           f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
-    yield (half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 would "
-           "round away: use float32")
+    yield half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 rounds away"
     yield half and fp8, "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16"
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "
            f"{cfg.dropout:g} computes them apart: use dropout 0 or matmul bf16")
@@ -398,7 +391,7 @@ def differences(cfg):
             if getattr(cfg, name) != field.default}
 
 
-# ---- what is printed
+# ---- command lines
 
 def help_text():
     """The keys with their defaults and explanations, in groups."""
@@ -436,8 +429,6 @@ def experiments_text():
             lines.append(f"    {variant}".ljust(29) + f" {' '.join(pairs)}")
     return "\n".join(lines)
 
-
-# ---- command lines
 
 def command_line(main):
     """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.

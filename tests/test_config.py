@@ -95,7 +95,7 @@ def test_fine_tuning_follows_appendix_a(task):
         assert (cfg.method, cfg.rank, cfg.train_rest) == (method, int(rank), False)
         assert cfg.alpha == {"lora_r8": 16, "lora_r256": 128}.get(variant, 0)
         operator = "rotate" if rank == "8" and task != "uuid" else "share"
-        assert cfg.operator == (operator if method == "mora" else "")
+        assert cfg.operator == (operator if method == "mora" else "share")
 
 
 def test_metamath_has_the_operators_of_table_4():
@@ -259,7 +259,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--rest_lr=-1"], "rest_lr must be a number from 0 to 4294967295, got -1"),
     ("", ["--rest_lr=1e-3", "--train_rest=false"], "rest_lr 0.001 has no effect with train_rest"),
     ("", ["--optimizer=moun"], "did you mean muon"),
-    ("", ["--optimizer=muon", "--method=frozen"], "no matrix to train with method frozen"),
+    ("", ["--optimizer=muon", "--method=frozen"], "muon has no matrix to train with method frozen"),
     ("", ["--optimizer=muon", "--restart_every=5", "--restart_keep=.1"], "restart_keep 0.1 keeps"),
     ("", ["--residual_init", "--init_from=x"], "init_from x loads them"),
     ("", ["--matmul=fp16"], "matmul must be one of bf16, fp8, got 'fp16'"),
@@ -278,7 +278,7 @@ def test_no_number_is_nan_or_infinite(tmp_path):
     assert {"lr", "rest_lr", "epochs", "weight_decay", "rms_norm_eps"} <= {*names}
     for name, bad in itertools.product(names, (math.nan, math.inf, -math.inf)):
         with pytest.raises(UserError, match=f"^{name} must be a number from .* to .*, got {bad}$"):
-            check(dataclasses.replace(Config(), operator="share", **{name: bad}))
+            check(dataclasses.replace(Config(), **{name: bad}))
     path = write(tmp_path, "lr = float('nan')")
     assert refused([path]) == f"lr in {path} must be a number from 1e-30 to 4294967295, got nan"
     for word in ("nan", "inf", "1e999"):
@@ -301,7 +301,7 @@ def test_the_new_keys_combine(tmp_path, words):
 def test_choices_are_those_of_the_code_that_takes_them():
     choices = {field.name: field.metadata["allowed"] for field in dataclasses.fields(Config)}
     assert choices["method"] == ("full", *mora.METHODS)
-    assert choices["operator"] == ("", *mora.OPERATORS)
+    assert choices["operator"] == mora.OPERATORS
     assert (choices["groups"], choices["lora_A"]) == (mora.GROUPS, lora.KINDS_OF_A)
 
 
