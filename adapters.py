@@ -136,9 +136,10 @@ def config_of(model, base=None):
     config = {}
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values = {name: each.pop(key) for name, each in options.items() if key in each}
-        config[key] = largest = max(values.values(), default=None)
-        config[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()
-                           if value != largest}
+        if values:
+            config[key] = largest = max(values.values())
+            config[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()
+                               if value != largest}
     first, *others = options.values()
     for other in others:
         if other != first:
@@ -182,8 +183,8 @@ def read(folder):
     """
     config, file = read_config(folder), folder / "adapter_model.safetensors"
     if not file.exists() and (folder / "adapter_model.bin").exists():
-        raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save it "
-                        "again with safe_serialization=True")
+        raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save with "
+                        "safe_serialization=True")
     layers, tensors = {}, read_tensors(file)
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
@@ -202,8 +203,9 @@ def read(folder):
             raise UserError(f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
-    if metadata.get("crc32") == checksum(metadata.get("mora", ""), tensors.values()):
-        config = json.loads(metadata["mora"]) | {"from_lora": True}  # unchanged since as_lora
+    text = metadata.get("mora")
+    if text and metadata.get("crc32") == checksum(text, tensors.values()):
+        config = json.loads(text) | {"from_lora": True}  # nobody changed it since as_lora
     return config, layers
 
 
@@ -254,7 +256,6 @@ def attach(model, folder, exclude=("lm_head",)):
     Raises UserError for a folder that does not fit the model.
     """
     (config, layers), linears = read(folder), mora.find_linears(model)
-    dora = bool(config.get("use_dora"))
     if config.get("fan_in_fan_out") and not any(map(mora.is_transposed, linears.values())):
         raise UserError(f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
     for name in layers:
@@ -267,7 +268,7 @@ def attach(model, folder, exclude=("lm_head",)):
     for name, tensors in layers.items():
         with as_user_error(f"{folder}: {name}", ValueError):
             update = update_of(config, name, linears[name])
-        layer = mora.AdaptedLinear(linears[name], update, dora=dora)
+        layer = mora.AdaptedLinear(linears[name], update, dora=bool(config.get("use_dora")))
         if config["peft_type"] == "MORA":  # the groups of its cycle
             mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
         if config.get("from_lora"):
@@ -288,20 +289,19 @@ def attach(model, folder, exclude=("lm_head",)):
 
 def update_of(config, name, linear):
     """The update that a config describes for one layer, to be filled; DoRA's inner one."""
-    shape = mora.update_shape(linear)
-    shape["rank"] = value_for(name, config.get("rank_pattern"), config["r"])
+    def value_of(key, pattern):
+        """The value of the first of peft's patterns that matches the layer, else the default."""
+        matching = (value for text, value in (config.get(pattern) or {}).items()
+                    if re.fullmatch(LAST_PARTS.format(text), name))
+        return next(matching, config[key])
+
+    shape = mora.update_shape(linear) | {"rank": value_of("r", "rank_pattern")}
     if config.get("use_mora"):
         return AuthorsSquare(**shape, mora_type=config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
         return mora.Square(**shape, operator=config["operator"], groups=config["groups"])
-    alpha = value_for(name, config.get("alpha_pattern"), config["lora_alpha"])
-    return LowRank(**shape, alpha=alpha, rslora=bool(config.get("use_rslora")))
-
-
-def value_for(name, patterns, default):
-    """The value of the first of peft's patterns that matches a layer, else the default."""
-    return next((value for pattern, value in (patterns or {}).items()
-                 if re.fullmatch(LAST_PARTS.format(pattern), name)), default)
+    return LowRank(**shape, alpha=value_of("lora_alpha", "alpha_pattern"),
+                   rslora=bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA

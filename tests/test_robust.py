@@ -556,10 +556,12 @@ ADAPTERS = [
         ({A.replace("layers.0", "layers.1"): torch.ones(2, 16)}, "adapts model.layers.1.self_"))],
     (lora({A: PAIR_OF_2[A]}), MERGE, SHAPES + "'A': [2, 16]}, but here it takes {'A'", 2),
     (lora({}), MERGE, "holds no tensors, so it adapts nothing", 2),
-    ({"a/adapter_config.json": lora()["a/adapter_config.json"]}, MERGE,
-     "a/adapter_model.safetensors cannot be read: No such file", 2),
-    ({"a/adapter_config.json": lora()["a/adapter_config.json"], "a/adapter_model.bin": "x"}, MERGE,
-     "a holds a pickled adapter_model.bin", 2),
+    *[({"a/adapter_config.json": lora()["a/adapter_config.json"], file: "x"}, MERGE, line, 2)
+      for file, line in (
+          ("a/x", "a/adapter_model.safetensors cannot be read: No such file"),
+          ("a/adapter_model.safetensors/x", "a/adapter_model.safetensors cannot be read: "),
+          ("a/adapter_model.bin", "a holds a pickled adapter_model.bin"))],
+    ({"a/adapter_config.json/x": "x"}, MERGE, "a/adapter_config.json cannot be read: ", 2),
     # the base model
     *[(base_with() | {"base/config.json": content}, MERGE, line, 2) for content, line in (
         ([1], "base/config.json must hold a JSON object"), ("{", "base/config.json cannot be read"),
@@ -568,9 +570,9 @@ ADAPTERS = [
         ("hidden_size", "16", "base/config.json: hidden_size must be a whole number"),
         ("hidden_size", 0, "base/config.json: hidden_size must be a whole number"),
         ("hidden_size", 32, "the weights do not fit the model"),
-        ("num_hidden_layers", 10 ** 9, "num_hidden_layers is 1000000000, but the directory holds"),
+        ("num_hidden_layers", 10 ** 9, "base/config.json: num_hidden_layers "),
         ("model_type", "gpt2", "model_type 'gpt2' is not implemented"),
-        ("rope_theta", NAN, "rope_theta must be a number above 0, got nan"),
+        ("rope_theta", NAN, "base/config.json: rope_theta must be a number "),
         ("tokenizer", 5, "base/config.json: tokenizer must be a name, got 5"))],
     (base_with() | {"base/model.safetensors": b"x"}, MERGE, "model.safetensors cannot be read", 2),
     # the command line of merge.py
