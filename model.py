@@ -308,6 +308,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
 # fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
 
+
 class Float8Products(nn.Module):
     """The two large products of one layer. No quantized copy of W is kept between them."""
 
@@ -317,17 +318,46 @@ class Float8Products(nn.Module):
 
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
-        rows, columns = x.flatten(0, -2).float(), weight / self.scale
-        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+        columns = weight / self.scale
         columns = torch.where(columns.abs() <= LARGEST, columns, torch.nan)
-        y = torch._scaled_mm((rows / row_scale).to(torch.float8_e4m3fn),
-                             columns.to(torch.float8_e4m3fn).T, scale_a=row_scale,
-                             scale_b=self.scale.expand(1, len(weight)).contiguous(),
-                             out_dtype=torch.bfloat16, use_fast_accum=True)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return multiply_fp8(x, columns.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
 
     def dx(self, dy, weight):
         return self.y(dy, weight.T.contiguous())
+
+    def frozen(self, x, weight):
+        """y of a weight that does not train, differentiable."""
+        return Float8Linear.apply(x, weight, self)
+
+
+class Float8Base(Float8Products):
+    """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
+
+    def __init__(self, scale):
+        super().__init__(scale.device)
+        self.scale = scale
+
+    def y(self, x, weight):
+        return multiply_fp8(x, weight, self.scale)
+
+    def dx(self, dy, weight):
+        ones = torch.ones_like(self.scale[:, :1]).expand(1, weight.shape[1])
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
+
+
+def quantize_rows(x):
+    """(x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
+    x = x.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def multiply_fp8(x, weight, scale):
+    """(..., m) in x's dtype: x (..., n), weight (m, n) in e4m3, scale (1, m) of its rows."""
+    rows, row_scale = quantize_rows(x.flatten(0, -2))
+    y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=scale.contiguous(),
+                         out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Float8Linear(torch.autograd.Function):
@@ -356,7 +386,7 @@ def block_linears(model):
 def fp8_layers(model):
     """Return {name: layer} of the layers with FP8 products."""
     return {name: layer for name, layer in block_linears(model).items()
-            if layer.products is not None}
+            if type(layer.products) is Float8Products}
 
 
 def use_fp8(model):
@@ -365,6 +395,18 @@ def use_fp8(model):
         if all(size % 16 == 0 for size in layer.weight.shape):
             layer.products = Float8Products(layer.weight.device)
     fit_scales(model)
+
+
+@torch.no_grad()
+def keep_in_fp8(model):
+    """Round the adapted weights of the blocks to e4m3, in place: a byte each, a scale per row.
+
+    A layer whose sizes are no multiples of 16 keeps its weight.
+    """
+    for layer in block_linears(model).values():
+        if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
+            rounded, scale = quantize_rows(layer.weight)
+            layer.weight.data, layer.products = rounded, Float8Base(scale.T)
 
 
 @torch.no_grad()

@@ -299,8 +299,9 @@ class AdaptedLinear(nn.Module):
         is_wide = self.weight.dtype in (torch.float32, torch.float64)
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
         if not self.merges or not is_wide or self.dropout or in_transform:
-            dropped = F.dropout(x, self.dropout, self.training)
-            y = F.linear(x, self.matrix.to(x.dtype)) + self.update(dropped)
+            W, products = self.matrix, self.products
+            y = F.linear(x, W.to(x.dtype)) if products is None else products.frozen(x, W)
+            y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, self.matrix, self.update, self.products,
                                    *self.update.parameters())
