@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mora
-from config import UserError, read_json, write_json
+from config import UserError, need, one_line, read_json, write_json
 from lora import LowRank, Rescaled
 
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
@@ -76,7 +76,7 @@ def as_user_error(where, *errors):
     try:
         yield
     except errors as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: {one_line(error)}") from error
 
 
 def read_config(folder):
@@ -131,8 +131,7 @@ def write(folder, config, updates, metadata=None):
 def config_of(model, base=None):
     """The adapter_config.json of an adapted model, a dict; see `save`."""
     options = {name: options_of(name, layer) for name, layer in mora.adapted_layers(model)}
-    if not options:
-        raise UserError("the model has no adapted layers to save")
+    need(options, "the model has no adapted layers to save")
     config = {}
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values = {name: each.pop(key) for name, each in options.items() if key in each}
@@ -142,8 +141,7 @@ def config_of(model, base=None):
                                if value != largest}
     first, *others = options.values()
     for other in others:
-        if other != first:
-            raise UserError(f"one adapter folder cannot hold layers with {first} and {other}")
+        need(other == first, f"one adapter folder cannot hold layers with {first} and {other}")
     last_parts = {name.rpartition(".")[2] for name in options}
     is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
     task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
@@ -182,25 +180,23 @@ def read(folder):
     Raises UserError for a file that cannot be read and for what is not implemented or not finite.
     """
     config, file = read_config(folder), folder / "adapter_model.safetensors"
-    if not file.exists() and (folder / "adapter_model.bin").exists():
-        raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save with "
-                        "safe_serialization=True")
+    need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
+         "adapter_model.bin, which is not read: save with safe_serialization=True")
     layers, tensors = {}, read_tensors(file)
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         if not key or not name.startswith(PREFIX):
             raise UserError(f"{file}: {name} is no part of an adapter of linear layers "
                             f"({', '.join(KEYS.values())})")
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise UserError(f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
+        need(tensor.is_floating_point() and tensor.float().isfinite().all(),
+             f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
         layers.setdefault(layer, {})[key] = tensor
-    if not layers:
-        raise UserError(f"{file} holds no tensors, so it adapts nothing")
+    need(layers, f"{file} holds no tensors, so it adapts nothing")
     for name, matrices in layers.items() if config.get("use_mora") else ():
         B = matrices.pop("B", None)  # the fork saves lora_A there again
-        if B is not None and not torch.equal(B, matrices.get("A", B)):
-            raise UserError(f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
+        need(B is None or torch.equal(B, matrices.get("A", B)),
+             f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
     text = metadata.get("mora")
@@ -243,8 +239,7 @@ def load(model, folder):
 
     The updates train and the rest is frozen, as after mora.adapt; dropout is off. See `attach`.
     """
-    if mora.adapted_layers(model):
-        raise UserError("the model is adapted already: merge it first")
+    need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
     return attach(model.requires_grad_(False), Path(folder), exclude=())
 
 
@@ -256,12 +251,11 @@ def attach(model, folder, exclude=("lm_head",)):
     Raises UserError for a folder that does not fit the model.
     """
     (config, layers), linears = read(folder), mora.find_linears(model)
-    if config.get("fan_in_fan_out") and not any(map(mora.is_transposed, linears.values())):
-        raise UserError(f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
+    need(not config.get("fan_in_fan_out") or any(map(mora.is_transposed, linears.values())),
+         f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
     for name in layers:
-        if name not in linears or name in exclude:
-            raise UserError(f"{folder} adapts {name}, which is no linear layer of the base model's "
-                            "blocks: is it of another base model?")
+        need(name in linears and name not in exclude, f"{folder} adapts {name}, which is no linear "
+             "layer of the base model's blocks: is it of another base model?")
     linears = {name: linears[name] for name in layers}
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, linears)
@@ -277,9 +271,8 @@ def attach(model, folder, exclude=("lm_head",)):
                       for key, parameter in layer.update.named_parameters()}
         given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
                          for each in (tensors, parameters))
-        if given != needed:
-            raise UserError(f"{folder}: {name} has tensors of the shapes {given}, but here it "
-                            f"takes {needed}: is it of another base model?")
+        need(given == needed, f"{folder}: {name} has tensors of the shapes {given}, but here it "
+             f"takes {needed}: is it of another base model?")
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
         model.set_submodule(name, layer)
@@ -321,17 +314,16 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     error of a layer's dW}. Raises UserError if the model has no MoRA, or no exact LoRA.
     """
     config, error = config_of(model, base), 0.0
-    if config["peft_type"] != "MORA":
-        raise UserError("the model has no MoRA adapter to write as a LoRA")
+    need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(layer.update, "inner", layer.update)
                for name, layer in mora.adapted_layers(model)}
     updates = {name: p for name, p in mora.adapter_parameters(model) if name.endswith("magnitude")}
     width = rank or max(len(square.M) for square in squares.values())
     for name, square in squares.items():
         dW = square.delta()
-        if not rank and square.fold_in.blocks > 1:
-            raise UserError(f"{name}: {square.operator} makes a dW of rank up to {min(dW.shape)}: "
-                            "no LoRA of rank r^ equals it; name a rank to cut it to, or merge it")
+        need(rank or square.fold_in.blocks == 1,
+             f"{name}: {square.operator} makes a dW of rank up to {min(dW.shape)}: no LoRA of rank "
+             "r^ equals it; name a rank to cut it to, or merge it")
         if rank:
             U, S, Vh = torch.linalg.svd(dW.double(), full_matrices=False)
             A, B = S[:rank].sqrt()[:, None] * Vh[:rank], U[:, :rank] * S[:rank].sqrt()

@@ -17,7 +17,7 @@ import os
 import shutil
 from pathlib import Path
 
-from config import Arguments, UserError, at_least, command_line, lock  # first; isort: skip
+from config import Arguments, at_least, command_line, lock, need  # first, for Ctrl-C; isort: skip
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +33,8 @@ def merged_model(model, folder):
 
     Raises UserError if there is nothing to merge, or if the two differ.
     """
-    if not mora.adapted_layers(model):
-        raise UserError(f"{folder} holds no adapters: there is nothing to merge. The base/ of a "
-                        "checkpoint is a Hugging Face directory already")
+    need(mora.adapted_layers(model), f"{folder} holds no adapters: there is nothing to merge. The "
+         "base/ of a checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
@@ -43,9 +42,9 @@ def merged_model(model, folder):
     ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=generator)
     logits = model(ids)
     difference, scale = (logits - merged(ids)).abs().max().item(), logits.abs().max().item()
-    if not difference <= 1e-3 * max(1.0, scale):
-        raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to "
-                        f"{scale:.2g}): nothing was written; is {folder} damaged?")
+    need(difference <= 1e-3 * max(1.0, scale),
+         f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): "
+         f"nothing was written; is {folder} damaged?")
     return merged, difference
 
 
@@ -75,8 +74,8 @@ def written_whole(target):
 
 
 def must_be_free(target):
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: remove it, or name another target")
+    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
+         f"{target} exists and is not empty: remove it, or name another target")
 
 
 def main(argv):
@@ -91,10 +90,9 @@ def main(argv):
     add("--as_lora", action="store_true", help="write MoRA's update as a LoRA that peft loads")
     add("--rank", type=at_least(1), default=0, help="of --as_lora, by an SVD; default: exact")
     args = parser.parse_args(argv)
-    if args.rank and not args.as_lora:
-        raise UserError(f"--rank={args.rank} needs --as_lora: a merge is exact")
-    if args.as_lora and not args.target:
-        raise UserError("--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
+    need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
+    need(args.target or not args.as_lora,
+         "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
     if args.target:
         must_be_free(args.target)  # before anything is loaded
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
