@@ -100,8 +100,9 @@ def write_hugging_face(folder, weights, cfg, tok, seq_len=None, inherited=None):
               "head_dim": cfg.head_dim, "bos_token_id": None, "eos_token_id": None,
               "tokenizer": None, "seq_len": seq_len}
     if tok:
-        tok.keep(folder)
-        config |= {"bos_token_id": tok.start[0], "eos_token_id": tok.end, "tokenizer": tok.name}
+        tok.copy_files(folder)
+        config |= {"bos_token_id": tok.bos_ids[0], "eos_token_id": tok.eos_id,
+                   "tokenizer": tok.name}
     config |= {key: getattr(cfg, key) for key in SHAPE}
     config["rope_scaling"] = None
     if cfg.rope_scaling:

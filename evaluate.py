@@ -96,12 +96,12 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None
     merged copy generates.
     """
     count = min(limit or len(samples.lengths), len(samples.lengths))
-    parts = [prompt_and_reference(samples, i, tok.end) for i in range(count)]
+    parts = [prompt_and_reference(samples, i, tok.eos_id) for i in range(count)]
     prompts = [prompt for prompt, _ in parts]
     references = [reference for _, reference in parts]
     longest = max_new_tokens or max(map(len, references)) + 1
-    vocab_size = min(tok.size, model.cfg.vocab_size)
-    written = greedy(merged_copy(model), prompts, vocab_size, longest, tok.end, batch)
+    vocab_size = min(tok.vocab_size, model.cfg.vocab_size)
+    written = greedy(merged_copy(model), prompts, vocab_size, longest, tok.eos_id, batch)
     questions = [question_text(tok, prompt) for prompt in prompts]
     written = [tok.decode(ids) for ids in written]
     references = [tok.decode(ids) for ids in references]
@@ -114,8 +114,8 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None
 
 def question_text(tok, prompt):
     """The text of a prompt's ids, without the ids that open a document."""
-    if prompt[:len(tok.start)] == tok.start:
-        prompt = prompt[len(tok.start):]
+    if prompt[:len(tok.bos_ids)] == tok.bos_ids:
+        prompt = prompt[len(tok.bos_ids):]
     return tok.decode(prompt)
 
 

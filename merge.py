@@ -78,7 +78,7 @@ def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=F
                                       checkpoint.trained_seq_len(folder),
                                       checkpoint.inherited_of(merged))
         if tok:
-            tok.export(beside)
+            tok.export_files(beside)
         must_be_free(target)  # another process may have written it by now
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:

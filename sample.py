@@ -138,13 +138,13 @@ def chat_ids(tok, messages):
     Special tokens of the template are tokens. Without a template these are the ids of training on
     Tulu's format: the ids of a sample with an empty answer, without the end-of-text after it.
     """
-    if tok.chat:
+    if tok.chat_template:
         ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
         if not ids:
             raise UserError(f"the chat template of {tok.folder} writes nothing")
         return ids
     empty_answer = {"role": "assistant", "content": ""}
-    ids, _, _ = sft.encode_chat(tok, {"messages": [*messages, empty_answer]})
+    ids, _, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
     return ids[:-1]
 
 
@@ -207,8 +207,8 @@ def main(argv):
                             f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
         decode = tok.decoder()
         written = []
-        for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
-                              args.top_k, tok.end, generator):
+        for token in generate(model, ids, tok.vocab_size, args.max_new_tokens, args.temperature,
+                              args.top_k, tok.eos_id, generator):
             print(decode(token), end="", flush=True)
             written.append(token)
         return written
@@ -216,8 +216,8 @@ def main(argv):
     if args.chat:
         return chat(write, tok, args.system)
     prompt = tok.encode(args.prompt).tolist()
-    if prompt[:1] != tok.start[:1]:
-        prompt = tok.start + prompt
+    if prompt[:1] != tok.bos_ids[:1]:
+        prompt = tok.bos_ids + prompt
     print(args.prompt, end="", flush=True)
     begun = time.time()
     count = len(write(prompt))

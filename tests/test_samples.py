@@ -50,32 +50,33 @@ def twelve_steps(pairs):
     """Batches of 12 steps per epoch; 7 of the 103 samples fill no batch."""
     samples = open_split(pairs, "train")
     batches = SampleBatches(samples, seed=1, seq_len=64, batch_size=8, micro_batch=4)
-    assert batches.steps_an_epoch == 12
+    assert batches.steps_per_epoch == 12
     return batches
 
 
 def test_every_sample_at_most_once_per_epoch(twelve_steps):
-    first, second = (np.concatenate([twelve_steps.step(epoch * 12 + step) for step in range(12)])
-                     for epoch in range(2))
-    assert len(set(first)) == len(set(second)) == 96 and set(first) != set(second)
+    first, second = (set(twelve_steps.epoch_order(epoch).ravel()) for epoch in range(2))
+    assert len(first) == len(second) == 96 and first != second
+    assert set(twelve_steps.samples_of(13)) < second
 
 
 def test_samples_of_similar_length_share_a_micro_batch(twelve_steps):
-    batches, lengths = twelve_steps, twelve_steps.samples.lengths
+    batches, lengths = twelve_steps, twelve_steps.reader.lengths
     padded = sum(inputs.numel() for step in range(12) for inputs in batches(step)[0])
-    used = np.concatenate([batches.step(step) for step in range(12)])
+    used = np.concatenate([batches.samples_of(step) for step in range(12)])
     real = int((lengths[used] - 1).sum())
-    assert real == sum(batches.size(step) for step in range(12))
-    assert real == round(batches.tokens_a_step * 12)
+    assert real == sum(batches.count_tokens(step) for step in range(12))
+    assert real == round(batches.tokens_per_step * 12)
     unsorted = 1 - real / (96 * (lengths.max() - 1))
     assert batches.padding == pytest.approx(1 - real / padded) and batches.padding < unsorted / 2
-    longest = [int(lengths[batches.step(step)].max()) for step in range(12)]
+    longest = [int(lengths[batches.samples_of(step)].max()) for step in range(12)]
     assert longest != sorted(longest)  # short and long batches are mixed
 
 
 def test_a_row_is_padded_to_the_longest_of_its_micro_batch_and_a_multiple_of_8(twelve_steps):
     for step in range(24):
-        longest = twelve_steps.samples.lengths[twelve_steps.step(step)].reshape(-1, 4).max(1) - 1
+        which = twelve_steps.samples_of(step)
+        longest = twelve_steps.reader.lengths[which].reshape(-1, 4).max(1) - 1
         widths = [inputs.shape[1] for inputs in twelve_steps(step)[0]]
         assert widths == [-(-length // 8) * 8 for length in longest]
 
