@@ -9,7 +9,6 @@ from test_tokenizer import small_bpe
 
 import data
 import sft
-import shards
 import tokenizer
 from config import UserError
 from shards import open_split
@@ -225,27 +224,6 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, monkeypatch, words, me
     write_rows(tmp_path / "odd.jsonl", [{"body": "x"}])
     with pytest.raises(UserError, match=message):
         data.main(["sft", *words, "--tokenizer=bytes"])
-
-
-def test_a_killed_preparation_counts_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 400)
-    lists = [[{"prompt": "p" * (i + j), "response": "r" * j} for i in range(7)] for j in range(20)]
-
-    def prepare(name, read):
-        return sft.prepare(tmp_path / name, "bytes", {"source": "s"}, [(read, data.every_100th)],
-                           "prompt", 30, "truncate")
-
-    def dies():
-        yield from lists[:13]
-        raise KeyboardInterrupt
-
-    whole = prepare("whole", lambda: iter(lists))
-    with pytest.raises(KeyboardInterrupt):
-        prepare("killed", dies)
-    again = prepare("killed", lambda: iter(lists))
-    assert again["splits"] == whole["splits"]
-    totals = whole["splits"]["train"]
-    assert totals["truncated"] > 10 and len(totals["shards"]) > 3
 
 
 def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The same text gives the same ids, here and in transformers."""
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩
          "def f(x):\n\treturn x  # 12345\r\n\n", "a" * 300 + " " * 50]
 
 
+@lru_cache
 def small_bpe():
     """A byte-pair encoding of 400 tokens, trained here, with GPT-2's pattern.
 
