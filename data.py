@@ -65,7 +65,7 @@ def parsed(line):
 def as_object(row):
     if isinstance(row, dict):
         return row
-    return LeftOut("bad", f"the row is {sft.excerpt(row)}, not an object of keys and values")
+    return LeftOut("bad", f"the row is {row!r:.80}, not an object of keys and values")
 
 
 def parquet_rows(path):

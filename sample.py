@@ -144,8 +144,8 @@ def chat_ids(tok, messages):
             raise UserError(f"the chat template of {tok.folder} writes nothing")
         return ids
     empty_answer = {"role": "assistant", "content": ""}
-    ids, _, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
-    return ids[:-1]
+    words, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
+    return [word & (sft.FIRST - 1) for word in words[:-1]]
 
 
 def input_lines():

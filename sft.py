@@ -43,8 +43,6 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 TULU = "<|role|>\ncontent\n"  # of every message; an answer ends with end-of-text
-
-
 ROW_FORMATS = {  # name: (key of the prompt, key of the response, template of the prompt)
     "messages": ("messages", "messages", TULU),
     "alpaca": ("instruction", "output", ALPACA),
@@ -86,7 +84,7 @@ def left_out(row, keys, advice=""):
         if value is None:
             return LeftOut("missing", f"key {key!r} holds null")
         if not isinstance(value, str):
-            return LeftOut("bad", f"key {key!r} holds {excerpt(value)}, not text")
+            return LeftOut("bad", f"key {key!r} holds {value!r:.80}, not text")
     return None
 
 
@@ -100,15 +98,9 @@ def usable(row, format_name):
                 for message in messages for key in ("role", "content")):
             return row
         return LeftOut("bad", "messages must be a list of {'role': text, 'content': text}, got "
-                       f"{excerpt(messages)}")
+                       f"{messages!r:.80}")
     has_input = format_name == "alpaca" and row.get("input") is not None
     return left_out(row, (prompt_key, response_key, *["input"] * has_input)) or row
-
-
-def excerpt(value):
-    """The type of a value and its first characters, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text[:80]}{'...' if len(text) > 80 else ''}"
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop",
@@ -117,13 +109,10 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 
     The rows of the stages are `usable`. format_name: of ROW_FORMATS. seq_len, too_long: see encode.
     """
-    tok = tokenizer.load(tokenizer_name)
-    facts = {"kind": "samples", "format": request.get("format", format_name),
-             "template": ROW_FORMATS[format_name][2]}
-    if format_name == "messages":
-        facts["template"] = tok.chat_template or TULU
-    if format_name == "alpaca":
-        facts["template_with_input"] = ALPACA_INPUT
+    tok, template = tokenizer.load(tokenizer_name), ROW_FORMATS[format_name][2]
+    if format_name == "messages" and tok.chat_template:
+        template = tok.chat_template
+    facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
     return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": too_long}, stages,
                           encode=encode_rows, facts=facts, allowed=allowed)
@@ -152,16 +141,15 @@ def encode(tok, rows, format_name, seq_len=0, too_long="drop"):
     samples, response_bytes, truncated, refused = [], [], 0, 0
     for row in rows:
         try:
-            ids, learned, size = encode_row(tok, row, format_name)
+            words, size = encode_row(tok, row, format_name)
         except RefusedChat as reason:  # one row of many; each reason is printed once
             warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
             refused += 1
             continue
-        cut = bool(seq_len) and len(ids) > seq_len
-        if cut and too_long == "drop" or not any(learned[1:seq_len or None]):
+        cut = bool(seq_len) and len(words) > seq_len
+        words = np.array(words[:seq_len or None], dtype=np.uint32)
+        if cut and too_long == "drop" or not (words[1:] >= LEARNED).any():
             continue  # nothing predicts the first token
-        words = np.array(ids[:seq_len or None], dtype=np.uint32)
-        words[np.flatnonzero(learned[:len(words)])] |= np.uint32(LEARNED)
         words[0] |= np.uint32(FIRST)
         samples.append(words)
         response_bytes.append(size)
@@ -173,7 +161,7 @@ def encode(tok, rows, format_name, seq_len=0, too_long="drop"):
 
 
 def encode_row(tok, row, format_name):
-    """(ids, which of them are learned, bytes of the responses) of a row.
+    """(ids with the flag LEARNED, bytes of the responses) of a row.
 
     A chat follows the tokenizer's template if it has one, Tulu's otherwise. Messages after the last
     answer are left out.
@@ -189,19 +177,15 @@ def encode_row(tok, row, format_name):
     return join_turns(tok, [(prompt, False), (row[response_key], True)])
 
 
-def answers_of(messages):
-    """The indices of a chat's answers."""
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
 def tulu_turns(messages):
     """[(text, is it an answer?)] of a chat in Tulu's format."""
-    turns, done = [], 0
-    for i in answers_of(messages):
-        before = "".join(f"<|{m['role']}|>\n{m['content']}\n" for m in messages[done:i])
-        line_break = "\n" if done else ""  # after the answer before
-        turns += [(f"{line_break}{before}<|assistant|>\n", False), (messages[i]["content"], True)]
-        done = i + 1
+    turns, prompt = [], ""
+    for message in messages:
+        if message["role"] == "assistant":
+            turns += [(f"{prompt}<|assistant|>\n", False), (message["content"], True)]
+            prompt = "\n"
+        else:
+            prompt += f"<|{message['role']}|>\n{message['content']}\n"
     return turns
 
 
@@ -211,44 +195,40 @@ def template_turns(tok, messages):
     An answer is what the template adds to the messages before it and the generation prompt.
     """
     turns, done = [], ""
-    for i in answers_of(messages):
+    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
         before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
         if not (before.startswith(done) and after.startswith(before)):
             raise UserError(
                 f"the chat template of {tok.folder} writes a message differently when others "
                 "follow, so that answers cannot be told from prompts: remove the template from a "
                 "copy of the folder, and Tulu's format is used. Seen at "
-                f"{messages[i]['content'][:100]!r}")
+                f"{messages[i]['content']!r:.100}")
         turns += [(before[len(done):], False), (after[len(before):], True)]
         done = after
     return turns
 
 
 def join_turns(tok, turns, by_template=False):
-    """(ids, which of them are learned, bytes of the answers) of [(text, is it an answer?)].
+    """(ids with the flag LEARNED, bytes of the answers) of [(text, is it an answer?)].
 
     An answer ends with end-of-text, which is learned. A chat template writes end-of-text itself; if
     it does not, only the last answer gets one. Text that the template writes after end-of-text (a
     line break) is not learned, and what follows the last learned token is left out.
     """
     encode_turn = tok.encode_template if by_template else tok.encode_part
-    ids = [] if by_template else list(tok.bos_ids)
-    learned = [False] * len(ids)
+    words = [] if by_template else list(tok.bos_ids)
     for i, (text, is_answer) in enumerate(turns, 1):
         part = encode_turn(text).tolist()
         if is_answer and (not by_template or i == len(turns) and tok.eos_id not in part):
             part.append(tok.eos_id)
-        learned_count = up_to_last(part, tok.eos_id) if is_answer else 0
-        ids += part
-        learned += [True] * learned_count + [False] * (len(part) - learned_count)
-    count = up_to_last(learned, True)
+        learned = len(part) if is_answer else 0
+        if is_answer and tok.eos_id in part:
+            learned -= part[::-1].index(tok.eos_id)
+        words += [token | LEARNED for token in part[:learned]] + part[learned:]
+    while words and words[-1] < LEARNED:
+        words.pop()
     answers = "".join(text for text, is_answer in turns if is_answer)
-    return ids[:count], learned[:count], len(answers.encode("utf-8", "replace"))
-
-
-def up_to_last(values, value):
-    """The number of values up to the last one that equals value; all of them if there is none."""
-    return len(values) - values[::-1].index(value) if value in values else len(values)
+    return words, len(answers.encode("utf-8", "replace"))
 
 
 # ---- chat templates: programs in jinja2, written by others

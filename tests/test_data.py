@@ -127,7 +127,7 @@ def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch):
     rows = [{"text": text} for text in texts]
     rows[2000] = {"text": 5}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="a.jsonl, row 2001: key 'text' holds int 5, not text"):
+    with pytest.raises(UserError, match="a.jsonl, row 2001: key 'text' holds 5, not text"):
         data.main(["text", "strict", "a.jsonl", "--tokenizer=bytes"])
     data.main(["text", "skip", "a.jsonl", "--tokenizer=bytes", "--skip_bad=1"])
     train = [text for i, text in enumerate(texts) if i % 100 != 99 and i != 2000]

@@ -211,7 +211,7 @@ def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("words, message", [
-    (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds int 1, not text"),
+    (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds 1, not text"),
     (["odd", "odd.jsonl"], "row 1: no sample can be made of the keys body; known are"),
     (["none"], "data.py sft NAME"),
     (["t", "a.txt"], "no file"),
@@ -283,9 +283,9 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "a", "response": 7}, "key 'response' holds int 7, not text"),
-    ({"prompt": ["a"], "response": "7"}, "key 'prompt' holds list"),
-    ({"prompt": "a", "response": False}, "key 'response' holds bool False"),
+    ({"prompt": "a", "response": 7}, "key 'response' holds 7, not text"),
+    ({"prompt": ["a"], "response": "7"}, "key 'prompt' holds .'a'."),
+    ({"prompt": "a", "response": False}, "key 'response' holds False"),
 ])
 def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch, row, message):
     monkeypatch.chdir(tmp_path)
