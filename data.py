@@ -146,9 +146,8 @@ def documents(sources, make, strict):
 
 
 def file_sources(paths):
-    reader = {path: next(READERS[ending] for ending in READERS if path.name.endswith(ending))
-              for path in paths}
-    return [(path, "is the file complete?", partial(reader[path], path)) for path in paths]
+    return [(path, "is the file complete?", partial(read, path)) for path in paths
+            for ending, read in READERS.items() if path.name.endswith(ending)]
 
 
 def text_of(row, key="text"):
@@ -160,10 +159,8 @@ def text_of(row, key="text"):
 
 def every_100th(documents, first):
     """Documents number first, first + 1, ... to the splits: every 100th is validation."""
-    splits = {"train": [], "val": []}
-    for i, document in enumerate(documents, first):
-        splits["val" if i % 100 == 99 else "train"].append(document)
-    return splits
+    train = [document for i, document in enumerate(documents, first) if i % 100 != 99]
+    return {"train": train, "val": documents[(99 - first) % 100::100]}
 
 
 def all_to(*splits):
@@ -266,10 +263,9 @@ def checksum(path):
     """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        digest = hashlib.sha256(str(size).encode() + file.read(CHECKSUM_BYTES))
+        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
         file.seek(max(0, size - CHECKSUM_BYTES))
-        digest.update(file.read(CHECKSUM_BYTES))
-    return digest.hexdigest()[:16]
+        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
 
 
 def file_stages(args, make):

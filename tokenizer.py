@@ -141,32 +141,30 @@ class Json:
     def __init__(self, folder):
         from tokenizers import Tokenizer
         self.folder = Path(folder)
-        file, self.config_file = self.folder / FILES[0], self.folder / FILES[1]
-        try:
-            text = file.read_bytes().decode()
-            # two objects, since threads share both
-            self.tokenizer, self.with_specials = Tokenizer.from_str(text), Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise UserError(f"{file} cannot be read: {error}") from None
-        self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
+        file, self.config_file, _, template_file = (self.folder / name for name in FILES)
+        text = read_text(file)
         self.name = f"tokenizer.json:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        # two objects, since threads share them
+        self.tokenizer, self.with_specials = (read_text(file, Tokenizer.from_str) for _ in range(2))
+        self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
         self.vocab_size = self.tokenizer.get_vocab_size()
-        config = read_json(self.config_file)
-        if not isinstance(config, dict):
-            raise UserError(f"{self.config_file} must hold an object, holds {config!r:.80}")
-        self.special_tokens = {key: self._text(config, key) or ""
-                               for key in ("bos_token", "eos_token")}
+        self.config = read_json(self.config_file)
+        if not isinstance(self.config, dict):
+            raise UserError(f"{self.config_file} must hold an object, holds {self.config!r:.80}")
+        self.special_tokens = {key: self._text(key) or "" for key in ("bos_token", "eos_token")}
         end = self.special_tokens["eos_token"]
         self.eos_id = self.tokenizer.token_to_id(end)
         if self.eos_id is None:
             raise UserError(f"{self.config_file}: eos_token {end!r} is no token of tokenizer.json")
         self.bos_ids = self.tokenizer.encode("").ids or [self.eos_id]
-        self.chat_template = self._chat_template(config)
+        self.chat_template = self._text("chat_template")
+        if template_file.exists():
+            self.chat_template = read_text(template_file)
 
-    def _text(self, config, key):
+    def _text(self, key):
         """A text of tokenizer_config.json, or None: some files hold {"content": text}, or a list
         of chat templates with names."""
-        value = config.get(key)
+        value = self.config.get(key)
         if isinstance(value, list):
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
             value = named.get("default", {}).get("template")
@@ -175,28 +173,18 @@ class Json:
             raise UserError(f"{self.config_file}: {key} must be text, is {text!r:.80}")
         return text
 
-    def _chat_template(self, config):
-        """The chat template: a file of its own, or the one inside tokenizer_config.json."""
-        file = self.folder / "chat_template.jinja"
-        try:
-            return file.read_text("utf-8") if file.exists() else self._text(config, "chat_template")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 ({error.reason})") from None
-
     def encode(self, text):
         """Ids of plain text, after the tokens that open a document (LLaMA's begin-of-text, say)."""
         ids = self.tokenizer.encode(without_surrogates(text)).ids
         return np.array(ids[:-1] if ids[-1:] == [self.eos_id] else ids, dtype=np.uint32)
 
-    def encode_part(self, text):
-        return self._inner_ids(self.tokenizer, text)
-
-    def encode_template(self, text):
-        return self._inner_ids(self.with_specials, text)
-
-    def _inner_ids(self, tokenizer, text):
+    def encode_part(self, text, tokenizer=None):
+        tokenizer = tokenizer or self.tokenizer
         ids = tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
         return np.array(ids, dtype=np.uint32)
+
+    def encode_template(self, text):
+        return self.encode_part(text, self.with_specials)
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -213,6 +201,14 @@ class Json:
                 shutil.copy(source, copy)
 
     export_files = copy_files
+
+
+def read_text(path, parse=str):
+    """parse(text) of a file in UTF-8; raises UserError."""
+    try:
+        return parse(path.read_bytes().decode())
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 @lru_cache

@@ -191,7 +191,7 @@ TABLE = [
     ({**chat_model("x"), "model/tokenizer_config.json": {}}, CHATS, "eos_token '' is no token", 2),
     ({**chat_model("x"), "model/tokenizer_config.json": {"eos_token": 5}}, CHATS,
      "eos_token must be text, is 5", 2),
-    ({**chat_model("x"), "model/chat_template.jinja": b"\xff"}, CHATS, "jinja is not UTF-8", 2),
+    ({**chat_model("x"), "model/chat_template.jinja": b"\xff"}, CHATS, "jinja cannot be read: 'utf-8'", 2),
     (chat_model(7), CHATS, "chat_template must be text, is 7", 2),
     (chat_model([{"name": "default", "template": 7}]), CHATS,
      "chat_template must be text, is 7", 2),
