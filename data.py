@@ -29,9 +29,10 @@ from pathlib import Path
 import sft
 import tokenizer
 from config import Arguments, UserError, at_least, command_line
-from shards import ALLOWED, SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, summary
+from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, summary
 
 CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
+CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
 ARRAY_BYTES = 2 ** 30     # largest .json file that is one array, uncompressed: it is read at once
 CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
 HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
@@ -127,22 +128,40 @@ def stdlib_texts():
             yield [path.read_text(encoding="utf-8", errors="replace")]
 
 
-def documents(sources, make, strict):
+def documents(sources, make, skip_bad=None):
     """Lists of make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
-    that yields rows)]. strict: a row that holds something else than text raises UserError."""
+    that yields rows)].
+
+    skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
+    that holds something else than text raises UserError at once.
+    """
     def document(number, row):
         made = make(row) if isinstance(row, dict) else row
         if not isinstance(made, LeftOut):
             return made
         message = f"{where}, row {number}: {made.message}"
-        if made.reason == "bad" and strict:
+        if made.reason == "bad" and skip_bad is None:
             raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
         return LeftOut(made.reason, message)
 
+    def check():
+        percent = 1 if skip_bad is None else skip_bad
+        if unusable > count * percent / 100:
+            raise UserError(f"{unusable:,} of {count:,} rows cannot be used, more than "
+                            f"{percent:g} %; the first is {first.message}; --skip_bad=PERCENT "
+                            "allows more")
+
+    count, unusable, first = 0, 0, None
     for where, advice, read in sources:
         rows = numbered(where, read(), advice)
         while chunk := [document(*row) for row in islice(rows, CHUNK_DOCUMENTS)]:
+            left_out = [document for document in chunk if isinstance(document, LeftOut)]
+            count, unusable = count + len(chunk), unusable + len(left_out)
+            first = first or next(iter(left_out), None)
+            if count >= CHECKED_ROWS:
+                check()
             yield chunk
+    check()
 
 
 def file_sources(paths):
@@ -185,7 +204,7 @@ def prepare_c4(args):
     stages = []
     for hub_split, split in (("validation", "val"), ("train", "train")):
         sources = [("allenai/c4", advice, partial(hub_rows, "allenai/c4", "en", hub_split))]
-        stages.append((partial(documents, sources, text_of, strict=True), all_to(split)))
+        stages.append((partial(documents, sources, text_of), all_to(split)))
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
 
@@ -193,26 +212,26 @@ def prepare_text(args):
     check_files(args, READERS)
     request = files_request(args) | {"key": args.key}
     return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request,
-                   file_stages(args, partial(text_of, key=args.key)), allowed=allowed_share(args))
+                   file_stages(args, partial(text_of, key=args.key)))
 
 
 def prepare_sft(args):
     check_files(args, [ending for ending in READERS if ending != ".txt"])
     files = args.files + args.val
-    first_rows = next(documents(file_sources(files), dict, args.skip_bad is None))
+    first_rows = next(documents(file_sources(files), dict, args.skip_bad))
     format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], files[0])
     stages = file_stages(args, partial(sft.usable, format_name=format_name))
     return sft.prepare(f"data/{args.name}", args.tokenizer, files_request(args), stages,
-                       format_name, args.seq_len, args.long, allowed_share(args))
+                       format_name, args.seq_len, args.long)
 
 
 def prepare_hub(args):
     name, format_name = sft.HUB[args.command]
     sources = [(name, HUB_ADVICE + "python data.py sft NAME FILES...", partial(hub_rows, name))]
     make = partial(sft.usable, format_name=format_name)
-    stages = [(partial(documents, sources, make, args.skip_bad is None), every_100th)]
+    stages = [(partial(documents, sources, make, args.skip_bad), every_100th)]
     return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
-                       format_name, args.seq_len, args.long, allowed_share(args))
+                       format_name, args.seq_len, args.long)
 
 
 def prepare_uuid(args):
@@ -232,11 +251,6 @@ def check(args):
             for position in range(0, len(tokens), SHARD_TOKENS):
                 tokens.read(position, min(SHARD_TOKENS, len(tokens) - position))
     print(f"{folder} is complete: {summary(manifest)}")
-
-
-def allowed_share(args):
-    """The share of unusable rows that does not stop the preparation."""
-    return ALLOWED if args.skip_bad is None else args.skip_bad / 100
 
 
 def check_files(args, endings):
@@ -271,7 +285,7 @@ def checksum(path):
 def file_stages(args, make):
     """The stages of local files; make(row) gives a document."""
     splits = ((args.files, all_to("train") if args.val else every_100th), (args.val, all_to("val")))
-    return [(partial(documents, file_sources(files), make, args.skip_bad is None), assign)
+    return [(partial(documents, file_sources(files), make, args.skip_bad), assign)
             for files, assign in splits if files]
 
 

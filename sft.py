@@ -34,7 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import shards
 import tokenizer
 from config import UserError
-from shards import ALLOWED, FIRST, LEARNED, Encoded, LeftOut
+from shards import FIRST, LEARNED, Encoded, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
@@ -103,8 +103,7 @@ def usable(row, format_name):
     return left_out(row, (prompt_key, response_key, *["input"] * has_input)) or row
 
 
-def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop",
-            allowed=ALLOWED):
+def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
     """Samples as shards; see shards.prepare.
 
     The rows of the stages are `usable`. format_name: of ROW_FORMATS. seq_len, too_long: see encode.
@@ -115,7 +114,7 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
     facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
     return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": too_long}, stages,
-                          encode=encode_rows, facts=facts, allowed=allowed)
+                          encode=encode_rows, facts=facts)
 
 
 def uuid_pairs(count, seed):

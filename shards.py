@@ -30,8 +30,6 @@ SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of on
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
 ALIGNED = 8             # rows of samples are padded to a multiple of it
-CHECKED_ROWS = 10_000   # from this number of rows on, the share of unusable rows is checked
-ALLOWED = 0.01          # share of unusable rows that does not stop a preparation
 
 # counters of a split beside tokens, documents and bytes, and their names in a summary
 COUNTERS = {"learned": "learned tokens", "longest": "tokens in the longest", "dropped": "dropped",
@@ -68,8 +66,7 @@ def encode_text(tok, texts):
 
 # ---- writing
 
-def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None,
-            allowed=ALLOWED):
+def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None):
     """Write a corpus as shards and a manifest, and return the manifest.
 
     A preparation of the same request that was killed is continued, a finished one is not repeated.
@@ -78,10 +75,9 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     equal requests give equal shards. stages: [(read, assign)]: read() yields lists of documents,
     and assign(documents, index of the first one) returns {split: documents}. limits:
     {split: tokens}, 0: no limit. encode(tok, documents) returns Encoded. facts: more keys of a
-    manifest of samples. allowed: the largest share of rows that are LeftOut.
+    manifest of samples.
 
-    Raises UserError for a folder that holds another corpus, for a corpus without a token, and for
-    too many unusable rows.
+    Raises UserError for a folder that holds another corpus, and for a corpus without a token.
     """
     folder, small = Path(folder), tok.vocab_size <= 2 ** 16 and not facts
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
@@ -93,7 +89,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
             return prepared_already(folder, manifest["request"])
         tok.copy_files(folder)
         try:
-            Preparation(folder, manifest, partial(encode, tok), limits or {}, allowed).run(stages)
+            Preparation(folder, manifest, partial(encode, tok), limits or {}).run(stages)
         except OSError as error:
             error.filename = error.filename or str(folder)  # writing to an open file names none
             raise
@@ -173,9 +169,9 @@ def add_counts(counts, more):
 class Preparation:
     """A corpus that is being written: its writers, and how far its sources have been read."""
 
-    def __init__(self, folder, manifest, encode, limits, allowed):
-        self.folder, self.manifest, self.encode, self.allowed = folder, manifest, encode, allowed
-        self.progress_file, self.first_left_out = folder / "progress.json", None
+    def __init__(self, folder, manifest, encode, limits):
+        self.folder, self.manifest, self.encode = folder, manifest, encode
+        self.progress_file = folder / "progress.json"
         self.progress = self._read_progress()
         self.started = time.time() - self.progress["seconds"]
         self.writers = {
@@ -193,19 +189,9 @@ class Preparation:
         return PROGRESS | {"request": request,
                            "splits": {split: SPLIT | {"shards": []} for split in SPLITS}}
 
-    def total(self, *counters):
-        """The sum of counters over all splits, shards that are not yet written included."""
-        return sum(counts.get(counter, 0) for writer in self.writers.values()
-                   for counts in (writer.totals, writer.counts) for counter in counters)
-
-    def check_left_out(self, fewest_rows=1):
-        """Raise UserError if too many of the rows so far are unusable."""
-        unusable = self.total("missing", "bad")
-        rows = unusable + self.total("documents", "dropped", "empty")
-        if rows >= fewest_rows and unusable > self.allowed * rows:
-            example = f"; the first is {self.first_left_out.message}" if self.first_left_out else ""
-            raise UserError(f"{unusable:,} of {rows:,} rows cannot be used, more than "
-                            f"{100 * self.allowed:g} %{example}; --skip_bad=PERCENT allows more")
+    def total(self, counter):
+        """A counter over both splits, of the shards on disk."""
+        return sum(totals[counter] for totals in self.progress["splits"].values())
 
     def run(self, stages):
         """Read the stages that are left, and write their shards and the manifest."""
@@ -215,7 +201,6 @@ class Preparation:
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             for stage in range(self.progress["stage"], len(stages)):
                 self._run_stage(stage, *stages[stage], pool, bar)
-        self.check_left_out()
         for writer in self.writers.values():
             writer.write_shard()
         seconds = max(time.time() - self.started, 1e-3)
@@ -232,12 +217,10 @@ class Preparation:
         done = self.progress["documents"] if stage == self.progress["stage"] else 0
         jobs = (pool.submit(self._encode_chunk, assign, documents, index)
                 for index, documents in without_first(read(), done))
-        for parts, left_out, end in in_order(jobs, ahead=4 * os.cpu_count()):
-            self.first_left_out = self.first_left_out or left_out
+        for parts, end in in_order(jobs, ahead=4 * os.cpu_count()):
             for split, part in parts.items():
                 self.writers[split].add(part)
                 bar.update(sum(part.sizes))
-            self.check_left_out(CHECKED_ROWS)
             if any(writer.counts["tokens"] >= SHARD_TOKENS for writer in self.writers.values()):
                 for writer in self.writers.values():
                     writer.write_shard()
@@ -247,7 +230,7 @@ class Preparation:
                 return
 
     def _encode_chunk(self, assign, documents, index):
-        """({split: Encoded} of some documents, the first LeftOut or None, index after them)."""
+        """({split: Encoded} of some documents, the index after them)."""
         parts = {}
         for split, assigned in assign(documents, index).items():
             usable = [document for document in assigned
@@ -256,8 +239,7 @@ class Preparation:
                               if not document or isinstance(document, LeftOut))
             part = self.encode(usable)
             parts[split] = part._replace(counts=part.counts | reasons)
-        left_out = (document for document in documents if isinstance(document, LeftOut))
-        return parts, next(left_out, None), index + len(documents)
+        return parts, index + len(documents)
 
 
 def without_first(chunks, count):
