@@ -135,33 +135,31 @@ def documents(sources, make, skip_bad=None):
     skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
     that holds something else than text raises UserError at once.
     """
-    def document(number, row):
-        made = make(row) if isinstance(row, dict) else row
-        if not isinstance(made, LeftOut):
-            return made
-        message = f"{where}, row {number}: {made.message}"
-        if made.reason == "bad" and skip_bad is None:
-            raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
-        return LeftOut(made.reason, message)
-
-    def check():
-        percent = 1 if skip_bad is None else skip_bad
-        if unusable > count * percent / 100:
-            raise UserError(f"{unusable:,} of {count:,} rows cannot be used, more than "
-                            f"{percent:g} %; the first is {first.message}; --skip_bad=PERCENT "
-                            "allows more")
-
-    count, unusable, first = 0, 0, None
+    percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
     for where, advice, read in sources:
         rows = numbered(where, read(), advice)
-        while chunk := [document(*row) for row in islice(rows, CHUNK_DOCUMENTS)]:
-            left_out = [document for document in chunk if isinstance(document, LeftOut)]
-            count, unusable = count + len(chunk), unusable + len(left_out)
-            first = first or next(iter(left_out), None)
+        while batch := list(islice(rows, CHUNK_DOCUMENTS)):
+            chunk = []
+            for number, row in batch:
+                document = make(row) if isinstance(row, dict) else row
+                if isinstance(document, LeftOut):
+                    message = f"{where}, row {number}: {document.message}"
+                    if document.reason == "bad" and skip_bad is None:
+                        raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
+                    first, unusable = first or message, unusable + 1
+                chunk.append(document)
+            count += len(chunk)
             if count >= CHECKED_ROWS:
-                check()
+                check_share(unusable, count, percent, first)
             yield chunk
-    check()
+    check_share(unusable, count, percent, first)
+
+
+def check_share(unusable, count, percent, first):
+    """Raise UserError if more than this percentage of the rows so far is unusable."""
+    if unusable > count * percent / 100:
+        raise UserError(f"{unusable:,} of {count:,} rows cannot be used, more than {percent:g} %; "
+                        f"the first is {first}; --skip_bad=PERCENT allows more")
 
 
 def file_sources(paths):

@@ -1,9 +1,6 @@
 """Supervised fine-tuning data: rows with prompts and responses -> samples.
 
     python data.py sft gsm8k train.jsonl --val test.jsonl --tokenizer=PATH --seq_len=512
-    python data.py tulu --tokenizer=PATH --seq_len=2048        allenai/tulu-v2-sft-mixture
-    python data.py metamath --tokenizer=PATH --seq_len=512     meta-math/MetaMathQA
-    python data.py uuid --tokenizer=PATH                       10,000 pairs of random UUIDs
 
 The keys of the first complete row decide the format of all rows:
 

@@ -18,11 +18,13 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from config import UserError, lock, read_json, write_json
 
@@ -89,7 +91,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
             return prepared_already(folder, manifest["request"])
         tok.copy_files(folder)
         try:
-            Preparation(folder, manifest, partial(encode, tok), limits or {}).run(stages)
+            write_corpus(folder, manifest, partial(encode, tok), stages, limits or {})
         except OSError as error:
             error.filename = error.filename or str(folder)  # writing to an open file names none
             raise
@@ -166,80 +168,65 @@ def add_counts(counts, more):
         counts[key] = max(before, value) if key == "longest" else before + value
 
 
-class Preparation:
-    """A corpus that is being written: its writers, and how far its sources have been read."""
+def write_corpus(folder, manifest, encode, stages, limits):
+    """Write the shards of what is left of the stages, complete the manifest and write it."""
+    progress_file, request = folder / "progress.json", manifest["request"]
+    progress = read_progress(progress_file, request)
+    splits, started = progress["splits"], time.time() - progress["seconds"]
+    writers = {split: SplitWriter(folder, split, manifest["dtype"], totals, limits.get(split, 0))
+               for split, totals in splits.items()}
+    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
+    bar = tqdm(initial=prepared_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for stage in range(progress["stage"], len(stages)):
+            read, assign = stages[stage]
+            jobs = (pool.submit(encode_chunk, encode, assign, documents, index)
+                    for index, documents in without_first(read(), progress["documents"]))
+            for parts, end in in_order(jobs, ahead=4 * os.cpu_count()):
+                for split, part in parts.items():
+                    writers[split].add(part)
+                    bar.update(sum(part.sizes))
+                if any(writer.counts["tokens"] >= SHARD_TOKENS for writer in writers.values()):
+                    for writer in writers.values():
+                        writer.write_shard()
+                    progress |= {"stage": stage, "documents": end, "seconds": time.time() - started}
+                    write_json(progress_file, progress)
+                if all(writers[split].room() <= 0 for split in parts):
+                    break
+            progress["documents"] = 0  # of the next stage
+    for writer in writers.values():
+        writer.write_shard()
+    seconds = max(time.time() - started, 1e-3)
+    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
+    manifest |= {"splits": splits, "seconds": round(seconds, 3),
+                 "mb_per_s": round(prepared_bytes / 1e6 / seconds, 3)}
+    if not any(totals["tokens"] for totals in splits.values()):
+        longest = f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""
+        raise UserError(f"no document{longest} was found: {summary(manifest)}")
+    write_json(folder / "manifest.json", manifest)
+    progress_file.unlink(missing_ok=True)
 
-    def __init__(self, folder, manifest, encode, limits):
-        self.folder, self.manifest, self.encode = folder, manifest, encode
-        self.progress_file = folder / "progress.json"
-        self.progress = self._read_progress()
-        self.started = time.time() - self.progress["seconds"]
-        self.writers = {
-            split: SplitWriter(folder, split, manifest["dtype"], totals, limits.get(split, 0))
-            for split, totals in self.progress["splits"].items()}
 
-    def _read_progress(self):
-        """Where an earlier preparation of the same request was stopped, or the beginning."""
-        request = self.manifest["request"]
-        if self.progress_file.exists():
-            progress = read_json(self.progress_file)
-            check_value(progress, PROGRESS, self.progress_file)
-            if not changes(progress["request"], request):
-                return progress | {"request": request}
-        return PROGRESS | {"request": request,
-                           "splits": {split: SPLIT | {"shards": []} for split in SPLITS}}
+def read_progress(path, request):
+    """Where an earlier preparation of the same request was stopped, or the beginning."""
+    if path.exists():
+        progress = read_json(path)
+        check_value(progress, PROGRESS, path)
+        if not changes(progress["request"], request):
+            return progress | {"request": request}
+    splits = {split: SPLIT | {"shards": []} for split in SPLITS}
+    return PROGRESS | {"request": request, "splits": splits}
 
-    def total(self, counter):
-        """A counter over both splits, of the shards on disk."""
-        return sum(totals[counter] for totals in self.progress["splits"].values())
 
-    def run(self, stages):
-        """Read the stages that are left, and write their shards and the manifest."""
-        from tqdm import tqdm
-        bar = tqdm(initial=self.total("bytes"), unit="B", unit_scale=True, desc="tokenizing",
-                   disable=None)
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for stage in range(self.progress["stage"], len(stages)):
-                self._run_stage(stage, *stages[stage], pool, bar)
-        for writer in self.writers.values():
-            writer.write_shard()
-        seconds = max(time.time() - self.started, 1e-3)
-        self.manifest |= {"splits": self.progress["splits"], "seconds": round(seconds, 3),
-                          "mb_per_s": round(self.total("bytes") / 1e6 / seconds, 3)}
-        if not self.total("tokens"):
-            seq_len = self.manifest["request"].get("seq_len")
-            longest = f" of at most {seq_len} tokens" if seq_len else ""
-            raise UserError(f"no document{longest} was found: {summary(self.manifest)}")
-        write_json(self.folder / "manifest.json", self.manifest)
-        self.progress_file.unlink(missing_ok=True)
-
-    def _run_stage(self, stage, read, assign, pool, bar):
-        done = self.progress["documents"] if stage == self.progress["stage"] else 0
-        jobs = (pool.submit(self._encode_chunk, assign, documents, index)
-                for index, documents in without_first(read(), done))
-        for parts, end in in_order(jobs, ahead=4 * os.cpu_count()):
-            for split, part in parts.items():
-                self.writers[split].add(part)
-                bar.update(sum(part.sizes))
-            if any(writer.counts["tokens"] >= SHARD_TOKENS for writer in self.writers.values()):
-                for writer in self.writers.values():
-                    writer.write_shard()
-                self.progress.update(stage=stage, documents=end, seconds=time.time() - self.started)
-                write_json(self.progress_file, self.progress)
-            if all(self.writers[split].room() <= 0 for split in parts):
-                return
-
-    def _encode_chunk(self, assign, documents, index):
-        """({split: Encoded} of some documents, the index after them)."""
-        parts = {}
-        for split, assigned in assign(documents, index).items():
-            usable = [document for document in assigned
-                      if document and not isinstance(document, LeftOut)]
-            reasons = Counter(document.reason if document else "empty" for document in assigned
-                              if not document or isinstance(document, LeftOut))
-            part = self.encode(usable)
-            parts[split] = part._replace(counts=part.counts | reasons)
-        return parts, index + len(documents)
+def encode_chunk(encode, assign, documents, index):
+    """({split: Encoded} of some documents, the index after them)."""
+    parts = {}
+    for split, assigned in assign(documents, index).items():
+        part = encode([text for text in assigned if text and not isinstance(text, LeftOut)])
+        reasons = Counter(text.reason if text else "empty" for text in assigned
+                          if not text or isinstance(text, LeftOut))
+        parts[split] = part._replace(counts=part.counts | reasons)
+    return parts, index + len(documents)
 
 
 def without_first(chunks, count):
@@ -254,13 +241,11 @@ def without_first(chunks, count):
 
 def in_order(jobs, ahead):
     """Yield the results of futures in order; at most `ahead` are in memory."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(job)
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    for job in waiting:
-        yield job.result()
+    jobs = iter(jobs)
+    waiting = deque(islice(jobs, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(islice(jobs, 1))
 
 
 # ---- the manifest
@@ -310,8 +295,7 @@ def damaged(path, reason):
 
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
-    documents = {"text": "documents", "samples": "samples"}[manifest["kind"]]
-    clauses = []
+    documents, clauses = {"text": "documents", "samples": "samples"}[manifest["kind"]], []
     for split, totals in manifest["splits"].items():
         if any(totals.values()):
             counts = "".join(f", {totals[counter]:,} {name}" for counter, name in COUNTERS.items()
@@ -353,24 +337,21 @@ class Tokens:
         if not self.totals["shards"]:
             advice = ": prepare it again with --val FILES" if split == "val" else ""
             raise UserError(f"{folder} has no {split} documents{advice}")
-        self.shards = [self._map_shard(shard) for shard in self.totals["shards"]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            map_shard = partial(self._map_shard, verify=verify)
+            self.shards = list(pool.map(map_shard, self.totals["shards"]))
         self.shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        if verify:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                checksums = list(pool.map(zlib.crc32, self.shards))
-            for shard, crc32 in zip(self.totals["shards"], checksums, strict=True):
-                if crc32 != shard["crc32"]:
-                    raise damaged(self.folder / shard["file"],
-                                  f"its checksum is {crc32}, expected {shard['crc32']}")
 
-    def _map_shard(self, shard):
-        """A read-only memory map of a shard of the size that the manifest states."""
+    def _map_shard(self, shard, verify):
         path, dtype = self.folder / shard["file"], np.dtype(self.manifest["dtype"])
         size = path.stat().st_size if path.exists() else 0
         expected = shard["tokens"] * dtype.itemsize
         if size != expected:
             raise damaged(path, f"it should hold {expected} bytes and holds {size}")
-        return np.memmap(path, dtype, mode="r")
+        words = np.memmap(path, dtype, mode="r")
+        if verify and zlib.crc32(words) != shard["crc32"]:
+            raise damaged(path, f"its checksum is {zlib.crc32(words)}, expected {shard['crc32']}")
+        return words
 
     def must_suit(self, model, tok, where):
         """Raise UserError if a model cannot be used with these tokens.
@@ -378,7 +359,7 @@ class Tokens:
         tok: the model's tokenizer, None if unknown. where: the path of the model, for the message.
         """
         if tok and tok.name != self.tokenizer:
-            choice = where if tok.name.startswith("tokenizer.json:") else tok.name
+            choice = where if tok.folder else tok.name
             raise UserError(f"{where} has the tokenizer {tok.name}, {self.folder} was prepared "
                             f"with {self.tokenizer}: prepare it again with --tokenizer={choice}")
         if self.vocab_size > model.cfg.vocab_size:
@@ -406,10 +387,8 @@ class Tokens:
 
 
 class Samples(Tokens):
-    """One split of samples, with arrays of one number per sample:
-
-    sample_starts (and the end of the last one), lengths in tokens, learned tokens.
-    """
+    """One split of samples, with one number per sample in the arrays sample_starts (and the end of
+    the last one), lengths (tokens) and learned (tokens)."""
     id_bits = FIRST - 1
 
     def __init__(self, folder, split, verify=True):
