@@ -1,10 +1,7 @@
 """Token shards -> batches: pure functions of (seed, step), the same for any number of processes.
 
     batches = Batches(open_split("data/c4", "train"), seed, seq_len, batch_size, micro_batch)
-    inputs, targets = batches(step)
-
-    batches = SampleBatches(open_split("data/gsm8k", "train"), seed, seq_len, ...)
-    inputs, targets, weights = batches(step)
+    inputs, targets = batches(step)                # of SampleBatches: inputs, targets, weights
 
 every_token_once and every_sample_once read a whole split for an evaluation.
 """
@@ -33,10 +30,8 @@ class Prefetcher:
         self.epoch_order = lru_cache(2)(self._epoch_order)
 
     def own_rows(self, rows):
-        """This process's part (accumulation, micro_batch) of the (batch_size,) rows of a step.
-
-        The rows of a micro-step are consecutive, over all processes.
-        """
+        """This process's part (accumulation, micro_batch) of the (batch_size,) rows of a step."""
+        # the rows of a micro-step are consecutive, over all processes
         return rows.reshape(-1, self.world, self.micro_batch)[:, self.rank]
 
     def to_device(self, ids):
@@ -71,14 +66,13 @@ class Batches(Prefetcher):
         return np.random.default_rng((self.seed, epoch)).permutation(self.windows)
 
     def count_tokens(self, step):
-        """Tokens of a step, over all processes."""
         return self.tokens_per_step
 
     def window(self, index):
         """The ids (seq_len + 1,) of the index-th window of the run; index counts across epochs."""
         epoch, position = divmod(index, self.windows)
-        first = int(self.epoch_order(epoch)[position]) * self.seq_len
-        return self.reader.read(first, self.seq_len + 1)
+        window = int(self.epoch_order(epoch)[position])
+        return self.reader.read(window * self.seq_len, self.seq_len + 1)
 
     def load(self, step):
         """(inputs, targets) of this process, each (accumulation, micro_batch, seq_len) int64."""
@@ -146,10 +140,8 @@ class SampleBatches(Prefetcher):
         every, learned = self.samples_of(step), self.reader.learned
         own = self.own_rows(every)
         mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
-        rows = [self.reader.rows(which, int(length))
-                for which, length in zip(own, self._padded_lengths(own), strict=True)]
-        inputs, targets = ([self.to_device(part) for part in parts]
-                           for parts in zip(*rows, strict=True))
+        rows = map(self.reader.rows, own, self._padded_lengths(own))
+        inputs, targets = ([*map(self.to_device, parts)] for parts in zip(*rows, strict=True))
         return inputs, targets, (learned[own].sum(1) / mean_learned).tolist()
 
 
@@ -182,5 +174,4 @@ def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     order = np.argsort(samples.lengths[:count], kind="stable")
     for index in range(rank * batch, count, world * batch):
         which = order[index:index + batch]
-        length = int(samples.padded(samples.lengths[which[-1]], seq_len))
-        yield samples.rows(which, length, batch)
+        yield samples.rows(which, samples.padded(samples.lengths[which[-1]], seq_len), batch)

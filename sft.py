@@ -58,9 +58,9 @@ class RefusedChat(UserError):
 
 
 def row_format(rows, where):
-    """The name of the format of a file, by the first of its rows that has the keys of a format.
+    """The name of the format of the first row that has the keys of one. Raises UserError.
 
-    where: the file, for the message of the UserError if there is none.
+    where: the file, for the message.
     """
     for row in rows:
         for name, (prompt_key, response_key, _) in ROW_FORMATS.items():
@@ -88,14 +88,13 @@ def left_out(row, keys, advice=""):
 def usable(row, format_name):
     """The row, or a LeftOut if its keys are missing or hold something else than text."""
     prompt_key, response_key, _ = ROW_FORMATS[format_name]
-    if format_name == "messages" and row.get("messages") is not None:
-        messages = row["messages"]
-        if isinstance(messages, list) and all(
-                isinstance(message, dict) and isinstance(message.get(key), str)
-                for message in messages for key in ("role", "content")):
-            return row
-        return LeftOut("bad", "messages must be a list of {'role': text, 'content': text}, got "
-                       f"{messages!r:.80}")
+    messages = row.get("messages") if format_name == "messages" else None
+    if messages is not None:
+        valid = isinstance(messages, list) and all(
+            isinstance(message, dict) and isinstance(message.get(key), str)
+            for message in messages for key in ("role", "content"))
+        return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
+                                         f"'content': text}}, got {messages!r:.80}")
     has_input = format_name == "alpaca" and row.get("input") is not None
     return left_out(row, (prompt_key, response_key, *["input"] * has_input)) or row
 
@@ -132,7 +131,7 @@ def encode(tok, rows, format_name, seq_len=0, too_long="drop"):
     """The Encoded form of some rows.
 
     Samples of more than seq_len tokens (0: no limit) are dropped, or cut if too_long is "truncate".
-    A sample without a learned token is dropped, and so is a chat that the chat template refuses.
+    Samples without a learned token are dropped, and chats that the chat template refuses.
     """
     samples, response_bytes, truncated, refused = [], [], 0, 0
     for row in rows:

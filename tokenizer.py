@@ -4,18 +4,15 @@
     tok.encode("some text")      the ids of a document, uint32
     tok.decode(ids)
 
-A tokenizer has these attributes:
+A tokenizer has these attributes and methods:
 
-    name              equal names give equal ids
-    vocab_size        all ids are below it
-    eos_id            the end-of-text id
-    bos_ids           the ids that open a document
-    folder            its directory; None: the name is enough to load it
-    chat_template     as text, or None
-    special_tokens    {"bos_token": text, "eos_token": text}, for the chat template
-
-and these methods:
-
+    name                   equal names give equal ids
+    vocab_size             all ids are below it
+    eos_id                 the end-of-text id
+    bos_ids                the ids that open a document
+    folder                 its directory; None: the name is enough to load it
+    chat_template          as text, or None
+    special_tokens         {"bos_token": text, "eos_token": text}, for the chat template
     encode(text)           the ids (uint32) of a document; names of special tokens are text
     encode_part(text)      the ids of a text inside a document
     encode_template(text)  the same; the names of special tokens in the text become these tokens
@@ -133,10 +130,7 @@ class Tiktoken:
 
 
 class Json:
-    """The tokenizer.json of a folder, through the `tokenizers` library.
-
-    Its end of text is eos_token of tokenizer_config.json.
-    """
+    """The tokenizer.json of a folder; its end of text is eos_token of tokenizer_config.json."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
@@ -174,7 +168,6 @@ class Json:
         return text
 
     def encode(self, text):
-        """Ids of plain text, after the tokens that open a document (LLaMA's begin-of-text, say)."""
         ids = self.tokenizer.encode(without_surrogates(text)).ids
         return np.array(ids[:-1] if ids[-1:] == [self.eos_id] else ids, dtype=np.uint32)
 
