@@ -33,7 +33,6 @@ from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, su
 
 CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
 CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
-ARRAY_BYTES = 2 ** 30     # largest .json file that is one array, uncompressed: it is read at once
 CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
 HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
 
@@ -41,19 +40,15 @@ HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files 
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
 
 def json_rows(path):
-    """The rows of JSON lines, or of one JSON array; None for a blank line.
+    """The rows of JSON lines, or of one JSON array, which is read at once; None for a blank line.
 
     Python's own parser reads each row by itself, so that no row changes how another one is read.
     """
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
             yield from (None if line.isspace() else parsed(line) for line in file)
-            return
-        content = file.read(ARRAY_BYTES + 1)
-    if len(content) > ARRAY_BYTES:
-        raise UserError(f"{path} is one JSON array of more than {ARRAY_BYTES:,} bytes: convert it "
-                        "to JSON lines, one object per line")
-    yield from map(as_object, json.loads(content.decode("utf-8-sig")))
+        else:
+            yield from map(as_object, json.loads(file.read().decode("utf-8-sig")))
 
 
 def parsed(line):
@@ -187,7 +182,7 @@ def all_to(*splits):
 
 # ---- commands
 
-def prepare_stdlib(args=None, folder="data/stdlib"):
+def prepare_stdlib(folder="data/stdlib"):
     """Prepare the standard library; returns the manifest."""
     version = ".".join(str(number) for number in sys.version_info[:3])
     request = {"source": f"Python {version} standard library"}
@@ -252,10 +247,8 @@ def check(args):
 
 
 def check_files(args, endings):
-    """Raise UserError for a file that does not exist or has another ending, and for no file."""
+    """Raise UserError for a file with another ending, and for no file."""
     for path in args.files + args.val:
-        if not path.is_file():
-            raise UserError(f"no file {path}")
         if not path.name.endswith(tuple(endings)):
             raise UserError(f"{path}: files may end in {', '.join(endings)}")
     if not args.files and not args.val:
@@ -320,7 +313,7 @@ OPTIONS = {
 }
 SAMPLE_OPTIONS = "--tokenizer --seq_len --long --skip_bad"
 COMMANDS = {  # (function, its options)
-    "stdlib": (prepare_stdlib, ""),
+    "stdlib": (lambda args: prepare_stdlib(), ""),
     "c4": (prepare_c4, "--tokenizer --train_tokens --val_tokens"),
     "text": (prepare_text, "name files --val --tokenizer --key --skip_bad"),
     "sft": (prepare_sft, "name files --val " + SAMPLE_OPTIONS),

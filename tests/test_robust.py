@@ -104,11 +104,11 @@ TABLE = [
     ({"a.txt": ""}, "text n a.txt --tokenizer=bytes", "a.txt is empty: it holds no row", 2),
     ({"a.parquet": "x"}, "text n a.parquet --tokenizer=bytes",
      "a.parquet, row 1 cannot be read", 2),
-    ({}, TEXT, "no file a.jsonl", 2),
+    ({}, TEXT, "error: No such file or directory: a.jsonl", 2),
     ({"a.csv": "x"}, "text n a.csv --tokenizer=bytes",
      "a.csv: files may end in .json, .json.gz", 2),
     ({"a.txt": "x"}, "sft n a.txt --tokenizer=bytes", "a.txt: files may end in .json", 2),
-    ({"d.jsonl/x": "x"}, "text n d.jsonl --tokenizer=bytes", "no file d.jsonl", 2),
+    ({"d.jsonl/x": "x"}, "text n d.jsonl --tokenizer=bytes", "error: Is a directory: d.jsonl", 2),
     # prompts and responses
     ({"a.jsonl": PAIR + '{"prompt": "a", "response": 7}\n'}, SFT,
      "a.jsonl, row 2: key 'response' holds 7, not text", 2),

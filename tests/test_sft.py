@@ -214,7 +214,7 @@ def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch
     (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds 1, not text"),
     (["odd", "odd.jsonl"], "row 1: no sample can be made of the keys body; known are"),
     (["none"], "data.py sft NAME"),
-    (["t", "a.txt"], "no file"),
+    (["t", "a.txt"], "files may end in .json"),
     (["short", "a.jsonl", "--seq_len=20"], "no document of at most 20 tokens was found"),
 ])
 def test_mistakes_on_the_command_line_are_named(tmp_path, monkeypatch, words, message):
