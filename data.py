@@ -297,10 +297,9 @@ OPTIONS = {
     "--tokenizer": dict(default="gpt2", help="bytes, a name of tiktoken's (default gpt2), or a "
                         "folder with a tokenizer.json"),
     "--key": dict(default="text", help="of the text in .json, .jsonl and .parquet"),
-    "--skip_bad": dict(type=at_least(0, float, 100), metavar="PERCENT", help="leave out rows that "
-                       "hold something else than text, or lack the key, up to this percentage; "
-                       "default: the former stop the preparation, the latter are left out up to "
-                       "1 percent"),
+    "--skip_bad": dict(type=at_least(0, float, 100), metavar="PERCENT",
+                       help="leave out up to this percentage of the rows, if they are unusable; "
+                       "default 1, and a value that is not text stops the preparation"),
     "--train_tokens": dict(type=TOKENS, default=5_300_000_000, help="default 5.3e9, slightly more "
                            "than 10,000 steps x 1024 x 512; 0: all"),
     "--val_tokens": dict(type=TOKENS, default=10_000_000, help="default 1e7; 0: all"),
