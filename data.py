@@ -26,9 +26,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import sft
 import tokenizer
-from config import Arguments, UserError, at_least, command_line
 from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, summary
 
 CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time

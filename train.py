@@ -22,16 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-import checkpoint
-import data
-import mora
-import tokenizer
-from batches import Batches, SampleBatches
-from config import (
+from config import (  # first, so that Ctrl-C ends imports; isort: skip
     UserError,
     accumulation,
     command_line,
@@ -41,6 +32,16 @@ from config import (
     schedule_warnings,
     write_json,
 )
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import mora
+import tokenizer
+from batches import Batches, SampleBatches
 from evaluate import perplexity
 from model import (
     Llama,
@@ -48,6 +49,7 @@ from model import (
     block_linears,
     fit_scales,
     fp8_layers,
+    keep_in_fp8,
     load_fp8_scales,
     use_fp8,
 )
@@ -222,10 +224,14 @@ def prepare_model(cfg, model, device, cycle):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
             raise UserError(error) from None
-    if cfg.base_dtype == "bfloat16":
+    if cfg.base_dtype == "float8":
+        must_have_fp8(device)
+        keep_in_fp8(model)
+    if cfg.base_dtype != "float32":
         updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # also a frozen A
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter not in updates:
+            frozen = not parameter.requires_grad and parameter not in updates
+            if frozen and parameter.dtype == torch.float32:
                 parameter.data = parameter.data.bfloat16()
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
