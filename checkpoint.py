@@ -63,8 +63,9 @@ def write_hugging_face(folder, weights, model, tok, seq_len=None):
               "tokenizer": None, "seq_len": seq_len, **{key: getattr(cfg, key) for key in SHAPE},
               "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None}
     if tok:
-        tok.keep(folder)
-        config |= {"bos_token_id": tok.start[0], "eos_token_id": tok.end, "tokenizer": tok.name}
+        tok.copy_files(folder)
+        config |= {"bos_token_id": tok.bos_ids[0], "eos_token_id": tok.eos_id,
+                   "tokenizer": tok.name}
     special_tokens, generation_config = getattr(model, "inherited", ({}, None))
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)

@@ -17,11 +17,7 @@ import os
 import shutil
 from pathlib import Path
 
-<<<<<<< HEAD
-from config import UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
-=======
 from config import Arguments, at_least, command_line, lock, need  # before torch; isort: skip
->>>>>>> trim-adapters
 
 import torch
 from safetensors import SafetensorError
@@ -112,7 +108,7 @@ def main(argv):
             seq_len = checkpoint.trained_seq_len(folder)
             checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
-                tok.export(new)
+                tok.export_files(new)
     if args.as_lora:
         print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
               f"relative error of an update at most {made['error']:.2g}")

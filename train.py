@@ -119,7 +119,7 @@ def train(cfg):
             stop_if_not_finite(losses, norms, done, cfg)
             fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, window.restart(), batches)
-    log.close(step, stopping, tokens.kind)
+    log.close(step, stopping, tokens.manifest.get("kind"))
     return model
 
 
@@ -161,7 +161,7 @@ def open_data(cfg, rank, world):
 def resolve_steps(cfg, batches, rank):
     """Return cfg with epochs turned into steps; print what is odd about its schedule."""
     if cfg.epochs:
-        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
     for note in schedule_warnings(cfg):
         if rank == 0:
             print(f"note: {note}")
@@ -351,7 +351,7 @@ def header(cfg, model, device, world, micro_batch, accumulate, first_step, batch
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
             "fp8_layers": len(fp8_layers(model)), "linear_layers": len(block_linears(model)),
-            "tokens_per_step": batches.tokens_a_step, "step_is": batches.description}
+            "tokens_per_step": batches.tokens_per_step, "step_is": batches.description}
 
 
 class Log:
@@ -401,7 +401,7 @@ class Log:
 
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
-        speed = sum(batches.size(done - 1 - i) for i in range(len(losses))) / seconds
+        speed = sum(batches.count_tokens(done - 1 - i) for i in range(len(losses))) / seconds
         left = (self.cfg.steps - done) * seconds / len(losses)
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
