@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from config import Arguments, Config, UserError, command_line, load  # first, for Ctrl-C; isort: skip
+from config import Arguments, Config, UserError, command_line, load  # before torch; isort: skip
 
 import numpy as np
 import torch

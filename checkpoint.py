@@ -193,8 +193,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     try:
         write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
         if updates:
-            adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
-                           **cfg.adapter())
+            config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
+            adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
         files = sorted(path for path in beside.rglob("*") if path.is_file())
         names = [path.relative_to(beside).as_posix() for path in files]

@@ -26,7 +26,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import sft
 import tokenizer

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
-from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import torch
 import torch.distributed as dist

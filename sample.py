@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
