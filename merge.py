@@ -18,7 +18,6 @@ import shutil
 from pathlib import Path
 
 from config import Arguments, at_least, command_line, lock, need  # before torch; isort: skip
->>>>>>> trim-adapters
 
 import torch
 from safetensors import SafetensorError
@@ -56,20 +55,6 @@ def written_whole(target):
     Raises UserError if target is not free, cannot be written, or is written by another process.
     """
     must_be_free(target)
-<<<<<<< HEAD
-    checkpoint.remove_leftovers(target.parent, f".writing-{target.name}*")
-    beside = checkpoint.temporary(target, "writing")
-    weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-    try:  # creates the folders above target, too
-        seq_len = checkpoint.trained_seq_len(folder)
-        checkpoint.write_hugging_face(beside, weights, merged, tok, seq_len)
-        if tok:
-            tok.export_files(beside)
-        must_be_free(target)  # another process may have written it by now
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
-=======
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
     try:
