@@ -26,7 +26,7 @@ import mora
 import tokenizer
 from adapters import read_tensors
 from config import Config, UserError, read_json, write_json
-from model import Llama, LlamaConfig, fp8_scales
+from model import Llama, LlamaConfig, fp8_scales, load_fp8_scales
 from shards import fingerprint
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -540,6 +540,7 @@ def resume(path, model, optimizer):
             weights |= adapters.weights(path / "adapter")
         load_weights(model, weights, path)
         load_optimizer(optimizer, path / "optimizer.pt")
+    load_fp8_scales(model, state.get("fp8_scales", {}))
     return state
 
 

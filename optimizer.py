@@ -14,8 +14,7 @@ from torch.nn import functional as F
 import mora
 
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, and its number of steps:
-NEWTON_SCHULZ_STEPS = 5                    # Keller Jordan's Muon, and torch.optim.Muon's defaults
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic, torch.optim.Muon's default
 BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at once
 
 
@@ -53,20 +52,19 @@ def parameter_groups(cfg, model):
     Weight decay acts on matrices only. Parameters that learn alike are in one group.
     """
     updates = {parameter for _, parameter in mora.adapter_parameters(model)}
-    groups = {}
+    groups, uses_muon = {}, cfg.optimizer == "muon"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_vector, is_update = parameter.ndim < 2, parameter in updates
         is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
-        muon = cfg.optimizer == "muon" and not is_rest and not is_vector
         ratio = cfg.lora_plus_ratio if is_b else 1.0
         if is_rest and cfg.rest_lr:
             ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
-                    "muon": muon}
-        key = (is_vector, is_b, is_rest and (ratio != 1 or cfg.optimizer == "muon"))
+                    "muon": uses_muon and not is_rest and not is_vector}
+        key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
@@ -76,8 +74,8 @@ class AdamWMuon(torch.optim.AdamW):
 
     Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
     scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
-    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw;
-    matrices of one shape are orthogonalized in one batch, which launches far fewer kernels.
+    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw,
+    but orthogonalizes the matrices of one shape in one batch: far fewer kernels.
     """
 
     @torch.no_grad()
@@ -92,11 +90,12 @@ class AdamWMuon(torch.optim.AdamW):
 
     def muon_step(self, group):
         parameters = [p for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momenta = [self.state[p]["momentum"] for p in parameters]
         gradients = [p.grad for p in parameters]
+        momenta = []
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta.append(self.state[p]["momentum"])
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
         directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -118,15 +117,14 @@ class AdamWMuon(torch.optim.AdamW):
 
 
 def same_shapes(parameters):
-    """Return lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
+    """Yield lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
     shapes = {}
     for i, parameter in enumerate(parameters):
         shapes.setdefault(parameter.shape, []).append(i)
-    batches = []
     for shape, indices in shapes.items():
         count = max(1, BATCH_ELEMENTS // shape.numel())
-        batches += [indices[first:first + count] for first in range(0, len(indices), count)]
-    return batches
+        for first in range(0, len(indices), count):
+            yield indices[first:first + count]
 
 
 def orthogonalize(matrices):
@@ -139,16 +137,14 @@ def orthogonalize(matrices):
     x = torch.stack(matrices)
     x = x.bfloat16() if x.is_cuda else x
     x = F.pad(x, (0, -columns % 8, 0, -rows % 8))
-    if rows > columns:
-        x = x.mT
+    x = x.mT if rows > columns else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    if rows > columns:
-        x = x.mT
+    x = x.mT if rows > columns else x
     return list(x[:, :rows, :columns].to(matrices[0].dtype))
 
 

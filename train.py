@@ -12,7 +12,6 @@ the experiments.
 """
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -27,30 +26,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import config
 import data
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
-from config import (
-    UserError,
-    accumulation,
-    command_line,
-    differences,
-    load,
-    lock,
-    schedule_warnings,
-    write_json,
-)
+from config import UserError
 from evaluate import perplexity
-from model import (
-    Llama,
-    LlamaConfig,
-    block_linears,
-    fit_scales,
-    fp8_layers,
-    load_fp8_scales,
-    use_fp8,
-)
+from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
@@ -62,7 +45,7 @@ FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restar
 def train(cfg):
     """Run one experiment, or what is left of it; return the model."""
     rank, world, device = join_processes(cfg)
-    micro_batch, accumulate = accumulation(cfg, world)
+    micro_batch, accumulate = config.accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
     tok = tokenizer.load(tokens.tokenizer, tokens.folder)
     make_batches = SampleBatches if isinstance(tokens, Samples) else Batches
@@ -75,10 +58,9 @@ def train(cfg):
     newest = check_run_folder(cfg, rank)
     cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
     optimizer = prepare_model(cfg, model, device, cycle)
-    first_step = resume(newest, model, optimizer) if newest else 0
+    first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 else model
-    log = Log(cfg, rank, header(cfg, model, device, world, micro_batch, accumulate, first_step,
-                                batches))
+    log = Log(cfg, rank, header(cfg, model, device, world, accumulate, first_step, batches))
     window, stop_requested, stopping = Window(world), stop_on_signal(), False
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
@@ -107,7 +89,8 @@ def train(cfg):
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
-        window.add(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
+        window.numbers.append(optimizer_step(parallel, optimizer, batches(step), rate,
+                                             cfg.grad_clip))
 
         # read the numbers now and then, and always before weights are saved; all ranks read the
         # same and stop together
@@ -123,27 +106,22 @@ def train(cfg):
 
 def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device_type = cfg.device
-    if device_type == "auto":
-        device_type = "cpu"
-        if torch.cuda.is_available():
-            device_type = "cuda"
-        elif torch.backends.mps.is_available() and world == 1:
-            device_type = "mps"
-    if device_type != "cuda":
-        if world > 1:
-            dist.init_process_group("gloo")
-        return int(os.environ.get("RANK", 0)), world, torch.device(device_type)
-    if local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU, it has "
-                        f"{torch.cuda.device_count()}: lower --nproc_per_node, or take "
-                        "--device=cpu")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind, gpus = cfg.device, torch.cuda.device_count()
+    if kind == "auto":
+        kind = "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+        kind = "cuda" if gpus else kind
+    if kind == "cuda" and local >= gpus:
+        raise UserError(f"process {local} of this machine has no GPU, it has {gpus}: lower "
+                        "--nproc_per_node, or take --device=cpu")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl", device_id=device)
-    return int(os.environ.get("RANK", 0)), world, device
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                                device_id=device if kind == "cuda" else None)
+    return rank, world, device
 
 
 def open_data(cfg, rank, world):
@@ -160,9 +138,8 @@ def resolve_steps(cfg, batches, rank):
     """Return cfg with epochs turned into steps; print what is odd about its schedule."""
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
-    for note in schedule_warnings(cfg):
-        if rank == 0:
-            print(f"note: {note}")
+    for note in config.schedule_warnings(cfg) if rank == 0 else ():
+        print(f"note: {note}")
     return cfg
 
 
@@ -185,10 +162,7 @@ def build_model(cfg, tokens):
 
 
 def check_run_folder(cfg, rank):
-    """Return the checkpoint to continue from, or None.
-
-    Raises UserError rather than mix two runs in a folder, or change one half way.
-    """
+    """Return the checkpoint to continue from, or None; refuse to mix two runs in a folder."""
     newest = (checkpoint.steps_of(cfg.out) or [None])[-1]
     if newest and not cfg.resume:
         raise UserError(f"{cfg.out} holds a run that reached {newest.name}: continue it with "
@@ -200,8 +174,7 @@ def check_run_folder(cfg, rank):
     if rank == 0:
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
-    before = state["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
     fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)
                if before[key] != now[key]]
@@ -240,46 +213,33 @@ def prepare_model(cfg, model, device, cycle):
 
 def must_have_fp8(device):
     """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
-    name = device.type
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 9):
-            return
+    name, is_gpu = device.type, device.type == "cuda"
+    if is_gpu:
         name = torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        raise UserError(f"matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
+    if name != "cpu" and not (is_gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise UserError("matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
                         f"this is {name}: take --matmul=bf16")
 
 
-def resume(newest, model, optimizer):
-    """Load a checkpoint in place; return its step."""
-    state = checkpoint.resume(newest, model, optimizer)
-    load_fp8_scales(model, state.get("fp8_scales", {}))
-    return state["step"]
-
-
 def data_parallel(model, device):
-    """Wrap a model in DDP without its broadcast of buffers.
+    """Wrap a model in DDP, which leaves the buffers alone.
 
-    Buffers are equal on all ranks, and a broadcast in forward would make an evaluation hang.
+    They are equal on all ranks, and a broadcast in forward would make an evaluation hang.
     """
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    key = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **{key: False})
+    return DistributedDataParallel(model, device_ids=device_ids)
 
 
 def stop_if_not_finite(losses, norms, step, cfg):
-    """Raise UserError at the first of the steps up to `step` whose loss or gradient norm is not
-    finite."""
+    """Raise UserError if one of the steps up to `step` has a loss or norm that is not finite."""
     for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
-        if math.isfinite(loss) and math.isfinite(norm):
-            continue
-        advice = f"a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a smaller " \
-                 f"--grad_clip ({cfg.grad_clip:g})"
-        saved = checkpoint.steps_of(cfg.out)
-        where = f"the last good checkpoint is {saved[-1]}: continue from it with --resume and " \
-            if saved else "nothing was saved: start again with "
-        raise UserError(f"step {i}: loss {loss}, gradient norm {norm}. Stopped; {where}{advice}")
+        if not math.isfinite(loss + norm):
+            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}; "
+                            f"{checkpoint.last_good(cfg.out)}; lower --lr (now {cfg.lr:g}), "
+                            f"lengthen --warmup ({cfg.warmup}) or lower --grad_clip "
+                            f"({cfg.grad_clip:g})")
 
 
 class Window:
@@ -288,14 +248,8 @@ class Window:
     def __init__(self, world):
         self.world, self.numbers, self.clock = world, [], time.time()
 
-    def add(self, loss_and_norm):
-        self.numbers.append(loss_and_norm)
-
     def agree(self, stop_requested):
-        """Return (losses, norms, stop?): means over the ranks; stop if any rank was asked to.
-
-        All ranks get the same.
-        """
+        """Return (losses, norms, stop?), the same on all ranks: means; stop if any was asked to."""
         count = len(self.numbers)
         flag = torch.full_like(self.numbers[0][:1], float(stop_requested))
         numbers = torch.cat((torch.stack(self.numbers).T.flatten(), flag))
@@ -331,7 +285,7 @@ def duration(seconds):
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def header(cfg, model, device, world, micro_batch, accumulate, first_step, batches):
+def header(cfg, model, device, world, accumulate, first_step, batches):
     """Return the first record of a run in log.jsonl: what ran where."""
     name = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -339,8 +293,8 @@ def header(cfg, model, device, world, micro_batch, accumulate, first_step, batch
     parameters = list(model.parameters())
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
-            "python": platform.python_version(), "processes": world, "micro_batch": micro_batch,
-            "accumulate": accumulate, "device": name,
+            "python": platform.python_version(), "processes": world, "device": name,
+            "micro_batch": batches.micro_batch, "accumulate": accumulate,
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
@@ -355,16 +309,16 @@ class Log:
     """
 
     def __init__(self, cfg, rank, head):
-        self.cfg, self.is_open, self.send = cfg, rank == 0, None
+        self.cfg, self.is_open = cfg, rank == 0
         if not self.is_open:
             return
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", head["config"])
+        config.write_json(out / "config.json", head["config"])
         self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
-        settings = ", ".join(f"{key}={value}" for key, value in differences(cfg).items())
-        print(f"{cfg.out}: {settings}")
+        changed = config.differences(cfg)
+        print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in changed.items())}")
         print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on "
               f"{head['processes']} x {head['device']}, {head['dtype']}; a step is "
               f"{head['step_is']} in {head['accumulate']} x {head['micro_batch']} sequences per "
@@ -372,13 +326,11 @@ class Log:
         if cfg.matmul == "fp8":
             print(f"{head['fp8_layers']} of {head['linear_layers']} linear layers of the blocks "
                   "run in FP8")
-        if cfg.log_to:
-            self.send = tracker(cfg, head["config"])
+        self.send = tracker(cfg, head["config"]) if cfg.log_to else None
 
     def __call__(self, step, line, **values):
         if self.is_open:
-            width = len(str(self.cfg.steps))
-            print(f"{step:>{width}}/{self.cfg.steps}   {line}", flush=True)
+            print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             if self.send:
                 self.send(values, step=step)
@@ -413,8 +365,8 @@ class Log:
         print("\ndone; next:")
         model = self.cfg.out
         if self.cfg.method in ("lora", "mora"):
-            print(f"  python merge.py {self.cfg.out}")
-            model = f"{self.cfg.out}/merged"
+            print(f"  python merge.py {model}")
+            model += "/merged"
         if data_kind == "samples":
             print(f"  python evaluate.py {model} {self.cfg.data} --answers")
         else:
@@ -442,18 +394,11 @@ def tracker(cfg, settings):
 
 
 @contextlib.contextmanager
-def run_folder(cfg):
-    """Make the run's folder and lock it, on rank 0: a second run in it gets one line of error.
-
-    A run that leaves nothing in its folder removes it.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    out = Path(cfg.out)
+def run_folder(out):
+    """Make and lock the run's folder; remove it if the run leaves nothing in it."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with lock(out, "the run"):
+        with config.lock(out, "the run"):
             yield
     finally:
         if not any(out.iterdir()):
@@ -461,9 +406,10 @@ def run_folder(cfg):
 
 
 def main(argv):
-    cfg = load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        with run_folder(cfg):
+        with run_folder(Path(cfg.out)) if is_first else contextlib.nullcontext():
             train(cfg)
     finally:
         if dist.is_initialized():
@@ -471,4 +417,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    command_line(main)
+    config.command_line(main)

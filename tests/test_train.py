@@ -179,13 +179,13 @@ def test_only_the_newest_are_kept_and_nothing_half_written(run, config):
 def test_a_loss_that_is_not_finite_stops_the_run(run, config):
     """The error names the first such step, which need not be the one of a log line."""
     huge = ["--lr=1e30", "--grad_clip=0", "--steps=60", "--log_every=7", "--save_every=10"]
-    with pytest.raises(UserError, match=r"^step 2: loss .*nothing was saved: start again with a "
-                                        r"lower --lr \(now 1e\+30\)"):
+    with pytest.raises(UserError, match=r"^step 2: loss .*there is no checkpoint yet: start "
+                                        r"again; lower --lr \(now 1e\+30\)"):
         run(*huge)
     run("--steps=10")
     with pytest.raises(UserError, match=r"^step 1[12]: loss .*the last good checkpoint is "
-                                        r"\S*step-00000010: continue from it with --resume and "
-                                        r"a lower --lr \(now 1e\+30\)"):
+                                        r"\S*step-00000010: continue from it with --resume; "
+                                        r"lower --lr \(now 1e\+30\)"):
         run(*huge, "--resume")
     assert [step.name for step in checkpoint.steps_of(config.parent / "run")] == ["step-00000010"]
 
