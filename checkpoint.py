@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -246,9 +247,11 @@ def load_weights(model, weights, where, assign=False):
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
-    own = {name: value for name, value in model.state_dict().items() if not torch.is_tensor(value)}
+    own = model.state_dict()
+    extra = {name: value for name, value in own.items() if not torch.is_tensor(value)}
+    weights = {name: mora.as_sharded(weight, own.get(name)) for name, weight in weights.items()}
     try:
-        model.load_state_dict(weights | own, assign=assign)
+        model.load_state_dict(weights | extra, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: the weights do not fit the model: {reason[:400]}") from None
@@ -261,7 +264,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none).
 
     val_loss: the validation loss of these weights, or None if they were not evaluated; state.json
-    names it. keep_best: the step of the lowest val_loss stays too.
+    names it. keep_best: the step of the lowest val_loss stays too. Every rank must call it, rank 0
+    writes.
     Raises UserError, and leaves no trace, if a weight is not finite or the disk refuses.
     """
     out = Path(cfg.out)
@@ -271,6 +275,9 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     weights = {name: value for name, value in model.state_dict().items()
                if torch.is_tensor(value)}
     must_be_finite(weights, step, cfg)
+    weights, state = gather(weights), gather(optimizer.state_dict())
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     remove_leftovers(out, ".*ing-step-*")
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = temporary(final, "writing")
@@ -280,7 +287,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
         if updates:
             adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
                            **cfg.adapter())
-        write_optimizer(optimizer, beside / "optimizer.pt")
+        write_optimizer(state, beside / "optimizer.pt")
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss,
             "config": dataclasses.asdict(cfg), "fp8_scales": fp8_scales(model),
@@ -299,9 +306,19 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
                 remove(old)
 
 
-def write_optimizer(optimizer, file):
+def gather(values):
+    """Nested dicts of tensors, with the sharded ones gathered on the CPU of rank 0 (else None)."""
+    if isinstance(values, dict):
+        return {key: gather(value) for key, value in values.items()}
+    if not hasattr(values, "full_tensor"):
+        return values
+    whole = values.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def write_optimizer(state, file):
     try:
-        torch.save(optimizer.state_dict(), file)
+        torch.save(state, file)
     except RuntimeError as error:  # what torch raises when the disk is full
         raise OSError(one_line(error)) from error
 
@@ -312,9 +329,10 @@ def must_be_finite(weights, step, cfg):
     aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core).
     One tensor is read back from the device.
     """
-    names = [name for name, weight in weights.items()
-             if torch.is_tensor(weight) and weight.numel()]
-    extremes = torch.stack([torch.stack(weights[name].aminmax()).float() for name in names])
+    own = {name: weight.to_local() if hasattr(weight, "to_local") else weight
+           for name, weight in weights.items()}  # of sharded weights: this rank's part
+    names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()]
+    extremes = torch.stack([torch.stack(own[name].aminmax()).float() for name in names])
     finite = extremes.isfinite().all(dim=1).tolist()
     if not all(finite):
         raise UserError(f"step {step}: {names[finite.index(False)]} is not finite, so nothing was "
@@ -518,6 +536,11 @@ def load_optimizer(optimizer, file):
     """Load optimizer.pt. Raises UserError unless its tensors have the shapes of the parameters."""
     state = read_optimizer(file)
     try:
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in zip(numbers, parameters, strict=True):
+            values = state["state"].get(i, {})
+            values.update({k: mora.as_sharded(v, p) for k, v in values.items() if v.ndim})
         optimizer.load_state_dict(state)
     except Exception as error:  # a file of another form raises almost anything
         raise UserError(f"{file} does not fit the optimizer: {one_line(error)}") from None

@@ -141,6 +141,10 @@ class Config:
                           "and computes W x and the update apart", ("float32", "bfloat16"))
     matmul: str = key("bf16", "fp8: products with frozen weights in FP8, on devices that have it",
                       ("bf16", "fp8"))
+    shard: bool = key(False, "each process holds a part of the parameters, gradients and optimizer "
+                      "state (torch's fully_shard), not a copy of them (DDP)")
+    checkpoint_blocks: bool = key(False, "keep only the inputs of blocks for backward and compute "
+                                  "the blocks again: less memory, more time")
     compile: str = key("auto", "torch.compile of each block; auto: on for cuda, else off",
                        ("auto", "on", "off"))
 
@@ -477,6 +481,7 @@ def _check_precision(cfg):
          "method full freezes nothing, so base_dtype must be float32, got bfloat16")
     need(not (half and cfg.dora),
          "dora rescales rows by a little, which base_dtype bfloat16 would round away: use float32")
+    need(not (fp8 and cfg.shard), "shard True has no FP8 products: use matmul bf16")
     need(not (fp8 and half),
          "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16")
     need(not (fp8 and cfg.dropout),

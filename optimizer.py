@@ -100,9 +100,11 @@ class AdamWMuon(torch.optim.AdamW):
         directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for batch in same_shapes(parameters):
-            updates = orthogonalize([directions[i] for i in batch])
-            scale = 0.2 * max(parameters[batch[0]].shape) ** 0.5
-            torch._foreach_add_([parameters[i] for i in batch], updates, alpha=-group["lr"] * scale)
+            matrices = [parameters[i] for i in batch]
+            updates = orthogonalize([mora.whole(directions[i]) for i in batch])
+            updates = [mora.as_sharded(u, p) for u, p in zip(updates, matrices, strict=True)]
+            scale = 0.2 * max(matrices[0].shape) ** 0.5
+            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
 
     def __setstate__(self, state):
         """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
@@ -156,7 +158,7 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
     """
     loss = accumulate_gradients(model, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    norm = mora.whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
@@ -168,7 +170,7 @@ def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
 
     A micro-batch's weight corrects for unequal token counts. DDP all-reduces the gradients once,
-    in the last micro-batch.
+    in the last micro-batch. FSDP scatters those of each: their sum would be whole on every rank.
     """
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):

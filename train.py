@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -59,7 +61,7 @@ def train(cfg):
     cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
     optimizer = prepare_model(cfg, model, device, cycle)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
-    parallel = data_parallel(model, device) if world > 1 else model
+    parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, accumulate, first_step, batches))
     window, stop_requested, stopping = Window(world), stop_on_signal(), False
 
@@ -71,7 +73,7 @@ def train(cfg):
             scores = perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
                                 cfg.eval_tokens)
             log.scores(step, scores)
-        if step > first_step and rank == 0 and (step % cfg.save_every == 0 or last or stopping):
+        if step > first_step and (step % cfg.save_every == 0 or last or stopping):
             checkpoint.save(cfg, step, cycle, model, optimizer, tok, scores.get("loss"),
                             cfg.keep_best)
         if last or stopping:
@@ -200,15 +202,29 @@ def prepare_model(cfg, model, device, cycle):
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter not in updates:
                 parameter.data = parameter.data.bfloat16()
+    if cfg.shard and dist.is_initialized():
+        shard(model, device)
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if half else torch.float32
+    model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.matmul == "fp8":
         must_have_fp8(device)
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         model.compile_parts()
     return build_optimizer(cfg, model, device)
+
+
+def shard(model, device):
+    """Leave a part of every parameter on each rank, in place: fully_shard, one block at a time.
+
+    Gradients and optimizer states are cut alike. A block's parameters are whole, in float32, while
+    it computes, so the arithmetic is DDP's.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def must_have_fp8(device):

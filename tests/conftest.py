@@ -1,5 +1,8 @@
 """Small corpora and runs of a second that the tests share."""
+import multiprocessing
+import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))
 torch.set_num_threads(1)
 
 TINY = """
@@ -62,6 +66,56 @@ def run(config):
     yield start
     for name, handler in handlers.items():
         signal.signal(name, handler)
+
+
+def train_in_group(words, output, environment):
+    """Run train.py as one process of a group, with its output in a file."""
+    import config
+    import train
+    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    os.environ |= environment
+    sys.argv[1:] = words
+    config.command_line(train.main)
+
+
+@pytest.fixture
+def group(config, monkeypatch):
+    """group(world, "--key=value", ...) starts that many processes of train.py and returns them.
+
+    Each has .output, the file of what it prints. They are forked from a server that has imported
+    torch, so that a start takes milliseconds.
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS.parent, TESTS))))
+    server, started = multiprocessing.get_context("forkserver"), []
+    server.set_forkserver_preload(["train", "conftest"])
+
+    def start(world, *overrides):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(world):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in names.items()}
+            output = config.parent / f"output{len(started)}"
+            process = server.Process(target=train_in_group, args=(
+                [str(config), *overrides], output, environment | {"MASTER_ADDR": "127.0.0.1"}))
+            process.output = output
+            process.start()
+            started.append(process)
+        return started[-world:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def finish(processes):
+    """Wait for processes of a group; return (exit codes, outputs)."""
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes], [p.output.read_text() for p in processes]
 
 
 def prompts(count=103):
