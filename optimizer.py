@@ -97,11 +97,11 @@ class AdamWMuon(torch.optim.AdamW):
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momenta.append(self.state[p]["momentum"])
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
-        directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
+        torch._foreach_lerp_(gradients, momenta, MUON_MOMENTUM)  # now the steps' directions
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for batch in same_shapes(parameters):
             matrices = [parameters[i] for i in batch]
-            updates = orthogonalize([mora.whole(directions[i]) for i in batch])
+            updates = orthogonalize([mora.whole(gradients[i]) for i in batch])
             updates = [mora.as_sharded(u, p) for u, p in zip(updates, matrices, strict=True)]
             scale = 0.2 * max(matrices[0].shape) ** 0.5
             torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
