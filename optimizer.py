@@ -112,10 +112,7 @@ class AdamWMuon(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict):
         """Take the state of the parameters alone: rates, decay and betas are those of this run."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, settings, strict=True):
-            group.update(own)
+        super().load_state_dict(state_dict | {"param_groups": self.state_dict()["param_groups"]})
 
 
 def same_shapes(parameters):

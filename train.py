@@ -12,6 +12,7 @@ the experiments.
 """
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -47,13 +48,9 @@ FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restar
 def train(cfg):
     """Run one experiment, or what is left of it; return the model."""
     rank, world, device = join_processes(cfg)
-    micro_batch, accumulate = config.accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
     tok = tokenizer.load(tokens.tokenizer, tokens.folder)
-    make_batches = SampleBatches if isinstance(tokens, Samples) else Batches
-    batches = make_batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device,
-                           rank, world)
-    cfg = resolve_steps(cfg, batches, rank)
+    cfg, batches = make_batches(cfg, tokens, device, rank, world)
 
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
@@ -62,15 +59,16 @@ def train(cfg):
     optimizer = prepare_model(cfg, model, device, cycle)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
-    log = Log(cfg, rank, header(cfg, model, device, world, accumulate, first_step, batches))
-    window, stop_requested, stopping = Window(world), stop_on_signal(), False
+    log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
+    stop_requested, stopping = stop_on_signal(), False
+    numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
         last, pause, scores = step == cfg.steps, time.time(), {}
         if (step % cfg.eval_every == 0 or last) and not stopping:
             checkpoint.must_be_finite(model.state_dict(), step, cfg)
-            scores = perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
+            scores = perplexity(model, val_tokens, cfg.seq_len, batches.micro_batch, rank, world,
                                 cfg.eval_tokens)
             log.scores(step, scores)
         if step > first_step and (step % cfg.save_every == 0 or last or stopping):
@@ -85,23 +83,23 @@ def train(cfg):
             log.restart(step, cycle, mora.restart(model, optimizer, cycle, cfg.seed,
                                                   cfg.restart_keep))
             fit_scales(model)
-        window.clock += time.time() - pause
+        clock += time.time() - pause
 
         # one step at this step's learning rate
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
-        window.numbers.append(optimizer_step(parallel, optimizer, batches(step), rate,
-                                             cfg.grad_clip))
+        numbers.append(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
 
         # read the numbers now and then, and always before weights are saved; all ranks read the
         # same and stop together
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
                 or world == 1 and stop_requested.is_set()):
-            losses, norms, stopping = window.agree(stop_requested.is_set())
+            losses, norms, stopping = agree(numbers, stop_requested.is_set(), world)
             stop_if_not_finite(losses, norms, done, cfg)
             fit_scales(model, only_if_tight=True)
-            log.steps(done, losses, norms, rate, window.restart(), batches)
+            log.steps(done, losses, norms, rate, time.time() - clock, batches)
+            numbers, clock = [], time.time()
     log.close(step, stopping, tokens.kind)
     return model
 
@@ -110,20 +108,19 @@ def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    kind, gpus = cfg.device, torch.cuda.device_count()
+    kind, gpus, device = cfg.device, torch.cuda.device_count(), None
     if kind == "auto":
-        kind = "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
-        kind = "cuda" if gpus else kind
-    if kind == "cuda" and local >= gpus:
-        raise UserError(f"process {local} of this machine has no GPU, it has {gpus}: lower "
-                        "--nproc_per_node, or take --device=cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        usable = {"cuda": gpus, "mps": torch.backends.mps.is_available() and world == 1}
+        kind = next((name for name in usable if usable[name]), "cpu")
     if kind == "cuda":
+        if local >= gpus:
+            raise UserError(f"process {local} of this machine has no GPU, it has {gpus}: lower "
+                            "--nproc_per_node, or take --device=cpu")
+        device = torch.device(kind, local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
-                                device_id=device if kind == "cuda" else None)
-    return rank, world, device
+        dist.init_process_group("nccl" if device else "gloo", device_id=device)
+    return rank, world, device or torch.device(kind)
 
 
 def open_data(cfg, rank, world):
@@ -136,13 +133,17 @@ def open_data(cfg, rank, world):
     return [open_split(folder, split, verify=rank == 0) for split in ("train", "val")]
 
 
-def resolve_steps(cfg, batches, rank):
-    """Return cfg with epochs turned into steps; print what is odd about its schedule."""
+def make_batches(cfg, tokens, device, rank, world):
+    """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
+    kind, (micro_batch, _) = Batches, config.accumulation(cfg, world)
+    if isinstance(tokens, Samples):
+        kind = SampleBatches
+    batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
     for note in config.schedule_warnings(cfg) if rank == 0 else ():
         print(f"note: {note}")
-    return cfg
+    return cfg, batches
 
 
 def build_model(cfg, tokens):
@@ -205,44 +206,33 @@ def prepare_model(cfg, model, device, cycle):
     if cfg.shard and dist.is_initialized():
         shard(model, device)
     model.to(device)
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     model.checkpoint_blocks = cfg.checkpoint_blocks
-    if cfg.matmul == "fp8":
-        must_have_fp8(device)
+    if cfg.matmul == "fp8":  # a CPU emulates it, for tests
+        if device.type == "mps" or (on_gpu and torch.cuda.get_device_capability(device) < (8, 9)):
+            raise UserError("matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, "
+                            f"Hopper), {device} has less: take --matmul=bf16")
         use_fp8(model)
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+    if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
         model.compile_parts()
     return build_optimizer(cfg, model, device)
 
 
 def shard(model, device):
-    """Leave a part of every parameter on each rank, in place: fully_shard, one block at a time.
+    """Leave a part of every parameter on each rank (FSDP), in place; gradients and states follow.
 
-    Gradients and optimizer states are cut alike. A block's parameters are whole, in float32, while
-    it computes, so the arithmetic is DDP's.
+    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def must_have_fp8(device):
-    """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
-    name, is_gpu = device.type, device.type == "cuda"
-    if is_gpu:
-        name = torch.cuda.get_device_name(device)
-    if name != "cpu" and not (is_gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise UserError("matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
-                        f"this is {name}: take --matmul=bf16")
-
-
 def data_parallel(model, device):
-    """Wrap a model in DDP, which leaves the buffers alone.
-
-    They are equal on all ranks, and a broadcast in forward would make an evaluation hang.
-    """
-    buffers = [name for name, _ in model.named_buffers()]
+    """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang."""
+    buffers = [name for name, _ in model.named_buffers()]  # they are equal on all ranks
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids)
@@ -258,27 +248,17 @@ def stop_if_not_finite(losses, norms, step, cfg):
                             f"({cfg.grad_clip:g})")
 
 
-class Window:
-    """The losses and gradient norms of the steps since the last log line, and when they began."""
+def agree(numbers, stop_requested, world):
+    """Return (losses, norms, stop?), the same on all ranks: means; stop if any was asked to.
 
-    def __init__(self, world):
-        self.world, self.numbers, self.clock = world, [], time.time()
-
-    def agree(self, stop_requested):
-        """Return (losses, norms, stop?), the same on all ranks: means; stop if any was asked to."""
-        count = len(self.numbers)
-        flag = torch.full_like(self.numbers[0][:1], float(stop_requested))
-        numbers = torch.cat((torch.stack(self.numbers).T.flatten(), flag))
-        if self.world > 1:
-            dist.all_reduce(numbers)
-        *numbers, stopping = (numbers / self.world).tolist()
-        return numbers[:count], numbers[count:], stopping > 0
-
-    def restart(self):
-        """Return the seconds that these steps took, without pauses, and start the next window."""
-        seconds = time.time() - self.clock
-        self.numbers, self.clock = [], time.time()
-        return seconds
+    numbers: [tensor (loss, norm)].
+    """
+    flag = torch.full_like(numbers[0][:1], float(stop_requested))
+    both = torch.cat((torch.stack(numbers).T.flatten(), flag))
+    if world > 1:
+        dist.all_reduce(both)
+    *both, stopping = (both / world).tolist()
+    return both[:len(numbers)], both[len(numbers):], stopping > 0
 
 
 def stop_on_signal():
@@ -295,22 +275,16 @@ def stop_on_signal():
     return event
 
 
-def duration(seconds):
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def header(cfg, model, device, world, accumulate, first_step, batches):
+def header(cfg, model, device, world, first_step, batches):
     """Return the first record of a run in log.jsonl: what ran where."""
-    name = f"{device.type}, {torch.get_num_threads()} threads"
+    name, parameters = f"{device.type}, {torch.get_num_threads()} threads", [*model.parameters()]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    parameters = list(model.parameters())
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
             "python": platform.python_version(), "processes": world, "device": name,
-            "micro_batch": batches.micro_batch, "accumulate": accumulate,
+            "micro_batch": batches.micro_batch,
+            "accumulate": cfg.batch_size // (world * batches.micro_batch),
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
@@ -364,10 +338,10 @@ class Log:
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
         speed = sum(batches.size(done - 1 - i) for i in range(len(losses))) / seconds
-        left = (self.cfg.steps - done) * seconds / len(losses)
+        left = datetime.timedelta(seconds=int((self.cfg.steps - done) * seconds / len(losses)))
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
-             f"{speed:,.0f} tokens/s   {duration(left)} left",
+             f"{speed:,.0f} tokens/s   {left} left",
              loss=mean, lr=rate, grad_norm=norms[-1], tokens_per_s=speed)
 
     def close(self, step, stopped, data_kind):
@@ -409,25 +383,22 @@ def tracker(cfg, settings):
     return send
 
 
-@contextlib.contextmanager
-def run_folder(out):
-    """Make and lock the run's folder; remove it if the run leaves nothing in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with config.lock(out, "the run"):
-            yield
-    finally:
-        if not any(out.iterdir()):
-            out.rmdir()
-
-
 def main(argv):
     cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
-    is_first = os.environ.get("RANK", "0") == "0"
+    out, is_first = Path(cfg.out), os.environ.get("RANK", "0") == "0"
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
     try:
-        with run_folder(Path(cfg.out)) if is_first else contextlib.nullcontext():
+        with config.lock(out, "the run") if is_first else contextlib.nullcontext():
             train(cfg)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError("another process of the run has ended, its own output says why; "
+                        f"{checkpoint.last_good(out)}") from error
     finally:
+        if is_first and not any(out.iterdir()):
+            out.rmdir()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -101,6 +101,7 @@ def group(config, monkeypatch):
             process = server.Process(target=train_in_group, args=(
                 [str(config), *overrides], output, environment | {"MASTER_ADDR": "127.0.0.1"}))
             process.output = output
+            output.write_text("")
             process.start()
             started.append(process)
         return started[-world:]
