@@ -7,7 +7,7 @@ from conftest import finish
 from test_train import same
 
 WORDS = ["--steps=8", "--save_every=2", "--eval_every=3", "--restart_every=3", "--groups=permute",
-         "--keep=2"]
+         "--keep=2", "--micro_batch=8", "--eval_tokens=32"]
 LAST = "step-00000008"
 
 
