@@ -146,7 +146,8 @@ SHARDED = {
     "full": ["--method=full", "--restart_every=0"],
     "muon": ["--method=full", "--restart_every=0", "--optimizer=muon"],
     "mora": ["--groups=permute"],
-    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks", "--micro_batch=4"],
+    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks",
+             "--micro_batch=4"],
 }
 
 
