@@ -23,21 +23,15 @@ def learning_rate(step, cfg):
 
     A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's schedule).
     """
-    _, restarted = cfg.cycle(step)
+    (_, restarted), rise = cfg.cycle(step), 1.0
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if restarted and step - restarted < cfg.restart_warmup:
-        height = long_schedule(restarted + cfg.restart_warmup, cfg)
-        return cfg.lr * height * (step - restarted + 1) / cfg.restart_warmup
-    return cfg.lr * long_schedule(step, cfg)
-
-
-def long_schedule(step, cfg):
-    """Return the part of lr that a run without restarts has at a step, from 1 to min_lr_ratio."""
+        rise = (step - restarted + 1) / cfg.restart_warmup
+        step = restarted + cfg.restart_warmup
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    if cfg.schedule == "linear":
-        return 1 - (1 - cfg.min_lr_ratio) * progress
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
+    curve = 1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return cfg.lr * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * curve)
 
 
 def build_optimizer(cfg, model, device):

@@ -7,7 +7,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py configs/1.3b_mora.py                              16 GPUs of two machines
 
-`--resume` continues from the newest checkpoint of the run. `--help` lists the keys, `--configs`
+`--resume` continues from the newest checkpoint of the run. `--shard` cuts a model that is too large
+for one GPU into a part per GPU; its checkpoints are the same. `--help` lists the keys, `--configs`
 the experiments.
 """
 import contextlib
@@ -18,13 +19,11 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,7 +59,7 @@ def train(cfg):
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
-    stop_requested, stopping = stop_on_signal(), False
+    signals, stopping = stop_on_signal(), False
     numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
@@ -94,8 +93,8 @@ def train(cfg):
         # read the numbers now and then, and always before weights are saved; all ranks read the
         # same and stop together
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
-                or world == 1 and stop_requested.is_set()):
-            losses, norms, stopping = agree(numbers, stop_requested.is_set(), world)
+                or world == 1 and signals):
+            losses, norms, stopping = agree(numbers, bool(signals), world)
             stop_if_not_finite(losses, norms, done, cfg)
             fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, time.time() - clock, batches)
@@ -198,11 +197,10 @@ def prepare_model(cfg, model, device, cycle):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
             raise UserError(error) from None
-    if cfg.base_dtype == "bfloat16":
-        updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # also a frozen A
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter not in updates:
-                parameter.data = parameter.data.bfloat16()
+    for name, parameter in model.named_parameters():
+        is_base = not parameter.requires_grad and ".update." not in name  # A may be frozen too
+        if is_base and cfg.base_dtype == "bfloat16":
+            parameter.data = parameter.data.bfloat16()
     if cfg.shard and dist.is_initialized():
         shard(model, device)
     model.to(device)
@@ -225,7 +223,7 @@ def shard(model, device):
 
     A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
@@ -249,10 +247,7 @@ def stop_if_not_finite(losses, norms, step, cfg):
 
 
 def agree(numbers, stop_requested, world):
-    """Return (losses, norms, stop?), the same on all ranks: means; stop if any was asked to.
-
-    numbers: [tensor (loss, norm)].
-    """
+    """Return (losses, norms, stop?) of [tensor (loss, norm)]: means of all ranks, equal on all."""
     flag = torch.full_like(numbers[0][:1], float(stop_requested))
     both = torch.cat((torch.stack(numbers).T.flatten(), flag))
     if world > 1:
@@ -262,17 +257,16 @@ def agree(numbers, stop_requested, world):
 
 
 def stop_on_signal():
-    """Return an event that Ctrl-C or SIGTERM sets: the loop saves and stops. A second one kills."""
-    event = threading.Event()
+    """Return a list that Ctrl-C or SIGTERM fills: the loop saves and stops. A second one kills."""
+    received = []
 
     def handle(number, _):
-        event.set()
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-    return event
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
 
 
 def header(cfg, model, device, world, first_step, batches):
