@@ -132,7 +132,7 @@ def options_of(name, layer):
         return options | {"method": "lora", "rank": update.rank, "alpha": update.alpha,
                           "rslora": update.rslora}
     if isinstance(update, mora.Square):
-        return options | {"method": "mora", "rank": update.rank, **update.settings()}
+        return options | {"method": "mora", "rank": update.rank, **layer.get_extra_state()}
     raise UserError(f"{name}: an update of the kind {type(update).__name__} has no adapter format: "
                     "merge the model and save all of it")
 
@@ -166,7 +166,7 @@ def read(folder):
     Raises UserError for a file that cannot be read and for a key that is not implemented.
     """
     config_file, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = read_json(config_file)
+    config = read_json(config_file, dict)
     refuse(config, config_file)
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(f"{folder} holds a pickled adapter_model.bin, which is not read: save it "
@@ -268,8 +268,7 @@ def attach(model, folder, exclude=("lm_head",)):
         raise UserError(f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
     try:
         fitting = {name: linears[name] for name in layers if name in linears}
-        mora.refuse_read_weights(model, fitting)
-        mora.refuse_shared_weights(model, fitting)
+        mora.refuse_unfit(model, fitting)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     for name in layers:
@@ -281,7 +280,7 @@ def attach(model, folder, exclude=("lm_head",)):
         except ValueError as error:
             raise UserError(f"{folder}: {name}: {error}") from None
         dora = bool(config.get("use_dora"))
-        mora.replace(model, name, mora.AdaptedLinear(linears[name], update, dora=dora))
+        model.set_submodule(name, mora.AdaptedLinear(linears[name], update, dora=dora))
     adapted = mora.adapted_layers(model)
     if config["peft_type"] == "MORA":
         mora.start_cycle(adapted, config["seed"], config["cycle"])  # the groups of its cycle

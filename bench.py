@@ -3,16 +3,15 @@
     python bench.py                                        a small shape on a CPU, 250m on a GPU
     python bench.py --shape=1.3b --methods=full,mora,lora  on one GPU
     python bench.py --shape=250m --processes=2             DDP
-    python bench.py --shape=7b --methods=mora,lora         fine-tuning: rank 8, operator rotate,
-                                                           bfloat16 base, adapters alone train
+    python bench.py --shape=7b --methods=mora,lora         fine-tuning of a bfloat16 base, rank 8
     python bench.py --json=FILE                            add the numbers to a file
 
 Each method runs in a new process on random tokens. The figure is the median of repeated blocks of
-steps after a warm-up block. A step is train.py's: forward, backward, clipping, AdamW. MFU is (FLOPs
-that the method needs) / time / (FLOP/s of an 8192-cubed matrix product in the same dtype, measured
-here on random data).
+train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an
+8192-cubed matrix product in the same dtype, measured here on random data).
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -20,14 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+import timeit
 from pathlib import Path
+
+from config import (  # first, for Ctrl-C; isort: skip
+    Arguments, Config, UserError, at_least, command_line, read_json, write_json)
 
 import torch
 
 import mora
-from checkpoint import read_object
-from config import Config, UserError, at_least, command_line, write_json
 from model import Llama, LlamaConfig
 from optimizer import optimizer_step
 from train import data_parallel, join_processes, prepare_model
@@ -47,19 +47,18 @@ METHODS = {
     "lora": {"method": "lora"},
     "mora": {"method": "mora"},
     "mora_two_paths": {"method": "mora"},
+    "mora_rotate_fp8": {"method": "mora", "operator": "rotate", "matmul": "fp8"},
     "mora_rotate": {"method": "mora", "operator": "rotate"},
     "remora_permute": {"method": "mora", "groups": "permute"},
-    "full_fp8": {"method": "full", "matmul": "fp8"},
-    "lora_fp8": {"method": "lora", "matmul": "fp8"},
-    "mora_fp8": {"method": "mora", "matmul": "fp8"},
-    "remora_permute_fp8": {"method": "mora", "groups": "permute", "matmul": "fp8"},
-    "full_muon": {"method": "full", "optimizer": "muon"},
-    "lora_muon": {"method": "lora", "optimizer": "muon"},
-    "mora_muon": {"method": "mora", "optimizer": "muon"},
 }
-COLUMNS = ("method", "tokens/s", "to full", "MFU", "peak GiB", "trainable", "restart ms")
-HEADER = "{:18} {:>10} {:>8} {:>6} {:>9} {:>14} {:>10}"
-ROW = "{:18} {:10,.0f} {:8.3f} {:6.3f} {:9.2f} {:14,} {:10.1f}"
+METHODS |= {f"{name}_fp8": {**METHODS[name], "matmul": "fp8"}
+            for name in ("full", "lora", "mora", "remora_permute")}
+METHODS |= {f"{name}_muon": {**METHODS[name], "optimizer": "muon"}
+            for name in ("full", "lora", "mora")}
+# columns of the table: title, key of the numbers, width, format
+COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
+           ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
+           ("trainable", "trainable_parameters", 14, ","), ("restart ms", "restart_ms", 10, ".1f"))
 
 
 def settings(shape, name, rank, seq_len, batch):
@@ -72,29 +71,30 @@ def settings(shape, name, rank, seq_len, batch):
         options.setdefault("operator", "rotate" if shape == "7b" else "share")
     if shape == "7b":
         options["train_rest"] = False
-        options["base_dtype"] = "float32" if name == "full" else "bfloat16"
+        fp8 = options.pop("matmul", "bf16") == "fp8"
+        frozen_dtype = "float8" if fp8 else "bfloat16"
+        options["base_dtype"] = "float32" if options["method"] == "full" else frozen_dtype
     return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
                   num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
                   **options)
 
 
-def seconds(work, device):
-    """Seconds that work() takes, the GPU's part included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def seconds(work, repeats):
+    """[seconds of each of `repeats` calls of work()], the GPU's part included."""
+    def clock():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # timeit alone would turn the garbage collector off
+    return timeit.repeat(work, setup=gc.enable, timer=clock, repeat=repeats, number=1)
 
 
 def matrix_rate(device, dtype):
     """FLOP/s of a square matrix product on random data: the median of ten, after three."""
-    width = 8192 if device.type == "cuda" else 1024
+    width = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    times = [seconds(lambda: a @ b, device) for _ in range(13)][3:]
-    return 2 * width ** 3 / statistics.median(times)
+    return 2 * width ** 3 / statistics.median(seconds(lambda: a @ b, 13)[3:])
 
 
 def needed_flops(model, cfg):
@@ -104,7 +104,7 @@ def needed_flops(model, cfg):
     M as compressed: r^ x r^ per block). Causal attention: half of QK^T and AV, forward and twice
     backward. Embeddings do not count.
     """
-    total = 0
+    total = 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
     for module in model.modules():
         if isinstance(module, mora.AdaptedLinear):
             blocks = module.update.fold_in.blocks if hasattr(module.update, "M") else 2
@@ -112,14 +112,11 @@ def needed_flops(model, cfg):
             total += 4 * module.weight.numel() + 2 * blocks * trained
         elif isinstance(module, torch.nn.Linear):
             total += (6 if module.weight.requires_grad else 4) * module.weight.numel()
-    return total + 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
+    return total
 
 
 def measure(args):
-    """The numbers of one method, measured in this process or in torchrun's group.
-
-    Every rank returns a dict with `tokens_per_s` of all ranks together and `mfu` of one.
-    """
+    """The numbers of one method, as a dict: tokens_per_s of all torchrun's ranks, mfu of one."""
     cfg = settings(args.shape, args.child, args.rank, args.seq_len, args.batch)
     rank, world, device = join_processes(cfg)
     vocab_size = SHAPES[args.shape][4]
@@ -127,61 +124,45 @@ def measure(args):
     with device:
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
     optimizer = prepare_model(cfg, model, device, cycle=1)
-    for _, layer in mora.adapted_layers(model):
+    layers = mora.adapted_layers(model)
+    for _, layer in layers:
         layer.merges = args.child != "mora_two_paths"
     parallel = data_parallel(model, device) if world > 1 else model
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator(device).manual_seed(rank)
     ids = torch.randint(vocab_size, (2, 1, cfg.batch_size, cfg.seq_len), device=device,
-                        generator=generator)  # inputs and targets of one micro-batch
+                        generator=torch.Generator(device).manual_seed(rank))  # inputs and targets
 
     def block():
         for _ in range(args.steps):
             optimizer_step(parallel, optimizer, ids, cfg.lr, cfg.grad_clip)
 
+    def restart():
+        for _, layer in layers:
+            layer.merge_()
+        mora.start_cycle(layers, seed=0, cycle=2)
+
     block()  # the warm-up: it compiles, and it allocates the optimizer's state
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = [seconds(block, device) / args.steps for _ in range(args.repeats)]
-    median = statistics.median(times)
+    times = seconds(block, args.repeats)
+    speed = args.steps * cfg.batch_size * cfg.seq_len / statistics.median(times)  # of one process
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops_per_s = matrix_rate(device, model.compute_dtype)
-    tokens = cfg.batch_size * cfg.seq_len  # per process and step
-    trained = sum(p.numel() for p in trainable)
-    result = {"tokens_per_s": tokens * world / median,
-              "slowest_over_fastest": max(times) / min(times),
-              "mfu": needed_flops(model, cfg) * tokens / median / flops_per_s,
-              "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trained,
-              "reduced_mb_a_step": trained * 4 / 1e6 if world > 1 else 0.0}
+    result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
+              "mfu": needed_flops(model, cfg) * speed / flops_per_s,
+              "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    if cfg.method == "mora" and not args.quick:
-        result["restart_ms"] = 1e3 * restart_seconds(model, device)
+    if cfg.method == "mora" and not args.quick:  # without the optimizer's states
+        result["restart_ms"] = 1e3 * statistics.median(seconds(restart, 3))
     return result
 
 
-def restart_seconds(model, device):
-    """Median time of a restart of the layers, without the optimizer's states."""
-    layers = mora.adapted_layers(model)
-
-    def restart(cycle):
-        for _, layer in layers:
-            layer.merge_()
-        mora.start_cycle(layers, seed=0, cycle=cycle)
-
-    return statistics.median(seconds(partial(restart, cycle), device) for cycle in (2, 3, 4))
-
-
 def run_child(argv, name, processes):
-    """Measure one method in a new process: its numbers, or None if it fails (out of memory, say).
-
-    The child gets this process's arguments and prints its numbers as its last line.
-    """
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [__file__, *argv, f"--child={name}"]
-    environment = {"OMP_NUM_THREADS": "8", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    """Measure one method in a new process: the numbers of its last line, or None if it fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *argv]
+    done = subprocess.run([*command, f"--child={name}"], capture_output=True, text=True,
+                          env={"OMP_NUM_THREADS": "8", **os.environ})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -191,26 +172,20 @@ def run_child(argv, name, processes):
 
 def parse_arguments(argv):
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
-    parser.add_argument("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
-                        help=f"some of {', '.join(METHODS)}")
-    parser.add_argument("--rank", type=at_least(0), default=0,
-                        help="default: 128; at 7b 8, at tiny 16")
-    parser.add_argument("--seq_len", type=at_least(1), default=512 if gpu else 64)
-    parser.add_argument("--batch", type=at_least(0), default=0,
-                        help="sequences per process and step; default: by shape")
-    parser.add_argument("--steps", type=at_least(1), default=10 if gpu else 2,
-                        help="steps per block")
-    parser.add_argument("--repeats", type=at_least(1), default=5,
-                        help="blocks, of which the median counts")
-    parser.add_argument("--processes", type=at_least(1), default=1,
-                        help="GPUs (or CPU processes) of this machine")
-    parser.add_argument("--quick", action="store_true", help="do not time restarts")
-    parser.add_argument("--json", type=Path,
-                        help="add the numbers to this file, as SHAPE.METHOD.NAME")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, at_least(1)
+    add("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
+    add("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
+        help=f"some of {', '.join(METHODS)}")
+    add("--rank", type=at_least(0), default=0, help="default: 128; at 7b 8, at tiny 16")
+    add("--seq_len", type=count, default=512 if gpu else 64)
+    add("--batch", type=at_least(0), default=0, help="per process and step; default: by shape")
+    add("--steps", type=count, default=10 if gpu else 2, help="steps per block")
+    add("--repeats", type=count, default=5, help="blocks, of which the median counts")
+    add("--processes", type=count, default=1, help="GPUs (or CPU processes) of this machine")
+    add("--quick", action="store_true", help="do not time restarts")
+    add("--json", type=Path, help="add the numbers to this file, as SHAPE.METHOD.NAME")
+    add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         if name not in METHODS:
@@ -220,13 +195,11 @@ def parse_arguments(argv):
 
 def compare(args, argv):
     """Measure the methods one after another; print a table and write --json."""
-    numbers = {}
-    if args.json and args.json.exists():
-        numbers = read_object(args.json)
+    numbers = read_json(args.json, dict) if args.json and args.json.exists() else {}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
-    print(HEADER.format(*COLUMNS))
+    print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
     prefix = f"ddp{args.processes}." if args.processes > 1 else ""
     full = math.nan  # tokens/s of full rank, if it was measured
     for name in args.methods.split(","):
@@ -235,9 +208,9 @@ def compare(args, argv):
             continue
         if name == "full":
             full = row["tokens_per_s"]
-        print(ROW.format(name, row["tokens_per_s"], row["tokens_per_s"] / full, row["mfu"],
-                         row.get("peak_gib", math.nan), row["trainable_parameters"],
-                         row.get("restart_ms", math.nan)), flush=True)
+        shown = {**row, "to_full": row["tokens_per_s"] / full}
+        print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
+                              for _, key, width, style in COLUMNS), flush=True)
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
         if args.json:
             write_json(args.json, numbers)

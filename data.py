@@ -26,9 +26,10 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import sft
 import tokenizer
-from config import Arguments, UserError, at_least, command_line
 from shards import (
     ALLOWED,
     SHARD_TOKENS,

@@ -2,14 +2,11 @@
 
     python evaluate.py out/60m_mora data/wiki                  the run's newest checkpoint
     python evaluate.py out/60m_mora/merged data/c4_sample      any LLaMA in Hugging Face's format
-    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl
-                                                               greedy answers, compared and kept
-    python evaluate.py out/uuid_mora_r8 data/uuid --answers    right hex digits of second UUIDs
+    python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl   greedy answers
 
-The validation split is scored. Text: non-overlapping windows over the whole split; each token is
-predicted once, end-of-text included. Samples: their learned tokens, each sample once. Answers: of
-UUIDs the share of right digits; where each reference names a number after ####, as GSM8K's do,
-whether the numbers are equal; for every format, whether the texts are equal.
+The validation split is scored. Text: non-overlapping windows; each token is predicted once,
+end-of-text included. Samples: their learned tokens. Answers: whether the texts are equal; of UUIDs
+the share of right digits; where each reference names a number after ####, whether they are equal.
 """
 import argparse
 import json
@@ -17,6 +14,9 @@ import math
 import re
 from contextlib import nullcontext
 from decimal import Decimal
+from statistics import fmean
+
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ import checkpoint
 import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from config import UserError, at_least, command_line
 from model import Llama
 from sample import greedy
 from shards import Samples, open_split
@@ -35,9 +34,8 @@ from shards import Samples, open_split
 def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     """{"loss" (nats per token), "ppl", "bits_per_byte", "tokens"} of a model on a split.
 
-    Every rank of `world` must call it, on the unwrapped model. Each rank scores its part of the
-    split, and all return the same mean over tokens. limit: stop after this many tokens, 0 for
-    all. Of samples only the learned tokens count, and only their bytes.
+    Every rank of `world` must call it, on the unwrapped model; all return the same mean over
+    tokens. limit: stop after this many tokens, 0 for all. Of samples the learned tokens count.
     """
     device = next(model.parameters()).device
     sum_device = "cpu" if device.type == "mps" else device  # mps has no float64
@@ -55,17 +53,14 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     nats, count = totals.tolist()
     loss = nats / count
     scored_tokens = tokens.totals.get("learned", tokens.totals["tokens"])
-    bytes_per_token = tokens.totals["bytes"] / scored_tokens
-    return {"loss": loss, "ppl": math.exp(min(loss, 700)),
-            "bits_per_byte": loss / math.log(2) / bytes_per_token, "tokens": int(count)}
+    bits_per_byte = loss / math.log(2) * scored_tokens / tokens.totals["bytes"]
+    return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte,
+            "tokens": int(count)}
 
 
 @torch.no_grad()
 def merged_copy(model):
-    """A plain Llama with a model's updates merged and its matrices in the model's compute_dtype.
-
-    It generates with the fewest kernels per token.
-    """
+    """A plain Llama of merged matrices in compute_dtype: the fewest kernels per token."""
     weights = {name: weight.to(model.compute_dtype) if weight.ndim > 1 else weight
                for name, weight in mora.merged_weights(model).items()}
     with torch.device("meta"):
@@ -80,58 +75,42 @@ def prompt_and_reference(samples, i, end):
 
     The prompt is what precedes the first learned token; the reference is the first learned part.
     """
-    ids, learned = samples.sample(i)
-    first = int(learned[1:].argmax()) + 1  # the first token of a sample is never learned
-    unlearned = (~learned[first:]).nonzero()[0]
-    after = first + int(unlearned[0]) if len(unlearned) else len(ids)
-    return ids[:first].tolist(), [token for token in ids[first:after].tolist() if token != end]
+    ids, learned = (part.tolist() for part in samples.sample(i))
+    first = learned.index(True)
+    after = [*learned, False].index(False, first)
+    return ids[:first], [token for token in ids[first:after] if token != end]
 
 
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
     """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
 
-    limit: the first samples, this many; 0 for all. max_new_tokens of an answer; 0: one more than
-    the longest reference. file: an open file for {"question", "answer", "reference"} as JSON
-    lines. A training loop may call it between two steps, on one rank, on the unwrapped model: a
-    merged copy generates.
+    limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
+    file: an open file for {"question", "answer", "reference"} as JSON lines. The model is only
+    read, so a training loop may call it between two steps.
     """
-    count = min(limit or len(samples.lengths), len(samples.lengths))
-    parts = [prompt_and_reference(samples, i, tok.end) for i in range(count)]
-    prompts = [prompt for prompt, _ in parts]
-    references = [reference for _, reference in parts]
-    longest = max_new_tokens or max(map(len, references)) + 1
-    vocab_size = min(tok.size, model.cfg.vocab_size)
-    written = greedy(merged_copy(model), prompts, vocab_size, longest, tok.end, batch)
-    questions = [question_text(tok, prompt) for prompt in prompts]
-    written = [tok.decode(ids) for ids in written]
-    references = [tok.decode(ids) for ids in references]
+    prompts, references = zip(*(prompt_and_reference(samples, i, tok.end)
+                                for i in range(len(samples.lengths))[:limit or None]), strict=True)
+    written = greedy(merged_copy(model), prompts, min(tok.size, model.cfg.vocab_size),
+                     max_new_tokens or max(map(len, references)) + 1, tok.end, batch)
+    written, references = ([tok.decode(ids) for ids in rows] for rows in (written, references))
     if file:
-        for texts in zip(questions, written, references, strict=True):
-            record = dict(zip(("question", "answer", "reference"), texts, strict=True))
+        for prompt, answer, reference in zip(prompts, written, references, strict=True):
+            opening = len(tok.start) if prompt[:len(tok.start)] == tok.start else 0
+            record = {"question": tok.decode(prompt[opening:]), "answer": answer,
+                      "reference": reference}
             file.write(json.dumps(record) + "\n")
     return scores(written, references, samples.format)
 
 
-def question_text(tok, prompt):
-    """The text of a prompt's ids, without the ids that open a document."""
-    if prompt[:len(tok.start)] == tok.start:
-        prompt = prompt[len(tok.start):]
-    return tok.decode(prompt)
-
-
 def scores(written, references, style):
     """The numbers of answers(): texts against reference texts. style "uuid" counts digits."""
-    texts = list(zip(written, references, strict=True))
-
-    def mean(compare):
-        return sum(compare(answer, reference) for answer, reference in texts) / len(texts)
-
-    result = {"answers": len(texts), "exact": mean(same_text)}
+    measures = {"exact": same_text}
     if style == "uuid":
-        result["digits"] = mean(right_digits)
+        measures["digits"] = right_digits
     elif all("####" in reference for reference in references):
-        result["numbers"] = mean(same_number)
-    return result
+        measures["numbers"] = same_number
+    return {"answers": len(written)} | {name: fmean(map(measure, written, references))
+                                        for name, measure in measures.items()}
 
 
 def same_text(answer, reference):
@@ -143,14 +122,12 @@ def same_number(answer, reference):
 
 
 def right_digits(answer, reference):
-    """The share of a UUID's 32 hex digits that are right at their position.
+    """The share of a UUID's 32 hex digits that are right at their position; hyphens do not count.
 
-    Hyphens do not count; missing digits are wrong. A random digit is right once in 16. An answer
-    that has the form of a UUID scores 9.8 % by chance: one digit is always 4, another one of four.
+    A UUID drawn at random scores 9.8 %: one digit is always 4, another one of four.
     """
     answer, reference = (text.strip().replace("-", "") for text in (answer, reference))
-    right = sum(a == b for a, b in zip(answer, reference, strict=False))
-    return right / len(reference)
+    return sum(a == b for a, b in zip(answer, reference, strict=False)) / len(reference)
 
 
 def number(text):
@@ -158,61 +135,31 @@ def number(text):
 
     "1,234", "$1234.00." and "$ 1234" are equal.
     """
-    marks = list(re.finditer("####", text)) or list(re.finditer("[Tt]he answer is:?", text))
-    if not marks:
-        return None
-    match = re.match(r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text[marks[-1].end():])
-    sign, digits = match.groups()
+    mark = "####" if "####" in text else "[Tt]he answer is:?"
+    parts = re.findall(mark + r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text)
+    sign, digits = parts[-1] if parts else ("", "")
     return Decimal(sign + digits.replace(",", "")) if digits else None
 
 
-def window_of(model, folder, tokens):
-    """The default of --seq_len: what the run was trained and validated on, or the longest sample.
-
-    A directory that does not record it is scored with the model's whole context.
-    """
-    if isinstance(tokens, Samples):
-        return int(tokens.lengths.max())
-    return checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
-
-
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
-    parser.add_argument("data", help="folder of token shards, as data/wiki")
-    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
-    parser.add_argument("--split", default="val", choices=("val", "train"))
-    parser.add_argument("--answers", action="store_true",
-                        help="of samples: answer greedily and compare with the responses")
-    parser.add_argument("--out", help="of answers: write each question, answer and reference to "
-                        "this file, as JSON lines")
-    parser.add_argument("--limit", type=at_least(0), default=0,
-                        help="answer the first samples, this many; default: all")
-    parser.add_argument("--max_new_tokens", type=at_least(0), default=0,
-                        help="of an answer; default: one more than the longest response")
-    parser.add_argument("--seq_len", type=at_least(0), default=0,
-                        help="tokens per window; default: as in training, or the longest sample")
-    parser.add_argument("--batch", type=at_least(0), default=0,
-                        help="windows at once, default 16, or answers, default 512")
-    parser.add_argument("--tokens", type=at_least(0), default=0,
-                        help="stop after this many; default: the whole split")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; "
-                        "default: float32, of answers on a GPU bfloat16")
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, {"type": at_least(0), "default": 0}
+    add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    add("data", help="folder of token shards, as data/wiki")
+    add("--best", action="store_true", help=checkpoint.BEST)
+    add("--split", default="val", choices=("val", "train"))
+    add("--answers", action="store_true", help="of samples: compare greedy answers with responses")
+    add("--out", help="of answers: a file for each question, answer and reference, as JSON lines")
+    add("--limit", **count, help="answer the first samples, this many; default: all")
+    add("--max_new_tokens", **count, help="default: one more than the longest response")
+    add("--seq_len", **count, help="of a window; default: as in training, or the longest sample")
+    add("--batch", **count, help="windows at once, default 16, or answers, default 512")
+    add("--tokens", **count, help="stop after this many; default: the whole split")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
     if args.out and not args.answers:
         raise UserError("--out keeps answers: add --answers")
     return args
-
-
-def open_output(name):
-    """The file to write to, opened before minutes of work, or a stand-in for None."""
-    if not name:
-        return nullcontext()
-    try:
-        return open(name, "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name} cannot be written: {error.strerror}") from None
 
 
 def main(argv):
@@ -220,20 +167,23 @@ def main(argv):
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)
-    if args.answers and not isinstance(tokens, Samples):
+    is_samples, on_gpu = isinstance(tokens, Samples), torch.cuda.is_available()
+    if args.answers and not is_samples:
         raise UserError(f"{args.data} is text: answers need the prompts and responses of "
                         "`python data.py sft`, tulu, metamath or uuid")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = "bfloat16" if args.answers and device == "cuda" else "float32"
+    default = "bfloat16" if args.answers and on_gpu else "float32"
     model.compute_dtype = getattr(torch, args.dtype or default)
-    model.to(device)
+    model.to("cuda" if on_gpu else "cpu")
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        with open_output(args.out) as file:
+        with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
             result = answers(model, tok, tokens, args.batch or 512, args.limit,
                              args.max_new_tokens, file)
     else:
-        seq_len = min(args.seq_len or window_of(model, folder, tokens), len(tokens))
+        longest = int(tokens.lengths.max()) if is_samples else None
+        window = (args.seq_len or longest or checkpoint.trained_seq_len(folder)
+                  or model.cfg.max_position_embeddings)
+        seq_len = min(window, len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))

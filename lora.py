@@ -19,10 +19,8 @@ KINDS_OF_A = ("uniform", "orthogonal", "frozen")
 
 
 class LowRank(nn.Module):
-    """LoRA: A (rank, in), B (out, rank).
-
-    alpha: 0 means scale 1. lora_A: "uniform", "orthogonal", or "frozen": orthogonal, not trained.
-    """
+    """LoRA: A (rank, in), B (out, rank). alpha 0 means scale 1. lora_A: "uniform", "orthogonal", or
+    "frozen": orthogonal, not trained."""
 
     def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform",
                  device=None, dtype=None):
@@ -42,12 +40,9 @@ class LowRank(nn.Module):
             bound = self.A.shape[1] ** -0.5
             drawn = torch.empty(self.A.shape, device="cpu")
             drawn.uniform_(-bound, bound, generator=generator)
-        else:
-            # U V^T of a Gaussian matrix: every orthonormal A is as likely as any other, and the
-            # signs that an SVD is free to choose cancel
-            gaussian = torch.randn(self.A.shape, generator=generator, dtype=torch.float64,
-                                   device="cpu")
-            U, _, Vh = torch.linalg.svd(gaussian, full_matrices=False)
+        else:  # U V^T of a Gaussian matrix: all orthonormal A are as likely, and SVD's signs cancel
+            drawn = torch.empty(self.A.shape, dtype=torch.float64, device="cpu")
+            U, _, Vh = torch.linalg.svd(drawn.normal_(generator=generator), full_matrices=False)
             drawn = U @ Vh
         self.A.copy_(drawn)
         self.B.zero_()
@@ -57,49 +52,38 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
     def compress(self, x):
-        """What the gradients need of x: x itself, (tokens, in), or A x, (tokens, rank), if A is
-        frozen."""
+        """What the gradients need of x: x, (tokens, in), or A x, (tokens, rank), of a frozen A."""
         x = x.flatten(0, -2)
         return x if self.A.requires_grad else F.linear(x, self.A.to(x.dtype))
 
     def gradients(self, compressed, dy):
         """[dA, dB] = [scale B^T dy x^T, scale dy (A x)^T], sums over tokens; dA is None if A is
         frozen. The scale comes last, when the matrices are small."""
-        dy = dy.flatten(0, -2)
-        Ax = compressed
+        dy, dA, Ax = dy.flatten(0, -2), None, compressed
         if self.A.requires_grad:
             Ax = compressed @ self.A.to(compressed.dtype).T
-        dB = (dy.T @ Ax).to(self.B.dtype) * self.scale
-        if not self.A.requires_grad:
-            return [None, dB]
-        dAx = dy @ self.B.to(dy.dtype)
-        dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
-        return [dA, dB]
+            dAx = dy @ self.B.to(dy.dtype)
+            dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
+        return [dA, (dy.T @ Ax).to(self.B.dtype) * self.scale]
 
     def delta(self):
         """dW = scale B A, (out, in)."""
         return self.B @ self.A * self.scale
 
-    def settings(self):
-        """What A and B do not say about dW; a state dict keeps it beside them."""
-        return {"scale": self.scale}
-
 
 class Rescaled(nn.Module):
     """DoRA (arXiv 2402.09353) around any update: the rows of W + dW get trained lengths m.
 
-        y = diag(m / ||W + dW||) (W + dW) x        m starts at ||W||, and the norm has no gradient
+        y = s (W + dW) x        s = diag(m / ||W + dW||), m starts at ||W||; s trains m alone
 
-    As an update of W it is s (W + dW) - W with s = diag(m / ||W + dW||). `layer` is the module that
-    has W as `.matrix`, (out, in); `inner` is the update that makes dW.
+    As an update of W it is s (W + dW) - W. layer.matrix is W, (out, in); `inner` makes dW.
     """
 
     def __init__(self, layer, inner):
         super().__init__()
         self.layer = (layer,)  # in a tuple: its current weight is read, but it is not a submodule
         self.inner = inner
-        W = layer.matrix
-        dtype = torch.promote_types(W.dtype, torch.float32)
+        W, dtype = layer.matrix, torch.promote_types(layer.matrix.dtype, torch.float32)
         self.magnitude = nn.Parameter(torch.zeros(len(W), device=W.device, dtype=dtype))
 
     @torch.no_grad()
@@ -108,26 +92,18 @@ class Rescaled(nn.Module):
         self.inner.start_cycle(cycle, generator)
         self.magnitude.copy_(row_norms(self.whole()))
 
-    def settings(self):
-        """The inner update's."""
-        return self.inner.settings()
-
-    def weight(self):
-        """W, (out, in)."""
-        return self.layer[0].matrix
-
     def whole(self):
         """W + the inner dW, (out, in), in float32 or float64."""
-        return self.weight().to(self.magnitude.dtype) + self.inner.delta()
+        return self.layer[0].matrix.to(self.magnitude.dtype) + self.inner.delta()
 
     def delta(self):
         """s (W + dW) - W, (out, in)."""
         whole = self.whole()
-        return (self.magnitude / row_norms(whole))[:, None] * whole - self.weight()
+        return (self.magnitude / row_norms(whole))[:, None] * whole - self.layer[0].matrix
 
     def forward(self, x):
         """The change of the layer's output, (..., in) -> (..., out), in x's dtype."""
-        y = F.linear(x, self.weight().to(x.dtype))
+        y = F.linear(x, self.layer[0].matrix.to(x.dtype))
         scale = self.magnitude / row_norms(self.whole())
         return ((scale - 1) * y + scale * self.inner(x)).to(y.dtype)
 
@@ -136,10 +112,8 @@ class Rescaled(nn.Module):
         return x.flatten(0, -2)
 
     def gradients(self, x, dy):
-        """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||.
-
-        This takes one more product of W's size, as in full rank.
-        """
+        """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||, which
+        takes one more product of W's size, as in full rank."""
         dy, whole = dy.flatten(0, -2), self.whole()
         norms = row_norms(whole)
         dm = (dy * F.linear(x, whole.to(x.dtype))).sum(0, dtype=norms.dtype) / norms

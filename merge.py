@@ -16,13 +16,14 @@ import os
 import shutil
 from pathlib import Path
 
+from config import UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+
 import torch
 from safetensors import SafetensorError
 
 import adapters
 import checkpoint
 import mora
-from config import UserError, at_least, command_line
 
 
 @torch.no_grad()
@@ -74,9 +75,8 @@ def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=F
     beside = checkpoint.temporary(target, "writing")
     weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
     try:  # creates the folders above target, too
-        checkpoint.write_hugging_face(beside, weights, merged.cfg, tok,
-                                      checkpoint.trained_seq_len(folder),
-                                      checkpoint.inherited_of(merged))
+        seq_len = checkpoint.trained_seq_len(folder)
+        checkpoint.write_hugging_face(beside, weights, merged, tok, seq_len)
         if tok:
             tok.export(beside)
         must_be_free(target)  # another process may have written it by now

@@ -1,8 +1,8 @@
 """A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. No adapters here.
 
-Names and shapes of its state dict are those of Hugging Face's LlamaForCausalLM, so a checkpoint IS
-a Hugging Face checkpoint. Parameters are float32; the computation runs in `model.compute_dtype`
-(bfloat16 on a GPU), norms and losses in float32.
+Its state dict is that of Hugging Face's LlamaForCausalLM, so a checkpoint IS a Hugging Face one.
+Parameters are float32; the computation runs in `model.compute_dtype` (bfloat16 on a GPU), norms and
+losses in float32.
 
 Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads,
 Dh head size, V vocabulary.
@@ -55,9 +55,7 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     """A linear layer without bias that computes in its input's dtype; its weight is float32.
-
-    `products` None: one product in that dtype; Float8Products: FP8 in training (see below).
-    """
+    `products`: None, or Float8Products for training in FP8 (see below)."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
@@ -70,26 +68,18 @@ class Linear(nn.Linear):
 
 
 def rope(first, length, cfg, device):
-    """Return cosines and sines, two (length, Dh) in float32, of the rotary angles.
-
-    Positions: first, first + 1, ...
-    """
+    """Return cosines and sines, two (length, Dh) in float32, of the rotary angles of the positions
+    first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
     frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
-    if cfg.rope_scaling:
-        frequencies = stretch(frequencies, **cfg.rope_scaling)
+    if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
+        low, high = (cfg.rope_scaling[f"{end}_freq_factor"] for end in ("low", "high"))
+        turns = frequencies * cfg.rope_scaling["original_max_position_embeddings"] / (2 * torch.pi)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (share + (1 - share) / cfg.rope_scaling["factor"])
     positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
-    angles = positions[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = (positions[:, None] * frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
-
-
-def stretch(frequencies, factor, low_freq_factor, high_freq_factor,
-            original_max_position_embeddings):
-    """LLaMA-3's rope scaling: divide slow frequencies by `factor`, blend up to the fast ones."""
-    turns = frequencies * original_max_position_embeddings / (2 * torch.pi)  # in that context
-    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequencies * (share + (1 - share) / factor)
 
 
 def rotate(x, cos, sin):
@@ -99,25 +89,18 @@ def rotate(x, cos, sin):
 
 
 class Past:
-    """A layer's keys and values so far, (B, Hk, T, Dh) each.
-
-    It has room for more: appending one token copies that token alone.
-    """
-    room = 128
-
-    def __init__(self):
-        self.length, self.both = 0, None
+    """A layer's keys and values so far, (B, Hk, T, Dh) each."""
+    length, both = 0, None
+    room = 128  # for more tokens: appending one copies that one alone
 
     def append(self, k, v):
         """All keys and all values, these being the last."""
-        first, self.length = self.length, self.length + k.shape[2]
-        if not first or self.length > self.both.shape[3]:
-            before = self.both
+        first, self.length, before = self.length, self.length + k.shape[2], self.both
+        if not first or self.length > before.shape[3]:
             self.both = k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
             if first:
                 self.both[:, :, :, :first] = before[:, :, :, :first]
-        self.both[0, :, :, first:self.length] = k
-        self.both[1, :, :, first:self.length] = v
+        self.both[:, :, :, first:self.length] = torch.stack((k, v))
         return self.both[:, :, :, :self.length]
 
     def keep(self, rows):
@@ -137,12 +120,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, past=None):
         """x (B, T, D) -> (B, T, D). `past`: the layer's key/value cache, read and extended by x."""
-        def heads(y):  # (B, T, heads * Dh) -> (B, heads, T, Dh)
-            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        q = rotate(heads(self.q_proj(x)), cos, sin)
-        k = rotate(heads(self.k_proj(x)), cos, sin)
-        v = heads(self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, Dh)
+                   for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
             k, v = past.append(k, v)
         if past is None or q.shape[2] > 1:  # whole sequences: a position attends to those before it
@@ -153,9 +133,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
+class MLP(nn.Module):  # SwiGLU
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
@@ -179,17 +157,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def require_gradient(module, ids, x):
-    """Forward hook of the embeddings: their output requires a gradient even when they are frozen.
-
-    The first block is then compiled as the others are, not once more for itself.
-    """
-    return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
-
-
-class Body(nn.Module):
-    """Embeddings, blocks and the last norm: the part that Hugging Face calls `model`."""
-
+class Body(nn.Module):  # all but the head: the part that Hugging Face calls `model`
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -200,31 +168,27 @@ class Body(nn.Module):
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
         """Draw the weights from N(0, 0.02) with a generator of their own; seed None: torch's draws.
-
-        residual_init: o_proj and down_proj, which add to the residual stream, get the standard
-        deviation 0.02 / sqrt(2 layers).
-        """
+        residual_init: 0.02 / sqrt(2 layers) for o_proj and down_proj, which add to the residual."""
         super().__init__()
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
         self.checkpoint_blocks = False  # True: keep a block's input alone, compute the rest again
         self.model = Body(cfg)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            for name, weight in self.named_parameters():
-                std = 0.02
-                if residual_init and ("o_proj" in name or "down_proj" in name):
-                    std = 0.02 / (2 * cfg.num_hidden_layers) ** 0.5
-                if weight.ndim == 2:
-                    nn.init.normal_(weight, 0.0, std, generator=generator)
+        if seed is None:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            is_residual = residual_init and ("o_proj" in name or "down_proj" in name)
+            std = 0.02 / (2 * cfg.num_hidden_layers) ** 0.5 if is_residual else 0.02
+            if weight.ndim == 2:
+                nn.init.normal_(weight, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
         """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats.
 
-        targets (B, T): -100 does not count. The head's product is padded for speed, its parameter
-        is not (see padded). `cache` (see new_cache) holds what came before ids, and is extended by
-        them: whole sequences while it is empty, one token at a time afterwards.
+        targets (B, T): -100 does not count. `cache` (see new_cache) holds what came before ids, and
+        is extended by them: whole sequences while it is empty, one token at a time afterwards.
         """
         x = self.hidden(ids, cache)
         if targets is None:
@@ -250,11 +214,11 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self):
-        """torch.compile each block and the loss's kernel, in place; one compilation serves all.
+        """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
+        second sequence length makes torch compile once more, for every length."""
+        def require_gradient(module, ids, x):  # frozen or not: all blocks are compiled alike
+            return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
 
-        The first sequence length is compiled as it is; a second one makes torch compile once more,
-        for every length.
-        """
         for block in self.model.layers:
             block.compile()
         self.loss_kernel = torch.compile(softmax_gradient)
@@ -265,16 +229,13 @@ class Llama(nn.Module):
         return [Past() for _ in self.model.layers]
 
 
-# ------------------------------------------------------------
-# the loss head: the logits of all tokens never exist at once
-#
-# At a vocabulary of 50,000 the float32 logits of one step outweigh a small model. A chunk's logits
-# are turned into gradients at once, in the forward pass: nothing is kept, nothing is computed
-# twice. Targets of -100 (prompts, padding) cost nothing. N tokens.
+# ------------------------------------------------------------ the loss head
+# The logits of all tokens never exist at once: at a vocabulary of 50,000 one step's outweigh a
+# small model. A chunk's are turned into gradients in the forward pass: nothing is kept, nothing is
+# computed twice. Targets of -100 (prompts, padding) cost nothing. N tokens.
 
 def padded(weight, dtype):
-    """Return (V, D) in dtype, with zero rows up to a multiple of 64, which matrix units need
-    (50257 -> 50304)."""
+    """(V, D) in dtype, with zero rows up to a multiple of 64, for matrix units (50257 -> 50304)."""
     weight, missing = weight.to(dtype), -len(weight) % 64
     if missing:  # F.pad copies even when there is nothing to add
         weight = F.pad(weight, (0, 0, 0, missing))
@@ -286,16 +247,13 @@ def at_least_float32(x):
 
 
 def counted_chunks(targets):
-    """Return the positions of the targets that count, in chunks. nonzero() synchronizes with the
-    GPU."""
+    """The positions of the targets that count, in chunks. nonzero() synchronizes with the GPU."""
     return (targets != -100).nonzero()[:, 0].split(CHUNK)
 
 
 def softmax_gradient(logits, targets, vocab_size, scale):
-    """Return (sum of a chunk's losses, scale * its gradient in the logits' dtype).
-
-    Columns from vocab_size on are padding: no token.
-    """
+    """Return (sum of a chunk's losses, scale * its gradient in the logits' dtype). Columns from
+    vocab_size on are padding: no token."""
     columns = torch.arange(logits.shape[1], device=logits.device)
     wide = at_least_float32(logits).masked_fill(columns >= vocab_size, -torch.inf)
     log_sum = wide.logsumexp(dim=-1)
@@ -308,46 +266,36 @@ def softmax_gradient(logits, targets, vocab_size, scale):
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, kernel):
-        wants_dx, wants_dw = ctx.needs_input_grad[:2]
         w, chunks = padded(weight, x.dtype), counted_chunks(targets)
         loss = at_least_float32(x.new_zeros(()))
         scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
-        dx = torch.zeros_like(x) if wants_dx else None
-        dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype) if wants_dw else None
+        dx, dw = torch.zeros_like(x), None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype)
         for positions in chunks:
             rows = x[positions]
             part, gradient = kernel(rows @ w.T, targets[positions], len(weight), scale)
             loss += part
-            if wants_dx:
-                dx[positions] = gradient @ w
-            if wants_dw:
-                add_product(dw, gradient.T, rows)
-        ctx.gradients = dx, dw[:len(weight)] if wants_dw else None
+            dx[positions] = gradient @ w
+            if dw is not None and dw.is_cuda and dw.dtype != rows.dtype:  # float32 += bfloat16
+                torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
+            elif dw is not None:
+                dw += gradient.T @ rows
+        ctx.gradients = dx, None if dw is None else dw[:len(weight)]
         return loss * scale
 
     @staticmethod
     def backward(ctx, factor):
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss frees its gradients in the first backward: call "
-                               "backward once, or compute the loss again")
+            raise RuntimeError("the chunked loss has its gradients once: compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         dx, dw = (g if g is None else g.mul_(factor) for g in gradients)
         return dx, dw, None, None
 
 
-def add_product(total, a, b):
-    """total += a @ b, summed in total's dtype; on a GPU inside the product."""
-    if total.is_cuda and total.dtype != a.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
-
-
 def cross_entropy(x, weight, targets, kernel=softmax_gradient):
-    """Return the mean loss in nats, float32: hidden states x (N, D), head (V, D), targets (N,).
-
-    A target of -100 does not count. kernel: softmax_gradient, or a compiled one.
-    """
+    """Return the mean loss in nats, float32: hidden states x (N, D), head (V, D), targets (N,), of
+    which -100 does not count. kernel: softmax_gradient, or a compiled one."""
     if torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
     w, chunks, total = padded(weight, x.dtype), counted_chunks(targets), 0.0
@@ -357,54 +305,64 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
     return total / sum(map(len, chunks))
 
 
-# ------------------------------------------------------------
-# FP8 products of the blocks' linear layers: y = x W^T and dx = dy W in e4m3
-#
+# ------------------------------------------------------------ FP8
+# In training, y = x W^T and dx = dy W of the blocks' linear layers in e4m3, W or W + dW (mora.py):
 #     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
-#
-# Gradients of weights stay in the computation's dtype. mora.AdaptedLinear takes the same products
-# for W + dW: a frozen W has no weight gradient, so these two are all of its large products.
+# Gradients of weights stay in the computation's dtype, evaluation and checkpoints in float32.
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
 # fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
-# Evaluation and checkpoints use the float32 weights: FP8 is arithmetic of training alone.
-
-def quantize_rows(x):
-    """Return (x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
-    wide = x.float()
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (wide / scale).to(torch.float8_e4m3fn), scale
-
-
-def quantize_weight(weight, scale):
-    """Return weight / scale in e4m3; entries beyond the largest number become NaN."""
-    scaled = weight / scale
-    return torch.where(scaled.abs() <= LARGEST, scaled, torch.nan).to(torch.float8_e4m3fn)
-
-
-def multiply_fp8(x, weight, scale):
-    """Return x @ (weight * scale)^T in x's dtype, (..., m): x (..., n), weight (m, n) in e4m3."""
-    rows, row_scale = quantize_rows(x.flatten(0, -2))
-    column_scale = scale.expand(1, len(weight)).contiguous()
-    y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=column_scale,
-                         out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Float8Products(nn.Module):
-    """The two large products of one layer (mora.Products has them in x's dtype)."""
+    """The two large products of one layer. No quantized copy of W is kept between them."""
 
     def __init__(self, device):
         super().__init__()
         self.register_buffer("scale", torch.ones((), device=device), persistent=False)
 
     def y(self, x, weight):
-        """Return (y, None): dx quantizes W's transpose itself, so that no copy of W is kept."""
-        return multiply_fp8(x, quantize_weight(weight, self.scale), self.scale), None
+        """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
+        columns = weight / self.scale
+        columns = torch.where(columns.abs() <= LARGEST, columns, torch.nan)
+        return multiply_fp8(x, columns.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
 
     def dx(self, dy, weight):
-        transposed = quantize_weight(weight.T.contiguous(), self.scale)
-        return multiply_fp8(dy, transposed, self.scale)
+        return self.y(dy, weight.T.contiguous())
+
+    def frozen(self, x, weight):
+        """y of a weight that does not train, differentiable."""
+        return Float8Linear.apply(x, weight, self)
+
+
+class Float8Base(Float8Products):
+    """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
+
+    def __init__(self, scale):
+        super().__init__(scale.device)
+        self.scale = scale
+
+    def y(self, x, weight):
+        return multiply_fp8(x, weight, self.scale)
+
+    def dx(self, dy, weight):
+        ones = torch.ones_like(self.scale[:, :1]).expand(1, weight.shape[1])
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
+
+
+def quantize_rows(x):
+    """(x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
+    x = x.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def multiply_fp8(x, weight, scale):
+    """(..., m) in x's dtype: x (..., n), weight (m, n) in e4m3, scale (1, m) of its rows."""
+    rows, row_scale = quantize_rows(x.flatten(0, -2))
+    y = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=scale.contiguous(),
+                         out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Float8Linear(torch.autograd.Function):
@@ -414,78 +372,71 @@ class Float8Linear(torch.autograd.Function):
     def forward(ctx, x, weight, products):
         ctx.products = products
         ctx.save_for_backward(weight, x if weight.requires_grad else None)
-        return products.y(x, weight)[0]
+        return products.y(x, weight)
 
     @staticmethod
     def backward(ctx, dy):
-        weight, x = ctx.saved_tensors
-        dw = None
+        (weight, x), dw = ctx.saved_tensors, None
         if x is not None:
             dw = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
         return ctx.products.dx(dy, weight), dw, None
 
 
 def block_linears(model):
-    """Return [(name, layer)] of the linear layers of the blocks, adapted (mora.py) or not."""
-    return [(name, module) for name, module in model.model.layers.named_modules()
-            if hasattr(module, "products")]
+    """Return {name: layer} of the linear layers of the blocks, adapted (mora.py) or not."""
+    return {name: module for name, module in model.model.layers.named_modules()
+            if hasattr(module, "products")}
+
+
+def fp8_layers(model):
+    """Return {name: layer} of the layers with FP8 products."""
+    return {name: layer for name, layer in block_linears(model).items()
+            if type(layer.products) is Float8Products}
 
 
 def use_fp8(model):
-    """Give the linear layers of the blocks FP8 products, in place, where their sizes allow it.
-
-    A layer whose sizes are no multiples of 16 keeps its products.
-    """
-    for _, layer in block_linears(model):
+    """Give the blocks' linear layers whose sizes are multiples of 16 FP8 products, in place."""
+    for layer in block_linears(model).values():
         if all(size % 16 == 0 for size in layer.weight.shape):
             layer.products = Float8Products(layer.weight.device)
     fit_scales(model)
 
 
-def fp8_layers(model):
-    """Return [(name, layer)] of the layers with FP8 products."""
-    return [(name, layer) for name, layer in block_linears(model)
-            if isinstance(layer.products, Float8Products)]
+@torch.no_grad()
+def keep_in_fp8(model):
+    """Round the adapted weights of the blocks to e4m3, in place: a byte each, a scale per row.
+
+    A layer whose sizes are no multiples of 16 keeps its weight.
+    """
+    for layer in block_linears(model).values():
+        if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
+            rounded, scale = quantize_rows(layer.weight)
+            layer.weight.data, layer.products = rounded, Float8Base(scale.T)
 
 
 @torch.no_grad()
 def fit_scales(model, only_if_tight=False):
-    """Set the FP8 scales from the largest entry of W + dW now; return how many were set.
-
-    only_if_tight: leave those alone that still have room. Costs a pass over the weights: for
-    restarts, and every few steps. A weight that is not finite gets no scale.
-    """
-    layers = fp8_layers(model)
-    if not layers:
-        return 0
-    largest = torch.stack([largest_weight(layer) for _, layer in layers]).tolist()
-    before = fp8_scales(model)
-    renewed = 0
-    for (name, layer), entry in zip(layers, largest, strict=True):
-        tight = entry * TIGHT > LARGEST * before[name]
-        if math.isfinite(entry) and (tight or not only_if_tight):
-            exponent = math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST))
-            layer.products.scale.fill_(2.0 ** exponent)
+    """Set the FP8 scales from the largest entry of W + dW now; return how many were set. A weight
+    that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
+    layers, renewed = fp8_layers(model).values(), 0
+    weights = (layer.merged() if hasattr(layer, "merged") else layer.weight for layer in layers)
+    largest = [weight.abs().max() for weight in weights]  # all are queued before the first is read
+    for scale, entry in zip((layer.products.scale for layer in layers), largest, strict=True):
+        entry = float(entry)
+        is_tight = entry * TIGHT > LARGEST * float(scale)
+        if math.isfinite(entry) and (is_tight or not only_if_tight):
+            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
             renewed += 1
     return renewed
 
 
-def largest_weight(layer):
-    weight = layer.merged() if hasattr(layer, "merged") else layer.weight
-    return weight.abs().max()
-
-
 def fp8_scales(model):
     """Return {layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
-    layers = fp8_layers(model)
-    if not layers:
-        return {}
-    scales = torch.stack([layer.products.scale for _, layer in layers]).tolist()
-    return dict(zip([name for name, _ in layers], scales, strict=True))
+    return {name: float(layer.products.scale) for name, layer in fp8_layers(model).items()}
 
 
 def load_fp8_scales(model, scales):
     """Take the scales of a checkpoint, so that a resumed run rounds as if it had never stopped."""
-    for name, layer in fp8_layers(model):
+    for name, layer in fp8_layers(model).items():
         if name in scales:
             layer.products.scale.fill_(scales[name])

@@ -4,13 +4,14 @@
     python sample.py out/tiny_mora/merged --prompt="def " --temperature=0.7 --max_new_tokens=300
     python sample.py MODEL --chat --system="Answer briefly."   each line of input is a message
 
-A chat is written by the model's chat template, or by Tulu's format where it has none, as in
-training (sft.py). End of file (Ctrl-D) ends it.
-evaluate.py uses greedy(), which answers many prompts at once.
+A chat has the format of the model's chat template, or of Tulu where it has none, as in training.
+Ctrl-D ends it. evaluate.py uses greedy(), which answers many prompts at once.
 """
 import argparse
 import sys
 import time
+
+from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,6 @@ import checkpoint
 import mora
 import sft
 import tokenizer
-from config import UserError, at_least, command_line
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -31,30 +31,25 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
              generator=None):
     """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache.
 
-    vocab_size: the tokenizer has no ids from here on, so they are never drawn. temperature 0: the
-    likeliest token. top_k: draw among the top_k likeliest tokens, 0 for all. stop: the token that
-    ends the text; it is not yielded. generator: a CPU torch.Generator.
+    vocab_size: ids from here on are never drawn. temperature 0: the likeliest token. top_k: draw
+    among the top_k likeliest, 0 for all. stop: the token that ends the text; it is not yielded.
+    generator: a CPU torch.Generator.
     """
     cache = model.new_cache()
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()
-        token = draw(logits, temperature, top_k, generator)
+        if top_k:
+            smallest = logits.topk(min(top_k, len(logits))).values[-1]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        token = logits.argmax()
+        if temperature:
+            probabilities = torch.softmax(logits / temperature, -1)
+            token = torch.multinomial(probabilities, 1, generator=generator)
         if token == stop:
             return
-        yield token
-        inputs = torch.tensor([[token]], device=inputs.device)
-
-
-def draw(logits, temperature, top_k, generator):
-    """One token id from logits (V,); see generate()."""
-    if not temperature:
-        return int(logits.argmax())
-    if top_k:
-        smallest = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, -1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        yield int(token)
+        inputs = token.reshape(1, 1).to(inputs.device)
 
 
 def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
@@ -63,14 +58,13 @@ def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
     Prompts of similar length share a batch.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
-    for first in range(0, len(by_length), batch):
+    answers = {}
+    for first in range(0, len(prompts), batch):
         indices = by_length[first:first + batch]
         together = [prompts[i] for i in indices]
         written = greedy_batch(model, together, vocab_size, max_new_tokens, stop)
-        for i, answer in zip(indices, written, strict=True):
-            answers[i] = answer
-    return answers
+        answers.update(zip(indices, written, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -84,24 +78,20 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
-    ids = torch.full((len(prompts), end), stop)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[:len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(device)
+    ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],
+                       device=device)
     prompt_ends = torch.tensor(lengths, device=device)
     rows = torch.arange(len(prompts), device=device)  # the rows of ids that are still in the batch
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = model.new_cache()
-    inputs = ids[:, :min(lengths)]
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    cache, inputs = model.new_cache(), ids[:, :min(lengths)]
     # eager, because compiled blocks would be compiled again for each length of the cache
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):
         for position in range(min(lengths), end):
             logits = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size]
-            in_prompt = position < prompt_ends[rows]
-            tokens = torch.where(in_prompt, ids[rows, position], logits.argmax(-1))
+            count = position - prompt_ends[rows]  # of new tokens so far; negative inside a prompt
+            tokens = torch.where(count < 0, ids[rows, position], logits.argmax(-1))
             ids[rows, position] = tokens
-            is_last = position + 1 >= prompt_ends[rows] + max_new_tokens
-            ended |= ~in_prompt & ((tokens == stop) | is_last)
+            ended |= (count >= 0) & (tokens == stop) | (count == max_new_tokens - 1)
             inputs = tokens[:, None]
             if position % CHECK_EVERY:
                 continue
@@ -112,44 +102,29 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
                 rows, ended, inputs = rows[remaining], ended[remaining], inputs[remaining]
                 for past in cache:
                     past.keep(remaining)
-    answers = []
-    for row, length in zip(ids.tolist(), lengths, strict=True):
-        answer = row[length:length + max_new_tokens]
-        answers.append(answer[:answer.index(stop)] if stop in answer else answer)
-    return answers
-
-
-def load_merged(path, tokenizer_name=None, best=False):
-    """(model in evaluation mode, its updates merged, on the GPU if there is one; tokenizer)."""
-    model, tok, folder = checkpoint.load(path, best=best)
-    if tokenizer_name:
-        tok = tokenizer.load(tokenizer_name)
-    if not tok:
-        raise UserError(f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another "
-                        "encoding of tiktoken, bytes, or a folder with a tokenizer.json)")
-    if mora.adapted_layers(model):
-        model = mora.merge(model)  # the sum W + dW is computed once, not for each token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tok
+    answers = (row[length:length + max_new_tokens] + [stop]
+               for row, length in zip(ids.tolist(), lengths, strict=True))
+    return [answer[:answer.index(stop)] for answer in answers]
 
 
 def chat_ids(tok, messages):
     """The ids of a chat [{"role", "content"}], up to where the next answer begins.
 
-    Special tokens of the template are tokens. Without a template these are the ids of training on
-    Tulu's format: the ids of a sample with an empty answer, without the end-of-text after it.
+    Without a template these are the ids of training on Tulu's format: of a sample with an empty
+    answer, without the end-of-text after it.
     """
-    if tok.chat:
-        ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
-        if not ids:
-            raise UserError(f"the chat template of {tok.folder} writes nothing")
-        return ids
-    empty_answer = {"role": "assistant", "content": ""}
-    ids, _, _ = sft.encode_chat(tok, {"messages": [*messages, empty_answer]})
-    return ids[:-1]
+    if not tok.chat:
+        empty_answer = {"role": "assistant", "content": ""}
+        return sft.encode_chat(tok, {"messages": [*messages, empty_answer]})[0][:-1]
+    ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
+    if not ids:
+        raise UserError(f"the chat template of {tok.folder} writes nothing")
+    return ids
 
 
-def input_lines():
-    """Lines of standard input until its end, without empty ones; a terminal shows a prompt."""
+def chat(write, tok, system):
+    """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
+    messages = [{"role": "system", "content": system}] if system else []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -158,14 +133,8 @@ def input_lines():
             return
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is no text: {error}") from None
-        if line.strip():
-            yield line
-
-
-def chat(write, tok, system):
-    """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for line in input_lines():
+        if not line.strip():
+            continue
         messages.append({"role": "user", "content": line})
         answer = write(chat_ids(tok, messages))
         print()
@@ -173,20 +142,18 @@ def chat(write, tok, system):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
-    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
-    parser.add_argument("--prompt", default="", help="default: the start of a document")
-    parser.add_argument("--chat", action="store_true", help="answer the lines of standard input")
-    parser.add_argument("--system", default="", help="the system message of a chat")
-    parser.add_argument("--max_new_tokens", type=at_least(0), default=200)
-    parser.add_argument("--temperature", type=at_least(0.0, float), default=0.8)
-    parser.add_argument("--top_k", type=at_least(0), default=200,
-                        help="draw among the likeliest tokens, this many; 0 for all")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a "
-                        "tokenizer.json, for a directory that does not name its tokenizer")
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
+    add("--best", action="store_true", help=checkpoint.BEST)
+    add("--prompt", default="", help="default: the start of a document")
+    add("--chat", action="store_true", help="answer the lines of standard input")
+    add("--system", default="", help="the system message of a chat")
+    add("--max_new_tokens", type=at_least(0), default=200)
+    add("--temperature", type=at_least(0.0, float), default=0.8)
+    add("--top_k", type=at_least(0), default=200, help="draw among the likeliest; 0: among all")
+    add("--seed", type=at_least(0), default=0)
+    add("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a tokenizer.json")
     args = parser.parse_args(argv)
     if args.chat and args.prompt:
         raise UserError("--chat reads messages from standard input: leave out --prompt")
@@ -197,7 +164,14 @@ def parse_arguments(argv):
 
 def main(argv):
     args = parse_arguments(argv)
-    model, tok = load_merged(args.checkpoint, args.tokenizer, args.best)
+    model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
+    tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
+    if not tok:
+        raise UserError(f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another "
+                        "encoding of tiktoken, bytes, or a folder with a tokenizer.json)")
+    if mora.adapted_layers(model):
+        mora.merge(model)  # the sum W + dW is computed once, not for each token
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     generator = torch.Generator().manual_seed(args.seed)
 
     def write(ids):
@@ -205,8 +179,7 @@ def main(argv):
         if max(ids) >= model.cfg.vocab_size:
             raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
                             f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
-        decode = tok.decoder()
-        written = []
+        decode, written = tok.decoder(), []
         for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
                               args.top_k, tok.end, generator):
             print(decode(token), end="", flush=True)

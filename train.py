@@ -22,20 +22,21 @@ import signal
 import time
 from pathlib import Path
 
+import config  # first, so that Ctrl-C ends imports; isort: skip
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import config
 import data
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
 from config import UserError
 from evaluate import perplexity
-from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, use_fp8
+from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
@@ -197,9 +198,13 @@ def prepare_model(cfg, model, device, cycle):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
             raise UserError(error) from None
+    if cfg.base_dtype == "float8" or cfg.matmul == "fp8":
+        must_have_fp8(device)
+    if cfg.base_dtype == "float8":
+        keep_in_fp8(model)
     for name, parameter in model.named_parameters():
         is_base = not parameter.requires_grad and ".update." not in name  # A may be frozen too
-        if is_base and cfg.base_dtype == "bfloat16":
+        if is_base and cfg.base_dtype != "float32" and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
     if cfg.shard and dist.is_initialized():
         shard(model, device)
@@ -208,14 +213,19 @@ def prepare_model(cfg, model, device, cycle):
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     model.checkpoint_blocks = cfg.checkpoint_blocks
-    if cfg.matmul == "fp8":  # a CPU emulates it, for tests
-        if device.type == "mps" or (on_gpu and torch.cuda.get_device_capability(device) < (8, 9)):
-            raise UserError("matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, "
-                            f"Hopper), {device} has less: take --matmul=bf16")
+    if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
         model.compile_parts()
     return build_optimizer(cfg, model, device)
+
+
+def must_have_fp8(device):
+    """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
+    on_gpu = device.type == "cuda"
+    if device.type == "mps" or on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("FP8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
+                        f"{device} has less: leave out --matmul and --base_dtype")
 
 
 def shard(model, device):

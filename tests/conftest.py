@@ -1,6 +1,7 @@
 """Small corpora and runs of a second that the tests share."""
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -150,3 +151,13 @@ def pairs(tmp_path_factory):
 def fit(run, pairs):
     """run, on these samples."""
     return lambda *words: run(f"--data={pairs}", "--seq_len=64", *words)
+
+
+def stopped_copy(out, step, copy):
+    """A copy of a run that was stopped at a step: no later checkpoints, nothing in its log yet."""
+    shutil.copytree(out, copy)
+    (copy / "log.jsonl").unlink()
+    for later in copy.glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    return copy

@@ -1,5 +1,7 @@
 """Spectra, log reading and schedules report what was put in."""
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,29 +37,38 @@ def test_measures_of_a_known_spectrum():
     assert row["largest"] == 2.0
     assert row["stable_rank"] == pytest.approx((4 + 1 + 0.25 + 0.0025 + 1e-8) / 4)
     assert row["energy_90"] == 2
-    assert analyze.measures(torch.zeros(5))["rank"] == 0
+    nothing = analyze.measures(torch.zeros(5))
+    assert nothing["rank"] == nothing["largest"] == nothing["stable_rank"] == 0
+
+
+def layers(out_features, in_features, delta=0.0):
+    """One weight per kind of layer, all equal to delta."""
+    return {f"model.layers.0.{kind}.weight": torch.full((out_features, in_features), delta)
+            for kind in analyze.KINDS}
+
+
+def test_spectra_compare_weights_of_the_same_shape(tmp_path):
+    values = analyze.spectra(layers(3, 4, 0.5), layers(3, 4))
+    for part in values.values():  # a constant matrix has the one singular value c sqrt(12)
+        torch.testing.assert_close(part, torch.tensor([3 ** 0.5, 0.0, 0.0]), rtol=0, atol=1e-6)
+    for other in (layers(4, 3), {}):
+        with pytest.raises(UserError, match=r"0\.q_proj\.weight, \(3, 4\), is missing or has"):
+            analyze.spectra(layers(3, 4), other)
+    with pytest.raises(UserError, match="is no checkpoint of a run.*set --since"):
+        analyze.first_weights(tmp_path)
 
 
 @pytest.mark.parametrize(("restarts", "rank"), [
-    ((), 2), (("--restart_every=7", "--restart_warmup=1"), 6)], ids=("LoRA", "ReLoRA"))
+    ((), 2), (("--restart_every=7", "--restart_warmup=1", "--residual_init=true"), 6)],
+    ids=("LoRA", "ReLoRA"))
 def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     """LoRA of rank 2 adds rank 2, ReLoRA of three cycles rank 6, since the seed's weights."""
     out = run("--method=lora", "--lr=0.03", *restarts)
     before = analyze.first_weights(checkpoint.steps_of(out)[-1])
     values = analyze.spectra(analyze.weights(out)[0], before)
-    assert all(len(layers) == 2 for layers in values.values())
+    assert len(values) == 2 * len(analyze.KINDS)
     means = analyze.mean_measures(values)
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
-
-
-def test_a_checkpoint_does_not_differ_from_itself(run):
-    weights, _ = analyze.weights(run())
-    assert analyze.mean_measures(analyze.spectra(weights, weights))["all"]["largest"] == 0.0
-
-
-def test_first_weights_of_what_is_no_run_are_asked_for(run):
-    with pytest.raises(UserError, match="--since"):
-        analyze.first_weights(checkpoint.steps_of(run())[0] / "base")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,16 +117,17 @@ def test_a_damaged_line_elsewhere_is_an_error_with_its_number(log, damage):
 
 def test_a_log_that_lacks_what_an_axis_needs_is_an_error(tmp_path):
     path = tmp_path / "log.jsonl"
-    with pytest.raises(UserError, match="cannot be read"):
-        analyze.main(["losses", str(tmp_path / "nothing")])
+    with pytest.raises(FileNotFoundError, match="log.jsonl"):
+        analyze.main(["losses", str(path)])
     write_log(path, {"tokens_per_step": 100}, {"step": 0, "val_loss": 5.0})
     with pytest.raises(UserError, match="no training loss yet"):
         analyze.read_log(path)
     write_log(path, {"step": 10, "loss": 5.0, "tokens_per_s": 1.0})
-    with pytest.raises(UserError, match="no header with tokens_per_step.*--x=step"):
+    with pytest.raises(UserError, match="log.jsonl lacks tokens_per_step.*--x=step, not tokens"):
         analyze.read_log(path, "tokens")
     write_log(path, {"tokens_per_step": 100}, {"step": 10, "loss": 5.0})
-    with pytest.raises(UserError, match="step 10 has no tokens_per_s"):
+    assert analyze.read_log(path, "tokens")["loss"] == [(1000, 5.0)]
+    with pytest.raises(UserError, match="lacks .*tokens_per_s: use --x=step, not seconds"):
         analyze.read_log(path, "seconds")
 
 
@@ -134,17 +146,14 @@ def test_seconds_of_a_real_run_are_its_tokens_over_its_speed(run):
 @pytest.fixture
 def drawn_steps(monkeypatch):
     """drawn_steps(words) is the number of steps that `analyze.py schedule` draws."""
-    pytest.importorskip("matplotlib")
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *args, **kw: drawn.append(self))
 
     def count(*words):
-        lines = []
-
-        def keep_lines(figure, axes, file):
-            lines.extend(axes[0].lines)
-
-        monkeypatch.setattr(analyze, "_save", keep_lines)
         analyze.main(["schedule", *words])
-        (line,) = lines
+        (axis,) = drawn.pop().axes
+        (line,) = axis.lines
         return len(line.get_xdata())
 
     return count
@@ -153,12 +162,12 @@ def drawn_steps(monkeypatch):
 @pytest.mark.parametrize("samples", [False, True], ids=("text", "samples"))
 def test_the_schedule_of_epochs_has_the_steps_that_training_takes(run, config, pairs, samples,
                                                                   drawn_steps):
-    words = ["--epochs=0.5", "--warmup=2", "--eval_every=100", "--save_every=100"]
+    words = ["--epochs=0.02", "--warmup=1", "--eval_every=100", "--save_every=100"]
     if samples:
-        words += ["--seq_len=64", f"--data={pairs}"]
+        words += ["--epochs=0.3", "--seq_len=64", f"--data={pairs}"]
     records = analyze.read_records(run(*words) / "log.jsonl")
     steps = max(record.get("step", 0) for record in records)
-    assert drawn_steps(str(config), *words) == steps
+    assert drawn_steps(str(config), *words) == steps > 1
     assert steps != drawn_steps(str(config)) == 20  # the steps that the config file sets
 
 
@@ -170,7 +179,7 @@ def test_the_schedule_of_epochs_without_data_asks_for_steps(config, tmp_path, dr
     assert drawn_steps(*words, "--steps=50") == 50
 
 
-def test_schedule_passes_all_other_words_to_config(config, monkeypatch, tmp_path):
+def test_schedule_passes_all_other_words_to_config(config, monkeypatch):
     words = []
 
     def remember(argv, default):
@@ -186,27 +195,36 @@ def test_schedule_passes_all_other_words_to_config(config, monkeypatch, tmp_path
 # ---------------------------------------------------------------------------------------------
 # pictures
 
-def test_every_command_draws(run, config, tmp_path, capsys):
+def test_every_command_draws_and_a_checkpoint_equals_itself(run, config, log, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    out = str(run())
-    for words in (["spectra", out], ["losses", out, f"{out}/log.jsonl", "--x=seconds"],
-                  ["schedule", str(config), "--restart_every=5"], ["operators"]):
+    out = run("--steps=1", "--warmup=1")
+    (step,) = checkpoint.steps_of(out)
+    for words in (["spectra", str(out), str(step / "base"), f"--since={out}"],
+                  ["losses", str(out), str(log), "--x=seconds"],
+                  ["schedule", str(config), "--restart_every=5"]):
         png = tmp_path / f"{words[0]}.png"
         analyze.main([*words, f"--png={png}"])
         assert png.read_bytes()[:4] == b"\x89PNG"
-    assert "stable rank" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    titles = next(line for line in lines if "stable rank" in line)
+    assert "singular above 0.1" in titles and "energy 90" in titles
+    means = next(line.split() for line in lines if line.startswith("all  "))
+    assert {*means[1:4], means[5]} == {"0.000"}  # all but energy_90
 
 
 def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         analyze.main(["losses", str(log), f"--png={tmp_path / 'absent' / 'x.png'}"])
+    with pytest.raises(UserError, match="--png=x.tex cannot be written"):
+        analyze.main(["losses", str(log), "--png=x.tex"])
     with pytest.raises(UserError, match="unknown arguments: --nonsense"):
         analyze.main(["losses", str(log), "--nonsense"])
 
 
 def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
-    square, wide, merged = analyze.operator_panels()
+    figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "operators.py")
+    square, wide, merged = figure["operator_panels"]()
 
     def ranks(panels):
         return [int(torch.linalg.matrix_rank(delta)) for _, delta in panels]

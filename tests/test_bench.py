@@ -8,30 +8,37 @@ import bench
 from config import UserError
 from train import prepare_model
 
+SMALL = ["--shape=tiny", "--steps=1", "--repeats=1", "--seq_len=16", "--batch=2"]
+KEYS = {"tokens_per_s", "slowest_over_fastest", "mfu", "gemm_tflops", "trainable_parameters"}
 
-def test_a_method_is_measured_in_its_own_process(tmp_path, capsys):
+
+def test_a_method_is_measured(capsys):
+    bench.main([*SMALL, "--child=mora"])
+    numbers = json.loads(capsys.readouterr().out)
+    assert set(numbers) == KEYS | {"restart_ms"}
+    assert numbers["tokens_per_s"] > 0 and numbers["restart_ms"] > 0 and 0 < numbers["mfu"] < 1.5
+    assert numbers["trainable_parameters"] == 223_308  # train.py's for tiny_mora
+
+
+def test_two_processes_are_measured_together(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    bench.main(["--shape=tiny", "--methods=mora", "--steps=1", "--repeats=1", "--seq_len=16",
-                "--batch=2", f"--json={file}"])
-    numbers = json.loads(file.read_text())
-    assert numbers["tiny.mora.tokens_per_s"] > 0 and numbers["tiny.mora.restart_ms"] > 0
-    assert 0 < numbers["tiny.mora.mfu"] < 1.5
-    assert numbers["tiny.mora.trainable_parameters"] == 223_308  # train.py's for tiny_mora
-    assert "to full" in capsys.readouterr().out
+    file.write_text('{"before": 1}')
+    bench.main([*SMALL, "--methods=full", "--processes=2", f"--json={file}"])
+    keys = {f"ddp2.tiny.full.{key}" for key in KEYS}
+    assert set(json.loads(file.read_text())) == keys | {"before"}
+    head, row = capsys.readouterr().out.splitlines()[1:]
+    assert head.split()[:4] == ["method", "tokens/s", "to", "full"]
+    assert row.split()[0] == "full" and row.split()[2] == "1.000" and row.split()[4] == "nan"
+    assert len(head) == len(row)
 
 
-def test_two_processes_are_measured_together(tmp_path):
-    file = tmp_path / "bench.json"
-    bench.main(["--shape=tiny", "--methods=full", "--steps=1", "--repeats=1", "--seq_len=16",
-                "--batch=2", "--processes=2", f"--json={file}"])
-    assert set(json.loads(file.read_text())) == {f"ddp2.tiny.full.{key}" for key in (
-        "tokens_per_s", "slowest_over_fastest", "mfu", "gemm_tflops", "trainable_parameters",
-        "reduced_mb_a_step")}
-
-
-def test_a_method_that_fails_is_named_and_has_no_numbers(capsys):
-    assert bench.run_child(["--shape=tiny", "--rank=many"], "mora", 1) is None
-    assert "mora             failed: " in capsys.readouterr().out
+def test_a_method_that_fails_is_named_and_has_no_numbers(tmp_path, monkeypatch, capsys):
+    child = tmp_path / "child.py"
+    child.write_text("import sys\nsys.exit(f'out of memory: {sys.argv[1:]}')")
+    monkeypatch.setattr(bench, "__file__", str(child))
+    assert bench.run_child(["--shape=tiny"], "mora", 1) is None
+    assert capsys.readouterr().out == ("mora             failed: out of memory: "
+                                       "['--shape=tiny', '--child=mora']\n")
 
 
 def test_an_unknown_method_is_named():

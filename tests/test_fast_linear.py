@@ -52,14 +52,14 @@ def test_fast_linear_matches_two_paths(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(9, 7, 1), (5, 12, 1), (12, 5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 12, 1), (12, 5, 1)], ids=str)
 def test_gradcheck(kind, shape):
     adapted = layer(kind, shape)
     parameters = tuple(adapted.update.parameters())
     x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
 
     def merged(x, *parameters):
-        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, mora.Products,
+        return mora.MergedLinear.apply(x, adapted.weight, adapted.update, None,
                                        *parameters)
 
     assert torch.autograd.gradcheck(merged, (x, *parameters))
@@ -162,7 +162,7 @@ VARIANTS = {"lora": {"method": "lora"}, "share": {}, "dora": {"method": "lora", 
 def small_network(variant):
     """Two adapted layers and {name: parameter} of the updates, all random."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).double()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     mora.adapt(model, targets=("0", "2"), rank=2, cycle=1, **VARIANTS[variant])
     parameters = dict(mora.adapter_parameters(model))
     for parameter in parameters.values():
@@ -173,8 +173,8 @@ def small_network(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_second_derivative_of_the_merged_product_is_refused(variant):
     model, parameters = small_network(variant)
-    loss, inputs = model(torch.randn(5, 12).double()).square().sum(), list(parameters.values())
-    with pytest.raises(RuntimeError, match="differentiated once, not twice: set layer.merges"):
+    loss, inputs = model(torch.randn(5, 8).double()).square().sum(), list(parameters.values())
+    with pytest.raises(RuntimeError, match="once.*create_graph=True .*set layer.merges"):
         torch.autograd.grad(loss, inputs, create_graph=True)
 
 
@@ -183,7 +183,7 @@ def test_two_paths_have_second_derivatives(variant):
     model, parameters = small_network(variant)
     for _, adapted in mora.adapted_layers(model):
         adapted.merges = False
-    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     if variant == "dora":  # its norm has no gradient, by definition: x alone
         assert torch.autograd.gradgradcheck(model, (x,))
         return
@@ -197,7 +197,7 @@ def test_two_paths_have_second_derivatives(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_func_grad_and_vmap_work(variant):
     model, parameters = small_network(variant)
-    x = torch.randn(5, 12).double()
+    x = torch.randn(5, 8).double()
     expected = torch.autograd.grad(model(x).square().sum(), list(parameters.values()))
 
     def loss(values, x):
@@ -218,8 +218,8 @@ def test_parameters_that_functional_call_replaced_are_refused(variant):
     model, parameters = small_network(variant)
     values = {name: (parameter * 2).detach().requires_grad_()
               for name, parameter in parameters.items()}
-    loss = functional_call(model, values, (torch.randn(5, 12).double(),)).sum()
-    with pytest.raises(RuntimeError, match="were replaced between forward and backward"):
+    loss = functional_call(model, values, (torch.randn(5, 8).double(),)).sum()
+    with pytest.raises(RuntimeError, match="own parameters.*functional_call set layer.merges"):
         loss.backward()
 
 

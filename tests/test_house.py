@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {file.stem: file for file in sorted(ROOT.glob("*.py"))}
-FILES = [*MODULES.values(), *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("results/*.py"))]
+FILES = [*MODULES.values(), *(file for folder in ("tests", "results", "docs")
+                              for file in sorted(ROOT.glob(f"{folder}/*.py")))]
 
 
 def imported_modules(source, names):

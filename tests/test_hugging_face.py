@@ -74,7 +74,7 @@ def test_transformers_loads_what_is_written_here(tmp_path):
     written(tmp_path / "hf", "llama3 rope")
     ours = checkpoint.load(tmp_path / "hf")[0]
     bytes_tokenizer = tokenizer.load("bytes")
-    checkpoint.write_hugging_face(tmp_path / "again", ours.state_dict(), ours.cfg, bytes_tokenizer)
+    checkpoint.write_hugging_face(tmp_path / "again", ours.state_dict(), ours, bytes_tokenizer)
     assert checkpoint.load(tmp_path / "again")[0].cfg == ours.cfg
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert_same(tmp_path / "again", theirs)

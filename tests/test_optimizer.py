@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+from conftest import stopped_copy
 from test_model import ours, theirs
-from test_train import records, same, without
+from test_train import records, same
 from torch.nn import functional as F
 
 import mora
@@ -106,7 +107,7 @@ def test_a_restart_forgets_the_momentum():
 def test_resume_with_muon_is_bitwise_identical(run):
     whole = run(*MUON_RUN)
     assert records(whole, "val_loss")[20] == pytest.approx(3.61230, rel=1e-4)
-    out = without(whole, 1, "parts")
+    out = stopped_copy(whole, 10, whole.with_name("parts"))
     run(*MUON_RUN, f"--out={out}", "--resume")
     assert same(whole / "step-00000020", out / "step-00000020")
     losses = records(whole)

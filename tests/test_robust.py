@@ -4,7 +4,9 @@ A row of the table: (files, command, words in the line, exit status). {"name": c
 files in the current folder; a content that is not text or bytes is written as JSON.
 """
 import gzip
+import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -132,12 +134,14 @@ TABLE = [
     ({}, "uuid --pairs=-5", "argument --pairs: must be a whole number from 1 to", 2),
     ({}, "uuid --pairs=0", "argument --pairs: must be a whole number from 1 to", 2),
     ({}, "uuid --pairs=1e30", "argument --pairs: must be a whole number from 1 to", 2),
-    ({}, "uuid --pairs=1.5", "argument --pairs: must be a whole number, got '1.5'", 2),
-    ({}, "uuid --pairs=many", "argument --pairs: must be a whole number, got 'many'", 2),
+    ({}, "uuid --pairs=1.5", "--pairs: must be a whole number from 1 to 4294967295, got 1.5", 2),
+    ({}, "uuid --pairs=many",
+     "argument --pairs: must be a whole number from 1 to 4294967295, got 'many'", 2),
     ({}, "uuid --seed=-1", "argument --seed: must be a whole number from 0", 2),
     ({}, "uuid --pairs=1e1 --tokenizer=bytes", None, 0),
     ({}, "c4 --train_tokens=-1", "argument --train_tokens: must be a whole number from 0", 2),
-    ({}, "c4 --val_tokens=inf", "argument --val_tokens: must be a whole number, got 'inf'", 2),
+    ({}, "c4 --val_tokens=inf",
+     "argument --val_tokens: must be a whole number from 0 to 10000000000000, got inf", 2),
     ({"a.jsonl": PAIR}, SFT + " --seq_len=-1",
      "argument --seq_len: must be a whole number from 0", 2),
     ({"a.jsonl": PAIR}, SFT + " --long=cut", "argument --long: invalid choice: 'cut'", 2),
@@ -251,64 +255,63 @@ def test_a_mistake_is_one_line(command, tmp_path, monkeypatch, files, words, mes
         assert len(err) < 1000
 
 
-def script(folder, *words, **options):
-    """A process of data.py in a folder."""
-    return subprocess.Popen([sys.executable, str(ROOT / "data.py"), *words], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
+@pytest.fixture
 def file_size_limit():
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    """A function that limits the size of files, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_works_later(tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_works_later(
+        command, tmp_path, monkeypatch, file_size_limit):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text " * 10 ** 5)
-    words = ("text", "n", "a.txt", "--tokenizer=bytes")
-    process = script(tmp_path, *words, preexec_fn=file_size_limit)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "error: File too large: data/n; free some space and run the same command again" in err
-    assert "Traceback" not in err and not list((tmp_path / "data" / "n").glob("*.tmp"))
-    process = script(tmp_path, *words)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "500,001 tokens" in out, err
+    words = ["text", "n", "a.txt", "--tokenizer=bytes"]
+    file_size_limit(100_000)
+    assert command(data.main, words) == (
+        2, "error: File too large: data/n; free some space and run the same command again\n")
+    assert not list((tmp_path / "data" / "n").glob("*.tmp"))
+    file_size_limit(10 ** 9)
+    assert command(data.main, words) == (0, "")
+    assert shards.read_manifest(tmp_path / "data" / "n")["splits"]["train"]["tokens"] == 500_001
 
 
-def test_a_closed_pipe_ends_without_a_traceback(tmp_path):
-    process = script(tmp_path, "uuid", "--pairs=5", "--tokenizer=bytes")
-    process.stdout.close()
-    assert process.wait(timeout=60) == 1 and process.stderr.read() == ""
+def test_a_closed_pipe_ends_without_a_traceback(command, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:  # closing it flushes again, as the end of Python does
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command(lambda argv: print("some words"), []) == (1, "")
+        monkeypatch.undo()
 
 
-def test_an_ascii_terminal_gets_question_marks(tmp_path):
-    write_files(tmp_path, {"ä.jsonl": LINES})
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    process = script(tmp_path, "text", "日", "ä.jsonl", "--tokenizer=bytes", env=environment)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.startswith("data/?: train"), err
+def test_an_ascii_terminal_gets_question_marks(command, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert command(lambda argv: print("data/日: 5 tokens"), []) == (0, "")
+    assert written.getvalue() == b"data/?: 5 tokens\n"
 
 
-HOLD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from config import lock
-with lock({folder!r}, "a test"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def hold(folder, held):
+    with lock(folder, "a test"):
+        held.set()
+        time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of tmp_path / "n"."""
     (tmp_path / "n").mkdir()
-    code = HOLD.format(root=str(ROOT), folder=str(tmp_path / "n"))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path / "n", held))
+    process.start()
+    assert held.wait(60)
     yield process
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_second_holder_is_told_the_first(tmp_path, holder):
@@ -320,18 +323,11 @@ def test_a_second_holder_is_told_the_first(tmp_path, holder):
 
 def test_the_lock_of_a_dead_process_does_not_block(tmp_path, holder):
     holder.kill()
-    holder.wait()
+    holder.join()
     assert (tmp_path / "n" / ".lock").exists()
     with lock(tmp_path / "n", "training"):
         assert f"process {os.getpid()} on " in (tmp_path / "n" / ".lock").read_text()
     assert not (tmp_path / "n" / ".lock").exists()
-
-
-def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
-    import config
-    monkeypatch.setattr(config, "fcntl", None)
-    with lock(tmp_path, "one"), lock(tmp_path, "two"):
-        assert not list(tmp_path.iterdir())
 
 
 def test_two_preparations_of_one_folder_do_not_mix(tmp_path):
@@ -364,11 +360,21 @@ def test_a_failed_write_of_json_leaves_nothing(tmp_path):
     (IsADirectoryError(21, "Is a directory", "x"), "error: Is a directory: x\n"),
     (TimeoutError(), "error: TimeoutError\n"),
     (UserError("a mistake"), "error: a mistake\n"),
+    (MemoryError("Unable to allocate 32.0 GiB"), "error: Unable to allocate 32.0 GiB\n"),
+    (RuntimeError("CUDA out of memory.\nTried to allocate 9 GiB"),
+     "error: CUDA out of memory. Tried to allocate 9 GiB\n"),
 ])
 def test_failures_of_the_machine_are_one_line(command, error, line):
     def main(argv):
         raise error
     assert command(main, []) == (2, line)
+
+
+def test_other_errors_keep_their_traceback(command):
+    def main(argv):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        command(main, [])
 
 
 def test_an_interrupt_ends_with_130_and_a_second_one_at_once(command):
@@ -377,6 +383,20 @@ def test_an_interrupt_ends_with_130_and_a_second_one_at_once(command):
         time.sleep(5)
     assert command(main, []) == (130, "")
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("name", "train data merge evaluate sample bench analyze".split())
+def test_an_interrupt_of_the_imports_ends_without_a_traceback(name, tmp_path):
+    """A torch that takes long to import. A shell reports death by SIGINT as status 130."""
+    (tmp_path / "torch.py").write_text("print('importing', flush=True); open(0).read()")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / f"{name}.py")], text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize("text, value", [("5", 5), ("1e4", 10_000), ("5.0", 5), ("+7", 7)])
