@@ -135,9 +135,8 @@ def open_data(cfg, rank, world):
 
 def make_batches(cfg, tokens, device, rank, world):
     """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
-    kind, (micro_batch, _) = Batches, config.accumulation(cfg, world)
-    if isinstance(tokens, Samples):
-        kind = SampleBatches
+    micro_batch, _ = config.accumulation(cfg, world)
+    kind = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
