@@ -361,7 +361,8 @@ def read_step(step, optimizer=True):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
-            return weights, torch.load(file, map_location="cpu", weights_only=True)
+            # mapped, so that the processes of one machine do not hold a copy each
+            return weights, torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file raises almost anything
         # torch's own text is left out: it recommends weights_only=False, which would run the file
         raise UserError(f"{file} cannot be loaded ({type(error).__name__}): it is no state of an "
