@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,13 @@ def group(config, monkeypatch):
     for process in started:
         process.kill()
         process.join()
+
+
+def wait_for(process, done):
+    """Wait until done() is true while a process of a group runs."""
+    while not done():
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.002)
 
 
 def finish(processes):

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, stopped_copy
+from conftest import finish, stopped_copy, wait_for
 from safetensors.torch import load_file
 
 import checkpoint
@@ -78,8 +77,7 @@ def test_resume_is_bitwise_identical(run, method):
 
 def test_ctrl_c_saves_before_it_stops(group, config):
     process, = group(1, "--steps=100000", "--save_every=100000")
-    while " loss " not in process.output.read_text().replace("validation: loss", ""):
-        time.sleep(0.02)
+    wait_for(process, lambda: " 1/100000" in process.output.read_text())
     os.kill(process.pid, signal.SIGINT)
     codes, outputs = finish([process])
     newest = checkpoint.steps_of(config.parent / "run")[-1]
@@ -168,8 +166,7 @@ def test_two_killed_processes_resume_bitwise(group, config, shard):
     whole, killed = config.parent / "whole", config.parent / "killed"
     assert finish(group(2, *words, f"--out={whole}"))[0] == [0, 0]
     processes = group(2, *words, f"--out={killed}")
-    while not (killed / "step-00000006").exists():
-        time.sleep(0.002)
+    wait_for(processes[0], (killed / "step-00000006").exists)
     for process in processes:
         process.kill()
     finish(processes)
@@ -189,8 +186,7 @@ def test_sharded_samples(fit, group, pairs, config):
 def test_a_signal_to_one_rank_stops_all_together(group, config):
     out = config.parent / "stopped"
     processes = group(2, f"--out={out}", "--log_every=4", "--steps=100000", "--save_every=100000")
-    while " 4/" not in processes[0].output.read_text():
-        time.sleep(0.02)
+    wait_for(processes[0], lambda: " 4/" in processes[0].output.read_text())
     os.kill(processes[1].pid, signal.SIGTERM)
     codes, outputs = finish(processes)
     step, = checkpoint.steps_of(out)
@@ -203,17 +199,16 @@ def test_workers_of_a_dead_launcher(run, group):
     """They go on, so a second run is refused; when one of them dies, the other tells it."""
     out = run("--steps=10")
     first, second = group(2, "--steps=100000", "--eval_every=100000", "--resume")
-    while "13/" not in first.output.read_text():
-        time.sleep(0.02)
+    wait_for(first, lambda: " 13/" in first.output.read_text())
     with pytest.raises(UserError, match=f"in use by process {first.pid} on .*: the run needs it"):
         run("--steps=100000", "--resume")
     second.kill()
     codes, (output, _) = finish([first, second])
     assert codes[0] == 2 and "Traceback" not in output
-    errors = [line for line in output.splitlines() if "step" not in line.partition("/")[0]]
     newest = checkpoint.steps_of(out)[-1]
-    assert errors[-1] == ("error: another process of the run has ended, its own output says why; "
-                          f"the last good checkpoint is {newest}: continue from it with --resume")
+    assert [line for line in output.splitlines() if line.startswith("error")] == [
+        "error: another process of the run has ended, its own output says why; the last good "
+        f"checkpoint is {newest}: continue from it with --resume"]
 
 
 # ------------------------------------------------------------
