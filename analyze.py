@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from config import Arguments, Config, UserError, command_line, load  # first, for Ctrl-C; isort: skip
+from config import Arguments, Config, UserError, command_line, load  # before torch; isort: skip
 
 import numpy as np
 import torch
@@ -210,7 +210,7 @@ def with_steps(cfg):
     split = open_split(cfg.data, "train", verify=False)
     make_batches = SampleBatches if isinstance(split, Samples) else Batches
     batches = make_batches(split, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.batch_size)
-    return dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+    return dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
 
 
 def plot_schedule(cfg, file):

@@ -22,7 +22,7 @@ import time
 import timeit
 from pathlib import Path
 
-from config import (  # first, for Ctrl-C; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
     Arguments, Config, UserError, at_least, command_line, read_json, write_json)
 
 import torch

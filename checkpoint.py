@@ -64,8 +64,9 @@ def write_hugging_face(folder, weights, model, tok, seq_len=None):
               "tokenizer": None, "seq_len": seq_len, **{key: getattr(cfg, key) for key in SHAPE},
               "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None}
     if tok:
-        tok.keep(folder)
-        config |= {"bos_token_id": tok.start[0], "eos_token_id": tok.end, "tokenizer": tok.name}
+        tok.copy_files(folder)
+        config |= {"bos_token_id": tok.bos_ids[0], "eos_token_id": tok.eos_id,
+                   "tokenizer": tok.name}
     special_tokens, generation_config = getattr(model, "inherited", ({}, None))
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)
@@ -210,8 +211,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     try:
         write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
         if updates:
-            adapters.write(beside / "adapter", updates, cycle=cycle, base=adapters.BESIDE,
-                           **cfg.adapter())
+            config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
+            adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
         files = sorted(path for path in beside.rglob("*") if path.is_file())
         names = [path.relative_to(beside).as_posix() for path in files]

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
-from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import torch
 import torch.distributed as dist
@@ -88,14 +88,14 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None
     file: an open file for {"question", "answer", "reference"} as JSON lines. The model is only
     read, so a training loop may call it between two steps.
     """
-    prompts, references = zip(*(prompt_and_reference(samples, i, tok.end)
+    prompts, references = zip(*(prompt_and_reference(samples, i, tok.eos_id)
                                 for i in range(len(samples.lengths))[:limit or None]), strict=True)
-    written = greedy(merged_copy(model), prompts, min(tok.size, model.cfg.vocab_size),
-                     max_new_tokens or max(map(len, references)) + 1, tok.end, batch)
+    written = greedy(merged_copy(model), prompts, min(tok.vocab_size, model.cfg.vocab_size),
+                     max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
     written, references = ([tok.decode(ids) for ids in rows] for rows in (written, references))
     if file:
         for prompt, answer, reference in zip(prompts, written, references, strict=True):
-            opening = len(tok.start) if prompt[:len(tok.start)] == tok.start else 0
+            opening = len(tok.bos_ids) if prompt[:len(tok.bos_ids)] == tok.bos_ids else 0
             record = {"question": tok.decode(prompt[opening:]), "answer": answer,
                       "reference": reference}
             file.write(json.dumps(record) + "\n")

@@ -11,12 +11,13 @@ The sum W + dW is computed in float32. Its logits are compared with the adapted 
 anything is written.
 """
 import argparse
+import contextlib
 import copy
 import os
 import shutil
 from pathlib import Path
 
-from config import UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, at_least, command_line, lock, need  # before torch; isort: skip
 
 import torch
 from safetensors import SafetensorError
@@ -27,113 +28,93 @@ import mora
 
 
 @torch.no_grad()
-def largest_logit_difference(model, other, length=64):
-    """(largest absolute difference of two models' float32 logits, largest absolute logit).
+def merged_model(model, folder):
+    """(merged copy of a model, largest absolute difference of their logits of random ids).
 
-    Both models read the same random ids (2, length).
+    Raises UserError if there is nothing to merge, or if the two differ.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.cfg.vocab_size, (2, length), generator=generator)
-    logits = model(ids)
-    return (logits - other(ids)).abs().max().item(), logits.abs().max().item()
-
-
-def merged_model(source, base=None, best=False):
-    """(merged model in float32, tokenizer, folder, largest difference of logits) of a checkpoint.
-
-    Raises UserError if there is nothing to merge, or if merged and adapted model differ.
-    """
-    model, tok, folder = checkpoint.load(source, base, best)
-    if not mora.adapted_layers(model):
-        message = f"{folder} holds no adapters: there is nothing to merge"
-        if (folder / "base").is_dir():
-            message += f"; {folder / 'base'} is a Hugging Face directory already"
-        raise UserError(message)
+    need(mora.adapted_layers(model), f"{folder} holds no adapters: there is nothing to merge. The "
+         "base/ of a checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
-    difference, scale = largest_logit_difference(model, merged)
-    if not difference <= 1e-3 * max(1.0, scale):
-        raise UserError(f"merged and adapted logits differ by {difference:.2g} (logits up to "
-                        f"{scale:.2g}): nothing was written; is {folder} damaged?")
-    return merged, tok, folder, difference
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=generator)
+    logits = model(ids)
+    difference, scale = (logits - merged(ids)).abs().max().item(), logits.abs().max().item()
+    need(difference <= 1e-3 * max(1.0, scale),
+         f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): "
+         f"nothing was written; is {folder} damaged?")
+    return merged, difference
 
 
-def merge_checkpoint(source, target=None, dtype=torch.float32, base=None, best=False):
-    """Write the merged model of a run, a step, or an adapter folder (on `base`).
+@contextlib.contextmanager
+def written_whole(target):
+    """A path to write in a `with` block, which then becomes `target`, whole or not at all.
 
-    best: of a run, the step of the lowest validation loss instead of the newest.
-
-    Returns (target, largest difference of the logits before the cast to dtype).
+    Raises UserError if target is not free, cannot be written, or is written by another process.
     """
-    if target:
-        must_be_free(Path(target))
-    merged, tok, folder, difference = merged_model(source, base, best)
-    target = Path(target) if target else folder.parent / "merged"
     must_be_free(target)
-    checkpoint.remove_leftovers(target.parent, f".writing-{target.name}*")
-    beside = checkpoint.temporary(target, "writing")
-    weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-    try:  # creates the folders above target, too
-        seq_len = checkpoint.trained_seq_len(folder)
-        checkpoint.write_hugging_face(beside, weights, merged, tok, seq_len)
-        if tok:
-            tok.export(beside)
-        must_be_free(target)  # another process may have written it by now
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
+    place = target.resolve()
+    beside = place.with_name(f".writing-{place.name}")
+    try:
+        with adapters.as_user_error(f"{target} cannot be written", OSError, SafetensorError):
+            beside.mkdir(parents=True, exist_ok=True)
+            with lock(beside, f"merging into {target}"):
+                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
+                try:
+                    yield beside / "new"
+                    must_be_free(target)
+                    os.replace(beside / "new", place)
+                finally:
+                    shutil.rmtree(beside / "new", ignore_errors=True)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target, difference
-
-
-def write_lora(source, target, dtype=torch.float32, base=None, best=False, rank=0):
-    """Write the MoRA of a checkpoint as a LoRA for any tool; see adapters.as_lora."""
-    if not target:
-        raise UserError("--as_lora needs a TARGET folder: python merge.py CHECKPOINT TARGET "
-                        "--as_lora")
-    target = Path(target)
-    must_be_free(target)
-    model, _, folder = checkpoint.load(source, base, best)
-    beside = (folder / "base").resolve()
-    base_model = base or (str(beside) if beside.is_dir() else None)
-    return adapters.as_lora(model, target, dtype, rank, base_model)
+        with contextlib.suppress(OSError):  # another process works in it
+            beside.rmdir()
 
 
 def must_be_free(target):
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: remove it, or name another target")
+    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
+         f"{target} exists and is not empty: remove it, or name another target")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run, one of its steps, or an adapter folder")
-    parser.add_argument("target", nargs="?", help="an empty or new folder; default: merged, in "
-                        "the run's folder or beside the adapter folder")
-    parser.add_argument("--best", action="store_true", help=checkpoint.BEST)
-    parser.add_argument("--base", help="Hugging Face directory that the adapter folder adapts; "
-                        "default: the one that it names")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of the written weights")
-    parser.add_argument("--as_lora", action="store_true", help="write MoRA's update as a LoRA that "
-                        "peft loads, and leave the base model as it is")
-    parser.add_argument("--rank", type=at_least(1), default=0, help="of --as_lora: cut every "
-                        "update to this rank; default: exact")
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="a run, one of its steps, or an adapter folder")
+    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged, in the run's "
+        "folder or beside the adapter folder")
+    add("--best", action="store_true", help=checkpoint.BEST)
+    add("--base", help="base model of the adapter folder; default: the one that it names")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
+    add("--as_lora", action="store_true", help="write MoRA's update as a LoRA that peft loads")
+    add("--rank", type=at_least(1), default=0, help="of --as_lora, by an SVD; default: exact")
     args = parser.parse_args(argv)
-    if args.rank and not args.as_lora:
-        raise UserError(f"--rank={args.rank} needs --as_lora: a merge is exact")
+    need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
+    need(args.target or not args.as_lora,
+         "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
+    if args.target:
+        must_be_free(args.target)  # before anything is loaded
+    model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
+    target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
+    with written_whole(target) as new:
+        if args.as_lora:
+            beside = (folder / "base").resolve()
+            base = args.base or (str(beside) if beside.is_dir() else None)
+            made = adapters.as_lora(model, new, dtype, args.rank, base)
+        else:
+            merged, difference = merged_model(model, folder)
+            weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
+            seq_len = checkpoint.trained_seq_len(folder)
+            checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
+            if tok:
+                tok.export_files(new)
     if args.as_lora:
-        report = write_lora(args.checkpoint, args.target, getattr(torch, args.dtype), args.base,
-                            args.best, args.rank)
-        print(f"wrote {args.target}: a LoRA of rank {report['rank']}, {report['bytes']:,} bytes, "
-              f"relative error of an update at most {report['error']:.2g}")
-        return
-    target, difference = merge_checkpoint(args.checkpoint, args.target, getattr(torch, args.dtype),
-                                          args.base, args.best)
-    print(f"merged into {target}: a Hugging Face directory; "
-          f"largest difference of the logits {difference:.2g}")
+        print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
+              f"relative error of an update at most {made['error']:.2g}")
+    else:
+        print(f"merged into {target}: a Hugging Face directory; "
+              f"largest difference of the logits {difference:.2g}")
 
 
 if __name__ == "__main__":

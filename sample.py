@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from config import Arguments, UserError, at_least, command_line  # first, for Ctrl-C; isort: skip
+from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,9 +113,10 @@ def chat_ids(tok, messages):
     Without a template these are the ids of training on Tulu's format: of a sample with an empty
     answer, without the end-of-text after it.
     """
-    if not tok.chat:
+    if not tok.chat_template:
         empty_answer = {"role": "assistant", "content": ""}
-        return sft.encode_chat(tok, {"messages": [*messages, empty_answer]})[0][:-1]
+        words, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
+        return [word & (sft.FIRST - 1) for word in words[:-1]]
     ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
     if not ids:
         raise UserError(f"the chat template of {tok.folder} writes nothing")
@@ -180,8 +181,8 @@ def main(argv):
             raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
                             f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
         decode, written = tok.decoder(), []
-        for token in generate(model, ids, tok.size, args.max_new_tokens, args.temperature,
-                              args.top_k, tok.end, generator):
+        for token in generate(model, ids, tok.vocab_size, args.max_new_tokens, args.temperature,
+                              args.top_k, tok.eos_id, generator):
             print(decode(token), end="", flush=True)
             written.append(token)
         return written
@@ -189,8 +190,8 @@ def main(argv):
     if args.chat:
         return chat(write, tok, args.system)
     prompt = tok.encode(args.prompt).tolist()
-    if prompt[:1] != tok.start[:1]:
-        prompt = tok.start + prompt
+    if prompt[:1] != tok.bos_ids[:1]:
+        prompt = tok.bos_ids + prompt
     print(args.prompt, end="", flush=True)
     begun = time.time()
     count = len(write(prompt))

@@ -100,7 +100,7 @@ def train(cfg):
             fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, time.time() - clock, batches)
             numbers, clock = [], time.time()
-    log.close(step, stopping, tokens.kind)
+    log.close(step, stopping, tokens.manifest.get("kind"))
     return model
 
 
@@ -139,7 +139,7 @@ def make_batches(cfg, tokens, device, rank, world):
     kind = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
-        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_an_epoch)))
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
     for note in config.schedule_warnings(cfg) if rank == 0 else ():
         print(f"note: {note}")
     return cfg, batches
@@ -292,7 +292,7 @@ def header(cfg, model, device, world, first_step, batches):
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
             "fp8_layers": len(fp8_layers(model)), "linear_layers": len(block_linears(model)),
-            "tokens_per_step": batches.tokens_a_step, "step_is": batches.description}
+            "tokens_per_step": batches.tokens_per_step, "step_is": batches.description}
 
 
 class Log:
@@ -340,7 +340,7 @@ class Log:
 
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
-        speed = sum(batches.size(done - 1 - i) for i in range(len(losses))) / seconds
+        speed = sum(batches.count_tokens(done - 1 - i) for i in range(len(losses))) / seconds
         left = datetime.timedelta(seconds=int((self.cfg.steps - done) * seconds / len(losses)))
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "

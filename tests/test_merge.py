@@ -1,12 +1,9 @@
 """What a run leaves for other tools: merged directories, samples, scores. transformers judges."""
 import json
 import math
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import evaluate
 import merge
 import mora
 import sample
+import train
 from config import UserError
 from shards import Tokens
 
@@ -35,7 +33,7 @@ def transformers_model(folder):
     return model.eval()
 
 
-REMORA = ["--groups=permute", "--restart_every=6", "--restart_warmup=2"]
+REMORA = ["--groups=permute", "--restart_every=3", "--restart_warmup=2"]
 METHODS = (["--method=lora", "--alpha=4"], ["--operator=rotate", "--tie_word_embeddings=true"],
            REMORA)
 
@@ -45,7 +43,7 @@ METHODS = (["--method=lora", "--alpha=4"], ["--operator=rotate", "--tie_word_emb
 def test_merged_directory_loads_in_transformers(run, method, capsys):
     """With the adapted model's logits; the last method's checkpoint is in its third cycle."""
     with torch.enable_grad():
-        out = run(*method)
+        out = run(*method, "--steps=10")
     merge.main([str(out)])
     printed = re.search(r"difference of the logits (\S+)", capsys.readouterr().out).group(1)
     adapted, _, path = checkpoint.load(out)
@@ -65,7 +63,7 @@ def test_merged_directory_loads_in_transformers(run, method, capsys):
 @torch.no_grad()
 def test_perplexity_of_a_merged_directory_is_transformers(run, corpus, capsys):
     with torch.enable_grad():
-        out = run()
+        out = run("--steps=10")
     merge.main([str(out)])
     capsys.readouterr()
     evaluate.main([str(out / "merged"), str(corpus)])
@@ -169,32 +167,36 @@ def readme_commands():
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def test_readme_commands_run(tmp_path):
-    """The newcomer's commands in a copy of the tree, cut to a few steps, and what a run prints as
-    the next commands, as printed."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call("torchrun train.py", "--steps=3"): stdout of a command of README in an empty folder."""
+    mains = {"train.py": train.main, "merge.py": merge.main, "sample.py": sample.main,
+             "evaluate.py": evaluate.main}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+
+    def start(command, *more):
+        _, script, *words = shlex.split(command)
+        mains[script]([*words, *more])
+        return capsys.readouterr().out
+
+    yield start
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+def test_readme_commands_run(call):
+    """The newcomer's commands, cut to a few steps, and what a run prints as the next commands."""
     listed = readme_commands()
-    install_and_train = next(c for c in listed if c.endswith("&& torchrun train.py"))
-    train = install_and_train.partition("&& ")[2]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-    def shell(command):
-        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PATH": path})
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        return done.stdout
-
-    output = shell(f"{train} --steps=3 --eval_tokens=2000 --device=cpu")
+    first = next(c for c in listed if c.endswith("&& torchrun train.py")).partition("&& ")[2]
+    output = call(first, "--steps=3", "--eval_tokens=2000", "--device=cpu")
     assert "tokens/s" in output and "left" in output and "perplexity" in output
-    printed = [line.strip() for line in output.splitlines() if line.startswith("  python")]
-    assert [command.split()[1] for command in printed] == ["merge.py", "sample.py"]
-    assert set(printed) <= set(listed)
-    assert "largest difference" in shell(printed[0])
-    assert "tokens/s" in shell(printed[1] + " --max_new_tokens=5")
-    shell("python evaluate.py out/tiny_mora data/stdlib --tokens=2000")
-    assert "python evaluate.py out/tiny_mora data/stdlib" in listed
+    merging, sampling = (line.strip() for line in output.splitlines() if "  python" in line)
+    evaluating = "python evaluate.py out/tiny_mora data/stdlib"
+    assert {merging, sampling, evaluating} <= set(listed)
+    assert "largest difference" in call(merging)
+    assert "tokens/s" in call(sampling, "--max_new_tokens=5")
+    assert "bits_per_byte" in call(evaluating, "--tokens=2000")
 
 
 def test_readme_commands_parse(monkeypatch):

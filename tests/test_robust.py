@@ -9,18 +9,24 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
+import checkpoint
 import data
+import merge
 import sft
 import shards
 import tokenizer
 from config import UserError, at_least, command_line, lock, write_json
+from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 GOOD = {"text": "some text"}
@@ -62,16 +68,20 @@ DOUBLED = ("{{% set ns = namespace(x='ab') %}}{{% for i in range(99) %}}{}{{% en
 TABLE = [
     # rows
     ({"a.jsonl": LINES * 2 + '{"text": 5}\n'}, TEXT,
-     "a.jsonl, row 3: key 'text' holds int 5, not", 2),
-    ({"a.jsonl": LINES + '{"text": [1]}\n'}, TEXT, "a.jsonl, row 2: key 'text' holds list [1]", 2),
-    ({"a.jsonl": LINES + "{broken\n"}, TEXT, "a.jsonl, row 2: the line is not JSON (Expecting", 2),
-    ({"a.jsonl": LINES + "\n\n7\n"}, TEXT, "a.jsonl, row 4: the row is int 7, not an object", 2),
-    ({"a.jsonl": LINES + '"x"\n'}, TEXT, "a.jsonl, row 2: the row is str 'x', not an object", 2),
-    ({"a.jsonl": LINES + "[" * 10 ** 5 + "\n"}, TEXT, "row 2: the line is nested too deeply", 2),
+     "a.jsonl, row 3: key 'text' holds 5, not", 2),
+    ({"a.jsonl": LINES + '{"text": [1]}\n'}, TEXT, "a.jsonl, row 2: key 'text' holds [1]", 2),
+    ({"a.jsonl": LINES + "{broken\n"}, TEXT,
+     "a.jsonl, row 2: the line is not JSON in UTF-8 (JSONDecodeError: Expecting property", 2),
+    ({"a.jsonl": LINES + "\n\n7\n"}, TEXT, "a.jsonl, row 4: the row is 7, not an object", 2),
+    ({"a.jsonl": LINES + '"x"\n'}, TEXT, "a.jsonl, row 2: the row is 'x', not an object", 2),
+    ({"a.jsonl": LINES + "[" * 10 ** 5 + "\n"}, TEXT,
+     "row 2: the line is not JSON in UTF-8 (RecursionError: ", 2),
     ({"a.jsonl": LINES + '{"text": 1' + "0" * 5000 + "}\n"}, TEXT,
-     "row 2: the line is not JSON", 2),
-    ({"a.jsonl": LINES.encode() + b'{"text": "\xff"}\n'}, TEXT, "row 2: the line is not UTF-8", 2),
-    ({"a.jsonl": LINES.encode("utf-16")}, TEXT, "a.jsonl, row 1: the line is not UTF-8", 2),
+     "row 2: the line is not JSON in UTF-8 (ValueError: Exceeds the limit", 2),
+    ({"a.jsonl": LINES.encode() + b'{"text": "\xff"}\n'}, TEXT,
+     "row 2: the line is not JSON in UTF-8 (UnicodeDecodeError: 'utf-8' codec can't decode", 2),
+    ({"a.jsonl": LINES.encode("utf-16")}, TEXT,
+     "a.jsonl, row 1: the line is not JSON in UTF-8 (UnicodeDecodeError", 2),
     ({"a.jsonl": '{"text": null}\n' + LINES}, TEXT, "a.jsonl, row 1: key 'text' holds null", 2),
     ({"a.jsonl": '{"body": "x"}\n'}, TEXT, "row 1: no key 'text', its keys are body: choose", 2),
     ({"a.jsonl": LINES}, TEXT + " --key=body", "1 of 1 rows cannot be used, more than 1 %", 2),
@@ -80,7 +90,8 @@ TABLE = [
     ({"a.jsonl": LINES * 9 + "{\n"}, TEXT + " --skip_bad=10", None, 0),
     ({"a.jsonl": ""}, TEXT, "a.jsonl is empty: it holds no row", 2),
     ({"a.jsonl": "\n \n"}, TEXT, "a.jsonl is empty: it holds no row", 2),
-    ({"a.jsonl": '{"text": ""}\n'}, TEXT, "the corpus is empty", 2),
+    ({"a.jsonl": '{"text": ""}\n'}, TEXT,
+     "no document was found: train 0 documents of 0 tokens (0.0 MB), 1 left out as empty", 2),
     # files
     ({"a.json.gz": PACKED[:-30]}, "text n a.json.gz --tokenizer=bytes",
      "cannot be read (EOFError", 2),
@@ -89,36 +100,38 @@ TABLE = [
     ({"a.json.gz": b"\x1f\x8b\x08\0" + b"x" * 90}, "text n a.json.gz --tokenizer=bytes",
      "row 1", 2),
     ({"a.json": "[1, 2"}, "text n a.json --tokenizer=bytes",
-     "a.json is no JSON array (Expecting", 2),
+     "a.json, row 1 cannot be read (JSONDecodeError: Expecting ',' delimiter", 2),
     ({"a.json": [GOOD, 5]}, "text n a.json --tokenizer=bytes",
-     "a.json, row 2: the row is int 5", 2),
+     "a.json, row 2: the row is 5", 2),
     ({"a.json": []}, "text n a.json --tokenizer=bytes", "a.json is empty: it holds no row", 2),
     ({"a.json": json.dumps(GOOD, indent=1)}, "text n a.json --tokenizer=bytes",
-     "a.json, row 1: the line is not JSON", 2),
-    ({"a.txt": b"abc\xff"}, "text n a.txt --tokenizer=bytes", "a.txt is not UTF-8 (byte 4: ", 2),
-    ({"a.txt": ""}, "text n a.txt --tokenizer=bytes", "a.txt is empty", 2),
+     "a.json, row 1: the line is not JSON in UTF-8", 2),
+    ({"a.txt": b"abc\xff"}, "text n a.txt --tokenizer=bytes",
+     "a.txt, row 1 cannot be read (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", 2),
+    ({"a.txt": ""}, "text n a.txt --tokenizer=bytes", "a.txt is empty: it holds no row", 2),
     ({"a.parquet": "x"}, "text n a.parquet --tokenizer=bytes",
      "a.parquet, row 1 cannot be read", 2),
-    ({}, TEXT, "no file a.jsonl", 2),
+    ({}, TEXT, "error: No such file or directory: a.jsonl", 2),
     ({"a.csv": "x"}, "text n a.csv --tokenizer=bytes",
      "a.csv: files may end in .json, .json.gz", 2),
     ({"a.txt": "x"}, "sft n a.txt --tokenizer=bytes", "a.txt: files may end in .json", 2),
-    ({"d.jsonl/x": "x"}, "text n d.jsonl --tokenizer=bytes", "no file d.jsonl", 2),
+    ({"d.jsonl/x": "x"}, "text n d.jsonl --tokenizer=bytes", "error: Is a directory: d.jsonl", 2),
     # prompts and responses
     ({"a.jsonl": PAIR + '{"prompt": "a", "response": 7}\n'}, SFT,
-     "a.jsonl, row 2: key 'response' holds int 7, not text", 2),
-    ({"a.jsonl": '{"question": 1, "answer": "b"}\n'}, SFT, "row 1: key 'question' holds int 1", 2),
+     "a.jsonl, row 2: key 'response' holds 7, not text", 2),
+    ({"a.jsonl": '{"question": 1, "answer": "b"}\n'}, SFT, "row 1: key 'question' holds 1", 2),
     ({"a.jsonl": {"instruction": "a", "input": 3, "output": "b"}}, SFT,
-     "key 'input' holds int 3", 2),
+     "key 'input' holds 3", 2),
     ({"a.jsonl": {"messages": "hello"}}, SFT, "row 1: messages must be a list of {'role'", 2),
     ({"a.jsonl": {"messages": [{"role": "user"}]}}, SFT, "row 1: messages must be a list of", 2),
     ({"a.jsonl": PAIR + '{"prompt": "a"}\n'}, SFT,
-     "row 2: no key 'response', the keys are prompt", 2),
+     "row 2: no key 'response', its keys are prompt", 2),
     ({"a.jsonl": "{}\n"}, SFT,
-     "a.jsonl, row 1: the row has the keys (none), of which no sample", 2),
+     "a.jsonl, row 1: no sample can be made of the keys (none); known are messages; ins", 2),
     ({"a.jsonl": "nonsense\n"}, SFT, "a.jsonl, row 1: the line is not JSON", 2),
-    ({"a.jsonl": {"messages": CHAT[:1]}}, SFT, "gave no sample", 2),
-    ({"a.jsonl": PAIR}, SFT + " --seq_len=1", "gave no sample of at most 1 tokens", 2),
+    ({"a.jsonl": {"messages": CHAT[:1]}}, SFT, "no document was found: train 0 samples of", 2),
+    ({"a.jsonl": PAIR}, SFT + " --seq_len=1",
+     "no document of at most 1 tokens was found: train 0 samples of 0 tokens (0.0 MB), 1 ", 2),
     # the command line
     ({}, "", "the following arguments are required: command", 2),
     ({}, "tex n", "argument command: invalid choice: 'tex'", 2),
@@ -150,26 +163,26 @@ TABLE = [
     ({"data/n": "a file", "a.jsonl": LINES}, TEXT, "File exists: data/n", 2),
     ({"data/n/manifest.json/x": "", "a.jsonl": LINES}, TEXT,
      "data/n/manifest.json cannot be read", 2),
-    ({}, "check n", "no token shards in data/n: prepare them with `python data.py text n", 2),
+    ({}, "check n", "no token shards in data/n: prepare them with data.py (python data.py --he", 2),
     ({"data": "a file"}, "check n", "no token shards in data/n", 2),
     ({"data/n/manifest.json": "{"}, "check n", "data/n/manifest.json cannot be read: Expecting", 2),
     ({"data/n/manifest.json": [1]}, "check n",
-     "manifest.json is damaged (its content must be an", 2),
+     "manifest.json is damaged (its content must be of type dict, is [1])", 2),
     *[({"data/n/manifest.json": without(MANIFEST, *path)}, "check n",
        f"it has no key {'.'.join(path)}", 2) for path in (
            ("request",), ("tokenizer",), ("vocab_size",), ("dtype",), ("splits",),
            ("splits", "val"), ("splits", "train", "tokens"), ("splits", "train", "shards"))],
     ({"data/n/manifest.json": MANIFEST | {"dtype": "int8"}}, "check n",
-     "dtype must be uint16 or", 2),
+     "kind 'text' with dtype 'int8' is unknown", 2),
     ({"data/n/manifest.json": MANIFEST | {"kind": "x"}}, "check n",
-     "kind must be one of text, samp", 2),
+     "kind 'x' with dtype 'uint16' is unknown", 2),
     ({"data/n/manifest.json": MANIFEST | {"kind": "samples"}}, "check n", "has no key format", 2),
     ({"data/n/manifest.json": MANIFEST | {"vocab_size": "9"}}, "check n",
-     "vocab_size must be a whole number, is '9'", 2),
+     "vocab_size must be of type int, is '9'", 2),
     ({"data/n/manifest.json": MANIFEST}, "check n",
-     "train_00000.bin should hold 8 bytes and hol", 2),
+     "train_00000.bin is damaged (it should hold 8 bytes and holds 0)", 2),
     ({"data/n/manifest.json": MANIFEST, "data/n/train_00000.bin": b"12345678"}, "check n",
-     "train_00000.bin is corrupt (checksum", 2),
+     "train_00000.bin is damaged (its checksum is 2598427311, expected 0)", 2),
     ({"data/n/manifest.json": MANIFEST, "a.jsonl": LINES}, TEXT, "data/n holds another corpus", 2),
     ({"data/n/progress.json": "{", "a.jsonl": LINES}, TEXT,
      "data/n/progress.json cannot be read", 2),
@@ -187,7 +200,8 @@ TABLE = [
     ({**chat_model("x"), "model/tokenizer_config.json": {}}, CHATS, "eos_token '' is no token", 2),
     ({**chat_model("x"), "model/tokenizer_config.json": {"eos_token": 5}}, CHATS,
      "eos_token must be text, is 5", 2),
-    ({**chat_model("x"), "model/chat_template.jinja": b"\xff"}, CHATS, "jinja is not UTF-8", 2),
+    ({**chat_model("x"), "model/chat_template.jinja": b"\xff"}, CHATS,
+     "model/chat_template.jinja cannot be read: 'utf-8' codec can't decode byte 0xff", 2),
     (chat_model(7), CHATS, "chat_template must be text, is 7", 2),
     (chat_model([{"name": "default", "template": 7}]), CHATS,
      "chat_template must be text, is 7", 2),
@@ -199,10 +213,10 @@ TABLE = [
     (chat_model("{{ messages.__class__.__mro__ }}"), CHATS, "unsafe", 2),
     (chat_model("{% for i in range(10 ** 9) %}{% endfor %}"), CHATS, "Range too big", 2),
     (chat_model("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
-     CHATS, "it takes more than 1,000,000 steps", 2),
-    (chat_model("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}"), CHATS, "calls itself", 2),
+     CHATS, "it takes more than 10,000 steps", 2),
+    (chat_model("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}"), CHATS, "maximum recur", 2),
     (chat_model("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-                "{{ f(50) }}"), CHATS, "it takes more than 1,000,000 steps", 2),
+                "{{ f(50) }}"), CHATS, "it takes more than 10,000 steps", 2),
     (chat_model("{{ 'a' * 10 ** 12 }}"), CHATS, "a text of more than 10,000,000 characters", 2),
     (chat_model("{{ 10 ** (10 ** 10) }}"), CHATS, "a text of more than 10,000,000 characters", 2),
     (chat_model("{{ '%99999999999d' % 1 }}"), CHATS, "more than 10,000,000 characters", 2),
@@ -247,6 +261,7 @@ def command(monkeypatch, capsys):
 @pytest.mark.parametrize("files, words, message, status", TABLE)
 def test_a_mistake_is_one_line(command, tmp_path, monkeypatch, files, words, message, status):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "TEMPLATE_STEPS", 10_000)  # a million take seconds
     write_files(tmp_path, files)
     code, err = command(data.main, words.split())
     assert code == status, err
@@ -414,7 +429,7 @@ def test_templates_within_the_limits_write_what_jinja_writes():
                 "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}"
                 "{% for m in messages recursive %}{{ m.role }}{% endfor %}")
     ours = sft.compiled(template)
-    ours.environment.state.steps = 0
+    sft.LimitedSandbox.state.steps = 0
     theirs = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     assert ours.render(messages=CHAT) == theirs.from_string(template).render(messages=CHAT)
 
@@ -427,4 +442,215 @@ def test_manifests_of_before_are_read(tmp_path):
     samples = MANIFEST | {"kind": "samples", "format": "prompt", "dtype": "uint32",
                           "splits": {"train": split, "val": EMPTY}}
     write_json(tmp_path / "manifest.json", samples)
-    assert "1 samples of 4 tokens, 50% of them" in shards.summary(shards.read_manifest(tmp_path))
+    assert shards.summary(shards.read_manifest(tmp_path)) == (
+        "train 1 samples of 4 tokens (0.0 MB), 2 learned tokens, 4 tokens in the longest; "
+        "tokenizer bytes")
+
+
+# ------------------------------------------------------------
+# adapter folders and merge.py: rows (files, words of the command, words in the line, exit status)
+#
+# The folder `base` holds a Hugging Face directory of one block, 16 features wide.
+
+SHAPE = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2}
+BASE = {"model_type": "llama"} | SHAPE
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B, M = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight", f"{Q_PROJ}.mora_M.weight"
+PAIR_OF_2 = {A: torch.ones(2, 16), B: torch.ones(16, 2)}
+NAMED = {"base_model_name_or_path": "../base", "r": 2}
+MERGE, NAN, SHAPES = "a out", float("nan"), "q_proj has tensors of the shapes {"
+
+
+def folder(config, tensors):
+    """The files of an adapter folder `a`; tensors: {name: tensor}, or the bytes of the file."""
+    content = tensors if isinstance(tensors, bytes) else save(tensors)
+    return {"a/adapter_config.json": config, "a/adapter_model.safetensors": content}
+
+
+def lora(tensors=PAIR_OF_2, **changes):
+    return folder({"peft_type": "LORA", "lora_alpha": 4} | NAMED | changes, tensors)
+
+
+def square(**changes):
+    config = {"peft_type": "MORA", "operator": "share", "groups": "permute", "seed": 0, "cycle": 1}
+    return folder(config | NAMED | changes, {M: torch.ones(8, 8)})
+
+
+def authors(second_copy=1.0, **changes):
+    config = {"peft_type": "LORA", "lora_alpha": 4, "use_mora": True, "mora_type": 1}
+    return folder(config | NAMED | changes,
+                  {A: torch.ones(8, 8), B: torch.full((8, 8), second_copy)})
+
+
+def base_with(**changes):
+    return lora() | {"base/config.json": BASE | changes}
+
+
+COUNTS, SCALES = "an object of whole numbers from 1 to 99999", "an object of finite numbers above 0"
+TEXTS, FLAG = "text or a list of texts", "true or false"
+# (form of the adapter, key, values, what the key must be)
+WRONG_VALUES = [
+    (lora, "r", (0, -2, "16", 2.5, 1e12, 10 ** 12, True, None, [2]),
+     "a whole number from 1 to 99999"),
+    (lora, "lora_alpha", ("16", NAN, -1, 0, 0.0, float("inf"), None, 10 ** 400, True),
+     "a finite number above 0"),
+    (lora, "rank_pattern", ([1], "q_proj", {"q_proj": 0}, {"q_proj": "2"}, {"q": 1, "k": 2.5}),
+     COUNTS),
+    (lora, "alpha_pattern", (4, {"q": -1}, {"q": NAN}, {"q": 0, "k": 1}, {"q": [1]}), SCALES),
+    (lora, "target_modules", (5, [5], {"q": 1}), TEXTS), (lora, "exclude_modules", (7,), TEXTS),
+    (lora, "layers_pattern", (3,), TEXTS),
+    (lora, "layers_to_transform", ("all", [0.5]), "a whole number or a list of them"),
+    (lora, "modules_to_save", (["lm_head"], 5), "left out: it is not implemented"),
+    (lora, "key_of_tomorrow", ("x" * 5000,), "left out: it is not implemented"),
+    (lora, "base_model_name_or_path", (5, ["x"]), "text"), (lora, "task_type", (1,), "text"),
+    (lora, "use_rslora", ("no",), FLAG), (lora, "use_dora", ("no", 1), FLAG),
+    (lora, "use_mora", ("yes",), FLAG), (lora, "inference_mode", ("x",), FLAG),
+    (lora, "bias", ("all",), '"none"'),
+    (lora, "init_lora_weights", ("pissa",),
+     'true or false or "gaussian" or "eva" or "orthogonal"'),
+    (lora, "peft_type", ("LOHA", None, ["LORA"]), '"LORA" or "MORA"'),
+    (square, "operator", ("twist", 5, None),
+     '"truncate" or "share" or "decouple" or "rotate"'),
+    (square, "groups", (1, "strided "), '"strided" or "contiguous" or "alternate" or "permute"'),
+    (square, "seed", ("0", 1.5, None), "a whole number"),
+    (square, "cycle", ("1", -1, True), "a whole number from 0"),
+    (authors, "mora_type", (5, "1", True), "1 or 2 or 3 or 4 or 6"),
+    (authors, "use_dora", (True,), "false"),
+]
+ADAPTERS = [
+    *[(files, MERGE, None, 0) for files in (
+        lora(), square(), authors(), lora(bias=None, target_modules="q_proj|v", loftq_config={}),
+        lora(rank_pattern={"x": 1}, alpha_pattern={r".*\.q_proj": 1e-5}), base_with())],
+    # values of adapter_config.json
+    *[(form(**{key: value}), MERGE, f"a/adapter_config.json: {key} must be {must_be}, got "
+       f"{json.dumps(value)[:80]}", 2)
+      for form, key, values, must_be in WRONG_VALUES for value in values],
+    *[(lora(**{key: value}), MERGE, f"a/adapter_config.json: {key} holds {text!r}, which is no "
+       "regular expression: ", 2) for key, value, text in (
+           ("rank_pattern", {"(": 2}, "("), ("alpha_pattern", {"[": 1}, "["),
+           ("rank_pattern", {"a{99999999999}": 2}, "a{99999999999}"),
+           ("target_modules", "*q", "*q"), ("exclude_modules", "(", "("))],
+    (square(use_mora=True), MERGE, 'peft_type must be "LORA", got "MORA"', 2),
+    (authors(r=1000), MERGE, "q_proj: mora_type 1 wraps 16 inputs around once", 2),
+    (authors(second_copy=2.0), MERGE, "q_proj has a lora_B that is not its lora_A", 2),
+    (lora(base_model_name_or_path="no"), MERGE, "base model 'no' is no Hugging Face directory", 2),
+    (lora(base_model_name_or_path="n" * 5000), MERGE, "name one with --base=", 2),
+    (lora(base_model_name_or_path="a\0b"), MERGE, "name one with --base=", 2),
+    (lora(base_model_name_or_path=None), MERGE, "name one with --base=", 2),
+    (lora(fan_in_fan_out=True), MERGE, "a: fan_in_fan_out is of models with transposed", 2),
+    (lora(r=3), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here it takes {'A': [3, 16]", 2),
+    (lora(use_dora=True), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here", 2),
+    (square(r=99999), MERGE, SHAPES + "'M': [8, 8]}, but here it takes {'M': [1788, 1788]}", 2),
+    # adapter_config.json as a whole
+    *[(lora() | {"a/adapter_config.json": content}, MERGE, f"a/adapter_config.json {line}", 2)
+      for content, line in (
+          ([1], "must hold a JSON object, got [1]"), ("null", "must hold a JSON object, got None"),
+          ('"x"', "must hold a JSON object, got 'x'"), ("", "cannot be read: Expecting value"),
+          ("{", "cannot be read: Expecting"), (b"\xff{}", "cannot be read: 'utf-8' codec"),
+          ("[" * 10 ** 5, "cannot be read: "), ("1" * 5000, "cannot be read: Exceeds"))],
+    # adapter_model.safetensors
+    *[(lora(content), MERGE, f"a/adapter_model.safetensors cannot be read: {line}", 2)
+      for content, line in (
+          (b"", ""), (b"garbage", ""), (save(PAIR_OF_2)[:-9], ""), (save(PAIR_OF_2)[:40], ""),
+          (save(PAIR_OF_2) + b"x", ""), (b"\xff" * 90, ""), (b"\x02" + b"\0" * 7 + b"[]", ""))],
+    *[(lora(PAIR_OF_2 | tensors), MERGE, line, 2) for tensors, line in (
+        ({A: torch.ones(3, 16)}, SHAPES + "'A': [3, 16]"), ({A: torch.ones(16, 2)}, SHAPES),
+        ({A: torch.ones(2)}, SHAPES), ({B: torch.ones(17, 2)}, SHAPES),
+        ({M: torch.ones(8, 8)}, SHAPES),
+        ({A: torch.full((2, 16), NAN)}, f"{A} (torch.float32) must hold finite real numbers"),
+        ({B: torch.full((16, 2), -float("inf"))}, f"{B} (torch.float32) must hold finite"),
+        ({A: torch.ones(2, 16, dtype=torch.int32)}, f"{A} (torch.int32) must hold finite real"),
+        ({"x": torch.ones(1)}, "x is no part of an adapter of linear layers"),
+        ({f"{Q_PROJ}.weight": torch.ones(16, 16)}, "weight is no part of an adapter"),
+        ({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 16)}, "a adapts lm_head, which"),
+        ({A.replace("layers.0", "layers.1"): torch.ones(2, 16)}, "adapts model.layers.1.self_"))],
+    (lora({A: PAIR_OF_2[A]}), MERGE, SHAPES + "'A': [2, 16]}, but here it takes {'A'", 2),
+    (lora({}), MERGE, "holds no tensors, so it adapts nothing", 2),
+    *[({"a/adapter_config.json": lora()["a/adapter_config.json"], file: "x"}, MERGE, line, 2)
+      for file, line in (
+          ("a/x", "a/adapter_model.safetensors cannot be read: No such file"),
+          ("a/adapter_model.safetensors/x", "a/adapter_model.safetensors cannot be read: "),
+          ("a/adapter_model.bin", "a holds a pickled adapter_model.bin"))],
+    ({"a/adapter_config.json/x": "x"}, MERGE, "a/adapter_config.json cannot be read: ", 2),
+    # the base model
+    *[(base_with() | {"base/config.json": content}, MERGE, line, 2) for content, line in (
+        ([1], "base/config.json must hold a JSON object"), ("{", "base/config.json cannot be read"),
+        (b"\xff", "base/config.json cannot be read"))],
+    *[(base_with(**{key: value}), MERGE, line, 2) for key, value, line in (
+        ("hidden_size", "16", "base/config.json: hidden_size must be a whole number"),
+        ("hidden_size", 0, "base/config.json: hidden_size must be a whole number"),
+        ("hidden_size", 32, "the weights do not fit the model"),
+        ("num_hidden_layers", 10 ** 9, "base/config.json: num_hidden_layers "),
+        ("model_type", "gpt2", "model_type 'gpt2' is not implemented"),
+        ("rope_theta", NAN, "base/config.json: rope_theta must be a number "),
+        ("tokenizer", 5, "base/config.json: tokenizer must be a name, got 5"))],
+    (base_with() | {"base/model.safetensors": b"x"}, MERGE, "model.safetensors cannot be read", 2),
+    # the command line of merge.py
+    (lora() | {"out/x": "x"}, MERGE, "out exists and is not empty: remove it, or name another", 2),
+    (lora() | {"out": "x"}, MERGE, "out exists and is not empty", 2),
+    (lora() | {"o": "x"}, "a o/out", "o/out cannot be written", 2),
+    (lora(), "", "the following arguments are required: checkpoint", 2),
+    (lora(), "b out", "b does not exist", 2),
+    ({"a/x": "x"}, MERGE, "a holds no checkpoint", 2),
+    (lora(), "base out", "base holds no adapters: there is nothing to merge", 2),
+    (lora(), "base out --base=base", "base is no adapter folder", 2),
+    (lora(), "a out --base=nowhere", "its base model 'nowhere' is no Hugging Face directory", 2),
+    (lora(), "a out --best", "a has no checkpoint with a validation loss", 2),
+    (lora(), "a out --dtype=int8", "argument --dtype: invalid choice: 'int8'", 2),
+    (lora(), "a out --rank=4", "--rank=4 needs --as_lora", 2),
+    (square(), "a out --as_lora --rank=0", "argument --rank: must be a whole number from 1", 2),
+    (square(), "a --as_lora", "--as_lora needs a TARGET folder", 2),
+    (lora(), "a out --as_lora", "the model has no MoRA adapter to write as a LoRA", 2),
+    (square(), "a out --as_lora", None, 0), (square(), "a out --as_lora --rank=3", None, 0),
+]
+
+
+@pytest.fixture(scope="session")
+def base_files():
+    """The files of `base`."""
+    weights = Llama(LlamaConfig(**SHAPE), 0).state_dict()
+    return {"base/config.json": BASE, "base/model.safetensors": save(weights)}
+
+
+@pytest.mark.parametrize("files, words, message, status", ADAPTERS)
+def test_a_mistake_in_an_adapter_is_one_line(command, base_files, tmp_path, monkeypatch, files,
+                                             words, message, status):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, base_files | files)
+    code, err = command(merge.main, words.split())
+    assert code == status and not list(tmp_path.glob(".*")), err
+    if message is None:
+        assert err == "" and (tmp_path / "out").is_dir()
+    else:
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+        assert len(err) < 1000
+
+
+def test_a_second_merge_into_one_target_is_told_the_first(command, base_files, tmp_path,
+                                                          monkeypatch):
+    """While the first writes; the first one's target is whole, and its lock is gone."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, base_files | lora())
+    write, second = checkpoint.write_hugging_face, []
+
+    def write_while_another_comes(*arguments):
+        write(*arguments)
+        monkeypatch.setattr(checkpoint, "write_hugging_face", write)
+        second.append(command(merge.main, ["a", "out"]))
+
+    monkeypatch.setattr(checkpoint, "write_hugging_face", write_while_another_comes)
+    assert command(merge.main, ["a", "out"]) == (0, "")
+    (code, err), = second
+    holder = f"in use by process {os.getpid()} on {socket.gethostname()}: merging into out"
+    assert code == 2 and holder in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "out"]
+    assert checkpoint.load("out")[0].cfg.hidden_size == 16
+
+
+def test_a_merge_takes_over_what_a_killed_one_left(command, base_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, base_files | lora() | {".writing-out/.lock": "process 1 on x",
+                                                 ".writing-out/new/model.safetensors": "half"})
+    assert command(merge.main, ["a", "out"]) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "out"]

@@ -9,10 +9,9 @@ from test_tokenizer import small_bpe
 
 import data
 import sft
-import shards
 import tokenizer
 from config import UserError
-from shards import Tokens, open_split
+from shards import open_split
 
 BYTES = tokenizer.load("bytes")
 CHATML = """{% for message in messages %}
@@ -38,8 +37,8 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 def sample(tok, row, **options):
     """(ids, which are learned) of one row."""
     part = sft.encode(tok, [row], sft.row_format([row], "here"), **options)
-    words = part.words
-    assert len(part.ends) <= 1 and part.counts["longest"] == len(words)
+    words, = part.documents
+    assert part.counts["longest"] == len(words)
     assert (words[:1] & sft.FIRST).all() and not (words[1:] & sft.FIRST).any()
     return (words & (sft.FIRST - 1)).tolist(), (words >= sft.LEARNED).tolist()
 
@@ -48,7 +47,7 @@ def halves(tok, row):
     """(text that is not learned, text that is), end-of-text as ¶."""
     texts = {False: "", True: ""}
     for i, learned in zip(*sample(tok, row), strict=True):
-        texts[learned] += "¶" if i == tok.end else bytes([i]).decode("latin1")
+        texts[learned] += "¶" if i == tok.eos_id else bytes([i]).decode("latin1")
     return texts[False], texts[True]
 
 
@@ -56,7 +55,7 @@ def chat_folder(folder, template=CHATML):
     """A tokenizer directory of bytes with ChatML's special tokens and a chat template."""
     from tokenizers import AddedToken, Tokenizer
     folder.mkdir()
-    BYTES.export(folder)
+    BYTES.export_files(folder)
     built = Tokenizer.from_file(str(folder / "tokenizer.json"))
     built.add_special_tokens([AddedToken(text, special=True, normalized=False)
                               for text in ("<|im_start|>", "<|im_end|>")])
@@ -102,7 +101,7 @@ def test_prompt_and_response_are_encoded_separately():
     tok = small_bpe()
     ids, learned = sample(tok, {"prompt": "the de", "response": "f of"})
     prompt, response = tok.encode("the de").tolist(), tok.encode("f of").tolist()
-    assert ids == [tok.end, *prompt, *response, tok.end]
+    assert ids == [tok.eos_id, *prompt, *response, tok.eos_id]
     assert prompt + response != tok.encode("the def of").tolist()
     assert learned == [False] * (1 + len(prompt)) + [True] * (len(response) + 1)
 
@@ -116,7 +115,7 @@ def test_a_template_gives_transformers_ids_and_the_answers_are_learned(tmp_path)
     text = theirs.apply_chat_template(CHAT[:4], tokenize=False)
     wanted = theirs(text, add_special_tokens=False).input_ids
     assert ids + tok.encode_part("\n").tolist() == wanted
-    assert ids.count(start) == 5 and tok.end == end and ids[-1] == end
+    assert ids.count(start) == 5 and tok.eos_id == end and ids[-1] == end
     answers = [i for i, is_learned in zip(ids, learned, strict=True) if is_learned]
     assert answers == [*b"One.", end, *b"  Zwei\n", end]
     prompt = theirs.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
@@ -128,8 +127,8 @@ def test_names_of_special_tokens_are_text_outside_templates(tmp_path):
     tok = chat_folder(tmp_path / "chat")
     start = tok.tokenizer.token_to_id("<|im_start|>")
     ids, _ = sample(tok, {"prompt": "<|im_start|>", "response": "<|im_end|>"})
-    assert start not in ids and ids.count(tok.end) == 2
-    assert tok.decode([*b"One.", tok.end]) == "One."
+    assert start not in ids and ids.count(tok.eos_id) == 2
+    assert tok.decode([*b"One.", tok.eos_id]) == "One."
 
 
 def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
@@ -157,9 +156,10 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
     with pytest.warns(UserWarning, match="refuses a chat: no system message"):
         totals = prepare("data", [{"messages": turns}, refused] * 3)["splits"]["train"]
     assert (totals["documents"], totals["refused"], totals["dropped"]) == (3, 3, 3)
-    assert "3 dropped (3 of them refused by the chat template)" in capsys.readouterr().out
+    assert ", 3 dropped, 3 of them refused by the chat template;" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="refuses"):
-        with pytest.raises(UserError, match="gave no sample; the chat template refused 3 chats"):
+        with pytest.raises(UserError, match="no document was found: train 0 samples .* 3 dropped, "
+                                            "3 of them refused by the chat template"):
             prepare("none", [refused] * 3)
 
 
@@ -170,7 +170,7 @@ def test_a_template_without_end_of_text_gets_one_at_the_end(tmp_path):
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     ids, learned = sample(tok, {"messages": turns * 2})
     assert bytes(ids[:-1]).decode().split() == ["u:1", "a:2", "u:1", "a:2"]
-    assert ids[-1] == tok.end and ids.count(tok.end) == 1 and learned[-1]
+    assert ids[-1] == tok.eos_id and ids.count(tok.eos_id) == 1 and learned[-1]
 
 
 def test_long_samples_are_dropped_or_cut_and_counted():
@@ -179,12 +179,12 @@ def test_long_samples_are_dropped_or_cut_and_counted():
     dropped = sft.encode(BYTES, rows, "prompt", seq_len=10)
     assert dropped.counts == {"learned": 10, "longest": 10, "dropped": 4, "truncated": 0,
                               "refused": 0}
-    assert dropped.ends.tolist() == [7, 17]
+    assert [len(words) for words in dropped.documents] == [7, 10]
     cut = sft.encode(BYTES, rows, "prompt", seq_len=10, too_long="truncate")
     assert cut.counts == {"learned": 10 + 4 + 2, "longest": 10, "dropped": 2, "truncated": 2,
                           "refused": 0}
-    assert cut.ends.tolist() == [7, 17, 27, 37]
-    last = cut.words[-1]  # no end-of-text where the response did not end
+    assert [len(words) for words in cut.documents] == [7, 10, 10, 10]
+    last = cut.documents[-1][-1]  # no end-of-text where the response did not end
     assert last & 0xff == ord("r") and last >= sft.LEARNED
     assert sft.encode(BYTES, [{"messages": CHAT[:1]}], "messages").counts["dropped"] == 1
 
@@ -208,16 +208,14 @@ def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch
     ids, learned = train.sample(7)
     assert bytes(ids[learned][:-1].astype(np.uint8)).decode() == rows[7]["answer"]
     data.main(["check", "q"])
-    with pytest.raises(UserError, match="data/q holds samples, text is needed"):
-        Tokens("data/q", "train")
 
 
 @pytest.mark.parametrize("words, message", [
-    (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds int 1, not text"),
-    (["odd", "odd.jsonl"], "has the keys body, of which no sample"),
+    (["bad", "bad.jsonl"], "bad.jsonl, row 1: key 'prompt' holds 1, not text"),
+    (["odd", "odd.jsonl"], "row 1: no sample can be made of the keys body; known are"),
     (["none"], "data.py sft NAME"),
-    (["t", "a.txt"], "no file"),
-    (["short", "a.jsonl", "--seq_len=20"], "no sample of at most 20 tokens"),
+    (["t", "a.txt"], "files may end in .json"),
+    (["short", "a.jsonl", "--seq_len=20"], "no document of at most 20 tokens was found"),
 ])
 def test_mistakes_on_the_command_line_are_named(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
@@ -228,35 +226,15 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, monkeypatch, words, me
         data.main(["sft", *words, "--tokenizer=bytes"])
 
 
-def test_a_killed_preparation_counts_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 400)
-    lists = [[{"prompt": "p" * (i + j), "response": "r" * j} for i in range(7)] for j in range(20)]
-
-    def prepare(name, read):
-        return sft.prepare(tmp_path / name, "bytes", {"source": "s"}, [(read, data.every_100th)],
-                           "prompt", 30, "truncate")
-
-    def dies():
-        yield from lists[:13]
-        raise KeyboardInterrupt
-
-    whole = prepare("whole", lambda: iter(lists))
-    with pytest.raises(KeyboardInterrupt):
-        prepare("killed", dies)
-    again = prepare("killed", lambda: iter(lists))
-    assert again["splits"] == whole["splits"]
-    totals = whole["splits"]["train"]
-    assert totals["truncated"] > 10 and len(totals["shards"]) > 3
-
-
 def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):
     import datasets
     monkeypatch.chdir(tmp_path)
     requests = []
 
-    def load_dataset(name, split, streaming):
-        requests.append((name, split, streaming))
-        rows = [{"query": f"{i}?", "response": "y", "type": "t"} for i in range(200)]
+    def load_dataset(name, config, split, streaming):
+        requests.append((name, config, split, streaming))
+        rows = [{"query": f"{i}?", "response": "y", "type": "t", "text": "x" * 99}
+                for i in range(200)]
         if "tulu" in name:
             rows = [{"messages": CHAT[:2], "id": str(i)} for i in range(200)]
         return datasets.Dataset.from_list(rows).to_iterable_dataset()
@@ -266,8 +244,12 @@ def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):
         data.main([name, "--tokenizer=bytes", "--seq_len=2048"])
         counts = [len(open_split(f"data/{name}", split).lengths) for split in ("train", "val")]
         assert counts == [198, 2]
-    assert requests == [("allenai/tulu-v2-sft-mixture", "train", True),
-                        ("meta-math/MetaMathQA", "train", True)]
+    data.main(["c4", "--tokenizer=bytes", "--train_tokens=1e4", "--val_tokens=1050"])
+    assert [len(open_split("data/c4", split)) for split in ("train", "val")] == [10_000, 1100]
+    assert requests == [("allenai/tulu-v2-sft-mixture", None, "train", True),
+                        ("meta-math/MetaMathQA", None, "train", True),
+                        ("allenai/c4", "en", "validation", True),
+                        ("allenai/c4", "en", "train", True)]
 
 
 def test_a_hub_out_of_reach_is_named(tmp_path, monkeypatch):
@@ -301,9 +283,9 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "a", "response": 7}, "key 'response' holds int 7, not text"),
-    ({"prompt": ["a"], "response": "7"}, "key 'prompt' holds list"),
-    ({"prompt": "a", "response": False}, "key 'response' holds bool False"),
+    ({"prompt": "a", "response": 7}, "key 'response' holds 7, not text"),
+    ({"prompt": ["a"], "response": "7"}, "key 'prompt' holds .'a'."),
+    ({"prompt": "a", "response": False}, "key 'response' holds False"),
 ])
 def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch, row, message):
     monkeypatch.chdir(tmp_path)

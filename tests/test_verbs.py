@@ -42,7 +42,7 @@ def test_numbers_out_of_range_are_refused_by_name(verb, key, values):
 
 def write_model(folder, tok):
     """A directory with random weights for a tokenizer."""
-    model = Llama(LlamaConfig(vocab_size=tok.size, **SHAPE), seed=1)
+    model = Llama(LlamaConfig(vocab_size=tok.vocab_size, **SHAPE), seed=1)
     checkpoint.write_hugging_face(folder, model.state_dict(), model, tok)
     return folder
 
@@ -89,14 +89,14 @@ def test_a_chat_without_a_template_is_that_of_training(tmp_path, monkeypatch):
     tok = tokenizer.load("bytes")
     write_model(tmp_path / "model", tok)
     prompts, answers = chat(tmp_path / "model", "a\nb\n", monkeypatch)
-    first = [tok.end, *b"<|user|>\na\n<|assistant|>\n"]
-    second = [*tok.decode(answers[0]).encode(), tok.end, *b"\n<|user|>\nb\n<|assistant|>\n"]
+    first = [tok.eos_id, *b"<|user|>\na\n<|assistant|>\n"]
+    second = [*tok.decode(answers[0]).encode(), tok.eos_id, *b"\n<|user|>\nb\n<|assistant|>\n"]
     assert prompts == [first, first + second]
 
 
 def test_mistakes_of_sample_are_named(tmp_path, monkeypatch):
     write_model(tmp_path / "small", tokenizer.load("bytes"))
-    small_bpe().export(tmp_path)
+    small_bpe().export_files(tmp_path)
     for words, line in ((["--chat", "--prompt=x"], "leave out --prompt"),
                         (["--system=x"], "add --chat"),
                         (["--prompt=日本語", f"--tokenizer={tmp_path}"], "the id .* 257 tokens")):
@@ -158,8 +158,8 @@ def test_a_merged_directory_keeps_special_tokens_and_generation_config(run, tmp_
 def test_transformers_pads_with_a_written_tokenizer(tmp_path, make):
     from transformers import AutoTokenizer
     tok = make()
-    tok.export(tmp_path)
+    tok.export_files(tmp_path)
     batch = AutoTokenizer.from_pretrained(tmp_path)(["a", "a longer text"], padding=True)
     lengths = [len(tok.encode(text)) for text in ("a", "a longer text")]
     assert [sum(mask) for mask in batch.attention_mask] == lengths
-    assert batch.input_ids[0][lengths[0]:] == [tok.end] * (lengths[1] - lengths[0])
+    assert batch.input_ids[0][lengths[0]:] == [tok.eos_id] * (lengths[1] - lengths[0])
