@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
 LARGEST = 448.0  # number of e4m3
@@ -171,6 +172,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
+        self.checkpoint_blocks = False  # True: keep a block's input alone, compute the rest again
         self.model = Body(cfg)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is None:
@@ -198,7 +200,10 @@ class Llama(nn.Module):
         cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, cache[i] if cache is not None else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache[i] if cache is not None else None)
         return self.model.norm(x)
 
     def logits(self, x):

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import checkpoint
 import mora
-import train
 from model import (
     Float8Products,
     Llama,
@@ -160,7 +159,7 @@ def test_resume_is_bitwise_identical(run, monkeypatch):
     saved = [json.loads((folder / last / "state.json").read_text())["fp8_scales"]
              for folder in (whole, out)]
     assert len(saved[0]) == 14 and saved[0] == saved[1]
-    monkeypatch.setattr(train, "load_fp8_scales", lambda model, saved: None)
+    monkeypatch.setattr(checkpoint, "load_fp8_scales", lambda model, saved: None)
     other = resumed(run, whole, "without_scales")
     assert not same(whole / last, other / last)
 
