@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
 LARGEST = 448.0  # number of e4m3
-ROOM = 8.0       # LARGEST * scale over the largest weight when an FP8 scale is set;
-TIGHT = 2.0      # a scale is renewed when less room than this is left
+ROOM = 32.0      # LARGEST * scale over the largest weight when an FP8 scale is set;
+TIGHT = 4.0      # a scale is renewed when less room than this is left
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
 # Gradients of weights stay in the computation's dtype, evaluation and checkpoints in float32.
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
-# fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
+# fit_scales(model, only_if_tight=True), every ten steps, renews scales long before that.
 
 
 class Float8Products(nn.Module):

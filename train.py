@@ -90,6 +90,8 @@ def train(cfg):
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
         numbers.append(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
+        if done % 10 == 0:  # long before a weight outgrows its FP8 scale
+            fit_scales(model, only_if_tight=True)
 
         # read the numbers now and then, and always before weights are saved; all ranks read the
         # same and stop together
@@ -97,7 +99,6 @@ def train(cfg):
                 or world == 1 and signals):
             losses, norms, stopping = agree(numbers, bool(signals), world)
             stop_if_not_finite(losses, norms, done, cfg)
-            fit_scales(model, only_if_tight=True)
             log.steps(done, losses, norms, rate, time.time() - clock, batches)
             numbers, clock = [], time.time()
     log.close(step, stopping, tokens.manifest.get("kind"))
