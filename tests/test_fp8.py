@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import finish
 from safetensors.torch import load_file, save_file
 from test_train import records, same
 from torch.nn import functional as F
@@ -166,6 +167,16 @@ def test_resume_is_bitwise_identical(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_fp8_scales", lambda model, saved: None)
     other = resumed(run, whole, "without_scales")
     assert not same(whole / last, other / last)
+
+
+def test_two_processes_and_checkpointed_blocks_change_little(run, group, tmp_path):
+    """A row of x has one scale, so the split of a batch changes no product, only orders of sums."""
+    run(*FP8_RUN, f"--out={tmp_path / 'one'}")
+    run(*FP8_RUN, f"--out={tmp_path / 'blocks'}", "--checkpoint_blocks")
+    assert finish(group(2, *FP8_RUN, "--micro_batch=1", f"--out={tmp_path / 'two'}"))[0] == [0, 0]
+    one, blocks, two = (records(tmp_path / name) for name in ("one", "blocks", "two"))
+    assert one == blocks
+    assert one == pytest.approx(two, rel=2e-3)
 
 
 def test_scales_are_renewed_between_the_lines_of_the_log(run):
