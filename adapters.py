@@ -12,7 +12,6 @@ adapted:
     adapters.load(model, folder)      adapt a plain model with a folder, of peft too
     adapters.as_lora(model, folder)   write a MoRA adapter as a LoRA that peft and others load
 """
-import contextlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mora
-from config import UserError, need, one_line, read_json, write_json
+from config import UserError, as_user_error, need, read_json, write_json
 from lora import LowRank, Rescaled
 
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
@@ -68,15 +67,6 @@ NOT_IMPLEMENTED = r'false|0|""|\[\]|{}', "left out: it is not implemented"
 NEEDED = {"LORA": ("peft_type", "r", "lora_alpha"),
           "MORA": ("r", "operator", "groups", "seed", "cycle")}  # the others may be null or missing
 LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
-
-
-@contextlib.contextmanager
-def as_user_error(where, *errors):
-    """Turn these errors of a `with` block into a UserError: one line that begins with `where`."""
-    try:
-        yield
-    except errors as error:
-        raise UserError(f"{where}: {one_line(error)}") from error
 
 
 def read_config(folder):

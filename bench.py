@@ -172,7 +172,7 @@ def run_child(argv, name, processes):
 
 def parse_arguments(argv):
     gpu = torch.cuda.is_available()
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     add, count = parser.add_argument, at_least(1)
     add("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
     add("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",

@@ -303,6 +303,15 @@ def need(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def as_user_error(where, *errors):
+    """Turn these errors of a `with` block into a UserError: one line that begins with `where`."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{where}: {one_line(error)}") from error
+
+
 def check(cfg):
     """Raise UserError, with the numbers, for a config that cannot run."""
     for name, field in FIELDS.items():
@@ -473,7 +482,11 @@ def _interrupt(number, frame):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose description is a script's docstring and whose errors are one line."""
+
+    def __init__(self, doc=None, **options):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        super().__init__(**{"description": doc} | options)
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the options)")

@@ -8,7 +8,6 @@ The validation split is scored. Text: non-overlapping windows; each token is pre
 end-of-text included. Samples: their learned tokens. Answers: whether the texts are equal; of UUIDs
 the share of right digits; where each reference names a number after ####, whether they are equal.
 """
-import argparse
 import json
 import math
 import re
@@ -142,7 +141,7 @@ def number(text):
 
 
 def parse_arguments(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     add, count = parser.add_argument, {"type": at_least(0), "default": 0}
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     add("data", help="folder of token shards, as data/wiki")

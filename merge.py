@@ -10,14 +10,14 @@
 The sum W + dW is computed in float32. Its logits are compared with the adapted model's before
 anything is written.
 """
-import argparse
 import contextlib
 import copy
 import os
 import shutil
 from pathlib import Path
 
-from config import Arguments, at_least, command_line, lock, need  # before torch; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    Arguments, as_user_error, at_least, command_line, lock, need)
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +58,7 @@ def written_whole(target):
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
     try:
-        with adapters.as_user_error(f"{target} cannot be written", OSError, SafetensorError):
+        with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
             beside.mkdir(parents=True, exist_ok=True)
             with lock(beside, f"merging into {target}"):
                 shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
@@ -79,7 +79,7 @@ def must_be_free(target):
 
 
 def main(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or an adapter folder")
     add("target", nargs="?", type=Path, help="a new or empty folder; default: merged, in the run's "

@@ -7,7 +7,6 @@
 A chat has the format of the model's chat template, or of Tulu where it has none, as in training.
 Ctrl-D ends it. evaluate.py uses greedy(), which answers many prompts at once.
 """
-import argparse
 import sys
 import time
 
@@ -143,7 +142,7 @@ def chat(write, tok, system):
 
 
 def parse_arguments(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     add("--best", action="store_true", help=checkpoint.BEST)

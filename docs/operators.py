@@ -1,18 +1,12 @@
-"""Draw docs/operators.png: dW of LoRA, of MoRA's operators, and of merged ReMoRA cycles.
+"""Draw dW of LoRA, of MoRA's operators, and of merged ReMoRA cycles.
 
-    python docs/operators.py
+    python analyze.py operators --png=docs/operators.png
 """
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import mora  # noqa: E402
-from analyze import picture  # noqa: E402
+import mora
+from analyze import picture
 
 # (in_features, out_features) of the layers: r_hat divides neither side
 SQUARE, WIDE = (36, 36), (64, 36)
@@ -63,7 +57,3 @@ def draw(file):
                 axis.set_title(f"{title}\nrank {int(torch.linalg.matrix_rank(delta))}", fontsize=10)
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel("ΔW, {} × {}".format(*panels[0][1].shape))
-
-
-if __name__ == "__main__":
-    draw(ROOT / "docs" / "operators.png")

@@ -173,7 +173,7 @@ def test_the_schedule_of_epochs_has_the_steps_that_training_takes(run, config, p
 
 def test_the_schedule_of_epochs_without_data_asks_for_steps(config, tmp_path, drawn_steps):
     words = [str(config), "--epochs=3", f"--data={tmp_path / 'absent'}"]
-    with pytest.raises(UserError, match=r"epochs = 3 over .*absent.*--steps=N") as caught:
+    with pytest.raises(UserError, match=r"epochs = 3 need.*--steps=N: no .*absent") as caught:
         drawn_steps(*words)
     assert "\n" not in str(caught.value)
     assert drawn_steps(*words, "--steps=50") == 50
@@ -201,7 +201,7 @@ def test_every_command_draws_and_a_checkpoint_equals_itself(run, config, log, tm
     (step,) = checkpoint.steps_of(out)
     for words in (["spectra", str(out), str(step / "base"), f"--since={out}"],
                   ["losses", str(out), str(log), "--x=seconds"],
-                  ["schedule", str(config), "--restart_every=5"]):
+                  ["schedule", str(config), "--restart_every=5"], ["operators"]):
         png = tmp_path / f"{words[0]}.png"
         analyze.main([*words, f"--png={png}"])
         assert png.read_bytes()[:4] == b"\x89PNG"
@@ -218,8 +218,11 @@ def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_pa
         analyze.main(["losses", str(log), f"--png={tmp_path / 'absent' / 'x.png'}"])
     with pytest.raises(UserError, match="--png=x.tex cannot be written"):
         analyze.main(["losses", str(log), "--png=x.tex"])
-    with pytest.raises(UserError, match="unknown arguments: --nonsense"):
-        analyze.main(["losses", str(log), "--nonsense"])
+    for words, line in ((["losses", "x", "--nonsense"], "unknown arguments: --nonsense"),
+                        (["losses"], "at least one, got losses"),
+                        (["operators", "x"], "operators takes no path, .* got operators x")):
+        with pytest.raises(UserError, match=line):
+            analyze.main(words)
 
 
 def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
