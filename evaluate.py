@@ -15,17 +15,15 @@ from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
-from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
+from config import Arguments, at_least, command_line, need  # before torch: Ctrl-C; isort: skip
 
 import torch
 import torch.distributed as dist
 
 import checkpoint
-import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from model import Llama
-from sample import greedy
+from sample import greedy, merge_for_reading
 from shards import Samples, open_split
 
 
@@ -57,18 +55,6 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
             "tokens": int(count)}
 
 
-@torch.no_grad()
-def merged_copy(model):
-    """A plain Llama of merged matrices in compute_dtype: the fewest kernels per token."""
-    weights = {name: weight.to(model.compute_dtype) if weight.ndim > 1 else weight
-               for name, weight in mora.merged_weights(model).items()}
-    with torch.device("meta"):
-        copy = Llama(model.cfg)
-    copy.load_state_dict(weights, assign=True)
-    copy.compute_dtype = model.compute_dtype
-    return copy.eval()
-
-
 def prompt_and_reference(samples, i, end):
     """(prompt ids, reference ids) of sample i, without the end-of-text id `end`.
 
@@ -84,12 +70,11 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None
     """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
 
     limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
-    file: an open file for {"question", "answer", "reference"} as JSON lines. The model is only
-    read, so a training loop may call it between two steps.
+    file: an open file for {"question", "answer", "reference"} as JSON lines.
     """
     prompts, references = zip(*(prompt_and_reference(samples, i, tok.eos_id)
                                 for i in range(len(samples.lengths))[:limit or None]), strict=True)
-    written = greedy(merged_copy(model), prompts, min(tok.vocab_size, model.cfg.vocab_size),
+    written = greedy(model, prompts, min(tok.vocab_size, model.cfg.vocab_size),
                      max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
     written, references = ([tok.decode(ids) for ids in rows] for rows in (written, references))
     if file:
@@ -103,21 +88,13 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None
 
 def scores(written, references, style):
     """The numbers of answers(): texts against reference texts. style "uuid" counts digits."""
-    measures = {"exact": same_text}
+    pairs = list(zip(written, references, strict=True))
+    result = {"answers": len(pairs), "exact": fmean(a.strip() == b.strip() for a, b in pairs)}
     if style == "uuid":
-        measures["digits"] = right_digits
+        result["digits"] = fmean(right_digits(a, b) for a, b in pairs)
     elif all("####" in reference for reference in references):
-        measures["numbers"] = same_number
-    return {"answers": len(written)} | {name: fmean(map(measure, written, references))
-                                        for name, measure in measures.items()}
-
-
-def same_text(answer, reference):
-    return answer.strip() == reference.strip()
-
-
-def same_number(answer, reference):
-    return number(reference) is not None and number(answer) == number(reference)
+        result["numbers"] = fmean(number(a) == number(b) is not None for a, b in pairs)
+    return result
 
 
 def right_digits(answer, reference):
@@ -156,8 +133,7 @@ def parse_arguments(argv):
     add("--tokens", **count, help="stop after this many; default: the whole split")
     add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
-    if args.out and not args.answers:
-        raise UserError("--out keeps answers: add --answers")
+    need(args.answers or not args.out, "--out keeps answers: add --answers")
     return args
 
 
@@ -167,12 +143,11 @@ def main(argv):
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)
     is_samples, on_gpu = isinstance(tokens, Samples), torch.cuda.is_available()
-    if args.answers and not is_samples:
-        raise UserError(f"{args.data} is text: answers need the prompts and responses of "
-                        "`python data.py sft`, tulu, metamath or uuid")
+    need(is_samples or not args.answers, f"{args.data} is text: answers need the prompts and "
+         "responses of `python data.py sft`, tulu, metamath or uuid")
     default = "bfloat16" if args.answers and on_gpu else "float32"
     model.compute_dtype = getattr(torch, args.dtype or default)
-    model.to("cuda" if on_gpu else "cpu")
+    merge_for_reading(model)
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:

@@ -54,28 +54,23 @@ def written_whole(target):
 
     Raises UserError if target is not free, cannot be written, or is written by another process.
     """
-    must_be_free(target)
+    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
+         f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
     try:
         with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
             beside.mkdir(parents=True, exist_ok=True)
             with lock(beside, f"merging into {target}"):
-                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
                 try:
+                    shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
                     yield beside / "new"
-                    must_be_free(target)
-                    os.replace(beside / "new", place)
+                    os.replace(beside / "new", place)  # fails if target has been filled meanwhile
                 finally:
                     shutil.rmtree(beside / "new", ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):  # another process works in it
             beside.rmdir()
-
-
-def must_be_free(target):
-    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
-         f"{target} exists and is not empty: remove it, or name another target")
 
 
 def main(argv):
@@ -93,8 +88,6 @@ def main(argv):
     need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
     need(args.target or not args.as_lora,
          "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
-    if args.target:
-        must_be_free(args.target)  # before anything is loaded
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
     target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
     with written_whole(target) as new:
@@ -102,6 +95,8 @@ def main(argv):
             beside = (folder / "base").resolve()
             base = args.base or (str(beside) if beside.is_dir() else None)
             made = adapters.as_lora(model, new, dtype, args.rank, base)
+            text = (f"a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, relative error of an "
+                    f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
             weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
@@ -109,12 +104,8 @@ def main(argv):
             checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
                 tok.export_files(new)
-    if args.as_lora:
-        print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
-              f"relative error of an update at most {made['error']:.2g}")
-    else:
-        print(f"merged into {target}: a Hugging Face directory; "
-              f"largest difference of the logits {difference:.2g}")
+            text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
+    print(f"wrote {target}: {text}")
 
 
 if __name__ == "__main__":
