@@ -12,27 +12,21 @@ change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.121
 and spectra.
 """
 import contextlib
-import dataclasses
 import json
 import runpy
 from pathlib import Path
 from statistics import fmean
 
 from config import (  # before torch: Ctrl-C; isort: skip
-    ROOT, Arguments, Config, UserError, as_user_error, command_line, load, need)
+    PROJECTIONS, ROOT, Arguments, Config, as_user_error, command_line, need)
 
 import numpy as np
 import torch
 
 import checkpoint
 import mora
-from batches import Batches, SampleBatches
 from model import Llama, LlamaConfig
-from optimizer import learning_rate
-from shards import Samples, open_split
 
-# the order of Figure 5
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
@@ -59,7 +53,7 @@ def first_weights(step):
 
 
 def projections(state):
-    return {name: weight for name, weight in state.items() if name.split(".")[-2] in KINDS}
+    return {name: weight for name, weight in state.items() if name.split(".")[-2] in PROJECTIONS}
 
 
 def spectra(after, before):
@@ -94,7 +88,7 @@ def measures(values):
 def mean_measures(values_by_name):
     """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
-    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in KINDS}
+    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in PROJECTIONS}
     layers["all"] = list(rows.values())
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
             for kind, part in layers.items()}
@@ -108,12 +102,12 @@ def print_measures(label, means):
 
 def plot_spectra(named, file):
     """Draw the bars of Figure 5 for {label: mean_measures}."""
-    places, width = np.arange(len(KINDS)), 0.8 / len(named)
+    places, width = np.arange(len(PROJECTIONS)), 0.8 / len(named)
     with picture(file, figsize=(8, 4)) as ((axis,),):
         for i, (label, means) in enumerate(named.items()):
-            heights = [means[kind]["singular_above_0.1"] for kind in KINDS]
+            heights = [means[kind]["singular_above_0.1"] for kind in PROJECTIONS]
             axis.bar(places + i * width, heights, width, label=label)
-        axis.set_xticks(places + 0.4 - width / 2, [kind.removesuffix("_proj") for kind in KINDS])
+        axis.set_xticks(places + 0.4 - width / 2, PROJECTIONS)
         axis.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
 
 
@@ -182,25 +176,6 @@ def plot_losses(named, file, x="step"):
         axis.set(xlabel=AXES[x], ylabel="loss, nats per token (dots: validation)")
 
 
-def with_steps(cfg):
-    """The config with the number of steps that train.py derives from `epochs`."""
-    if not cfg.epochs:
-        return cfg
-    with as_user_error(f"epochs = {cfg.epochs:g} need the data, or set --steps=N", UserError):
-        split = open_split(cfg.data, "train", verify=False)
-    make_batches = SampleBatches if isinstance(split, Samples) else Batches
-    batches = make_batches(split, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.batch_size)
-    return dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-
-
-def plot_schedule(cfg, file):
-    """Draw the learning rate of every step of a run."""
-    rates = [learning_rate(step, cfg) for step in range(cfg.steps)]
-    with picture(file, figsize=(8, 3)) as ((axis,),):
-        axis.plot(rates, linewidth=1, label=f"restarts: {cfg.cycle(cfg.steps - 1)[0]}")
-        axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-
-
 @contextlib.contextmanager
 def picture(file, rows=1, columns=1, figsize=None, **options):
     """Give the axes (rows, columns) of a figure; after the `with` block write it to `file`."""
@@ -231,12 +206,11 @@ def main(argv):
     png = args.png or f"{args.command}.png"
     need(bool(args.paths) == (args.command != "operators"), "operators takes no path, the other "
          f"commands at least one, got {args.command} {' '.join(args.paths)}")
-    if args.command == "schedule":
-        return plot_schedule(with_steps(load([*args.paths, *rest], None)), png)
-    if rest:
+    if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if args.command == "operators":
-        return runpy.run_path(str(ROOT / "docs" / "operators.py"))["draw"](png)
+    if args.command in ("schedule", "operators"):  # the figures of docs/
+        draw = runpy.run_path(str(ROOT / "docs" / f"{args.command}.py"))["draw"]
+        return draw(png, [*args.paths, *rest])
     if args.command == "losses":
         return plot_losses({run: read_log(run, args.x) for run in args.paths}, png, args.x)
     named = {}

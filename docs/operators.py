@@ -43,7 +43,7 @@ def operator_panels():
     return [*operators, [("ReMoRA, 1 cycle", merged_cycles("alternate", 1)), *cycles]]
 
 
-def draw(file):
+def draw(file, words=()):
     """Draw operator_panels() as heat maps, with the rank in each title."""
     rows = operator_panels()
     heights = [delta.shape[0] / delta.shape[1] for (_, delta), *_ in rows]

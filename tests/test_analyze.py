@@ -44,7 +44,7 @@ def test_measures_of_a_known_spectrum():
 def layers(out_features, in_features, delta=0.0):
     """One weight per kind of layer, all equal to delta."""
     return {f"model.layers.0.{kind}.weight": torch.full((out_features, in_features), delta)
-            for kind in analyze.KINDS}
+            for kind in analyze.PROJECTIONS}
 
 
 def test_spectra_compare_weights_of_the_same_shape(tmp_path):
@@ -66,7 +66,7 @@ def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     out = run("--method=lora", "--lr=0.03", *restarts)
     before = analyze.first_weights(checkpoint.steps_of(out)[-1])
     values = analyze.spectra(analyze.weights(out)[0], before)
-    assert len(values) == 2 * len(analyze.KINDS)
+    assert len(values) == 2 * len(analyze.PROJECTIONS)
     means = analyze.mean_measures(values)
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
 
@@ -179,16 +179,17 @@ def test_the_schedule_of_epochs_without_data_asks_for_steps(config, tmp_path, dr
     assert drawn_steps(*words, "--steps=50") == 50
 
 
-def test_schedule_passes_all_other_words_to_config(config, monkeypatch):
+def test_schedule_passes_all_other_words_to_config(config, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     words = []
 
     def remember(argv, default):
         words.extend(argv)
         return load([str(config)], default)
 
-    monkeypatch.setattr(analyze, "load", remember)
-    monkeypatch.setattr(analyze, "plot_schedule", lambda cfg, file: None)
-    analyze.main(["schedule", "configs/task.py", "mora_r8", "--png=x.png", "--lr=1e-3"])
+    monkeypatch.setattr("config.load", remember)
+    analyze.main(["schedule", "configs/task.py", "mora_r8", f"--png={tmp_path / 'x.png'}",
+                  "--lr=1e-3"])
     assert words == ["configs/task.py", "mora_r8", "--lr=1e-3"]
 
 
