@@ -66,34 +66,34 @@ def prompt_and_reference(samples, i, end):
     return ids[:first], [token for token in ids[first:after] if token != end]
 
 
-def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
-    """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
+def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
+    """[{"question", "answer", "reference"}]: greedy answers to the prompts of a split, as texts.
 
     limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
-    file: an open file for {"question", "answer", "reference"} as JSON lines.
     """
+    count = len(samples.lengths)
     prompts, references = zip(*(prompt_and_reference(samples, i, tok.eos_id)
-                                for i in range(len(samples.lengths))[:limit or None]), strict=True)
+                                for i in range(min(limit or count, count))), strict=True)
     written = greedy(model, prompts, min(tok.vocab_size, model.cfg.vocab_size),
                      max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
-    written, references = ([tok.decode(ids) for ids in rows] for rows in (written, references))
-    if file:
-        for prompt, answer, reference in zip(prompts, written, references, strict=True):
-            opening = len(tok.bos_ids) if prompt[:len(tok.bos_ids)] == tok.bos_ids else 0
-            record = {"question": tok.decode(prompt[opening:]), "answer": answer,
-                      "reference": reference}
-            file.write(json.dumps(record) + "\n")
-    return scores(written, references, samples.format)
+    opening = tok.decode(tok.bos_ids)
+    return [{"question": tok.decode(prompt).removeprefix(opening), "answer": tok.decode(answer),
+             "reference": tok.decode(reference)}
+            for prompt, answer, reference in zip(prompts, written, references, strict=True)]
 
 
-def scores(written, references, style):
-    """The numbers of answers(): texts against reference texts. style "uuid" counts digits."""
-    pairs = list(zip(written, references, strict=True))
-    result = {"answers": len(pairs), "exact": fmean(a.strip() == b.strip() for a, b in pairs)}
+def scores(records, style):
+    """{"answers": count, "exact", "digits" or "numbers": shares} of what answers() returns.
+
+    style: the format of the samples; "uuid" counts digits.
+    """
+    pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
+    result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
     if style == "uuid":
         result["digits"] = fmean(right_digits(a, b) for a, b in pairs)
-    elif all("####" in reference for reference in references):
-        result["numbers"] = fmean(number(a) == number(b) is not None for a, b in pairs)
+    elif all("####" in b for _, b in pairs):
+        result["numbers"] = fmean(number(b) is not None and number(a) == number(b)
+                                  for a, b in pairs)
     return result
 
 
@@ -117,7 +117,7 @@ def number(text):
     return Decimal(sign + digits.replace(",", "")) if digits else None
 
 
-def parse_arguments(argv):
+def main(argv):
     parser = Arguments(__doc__)
     add, count = parser.add_argument, {"type": at_least(0), "default": 0}
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
@@ -134,11 +134,6 @@ def parse_arguments(argv):
     add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
     need(args.answers or not args.out, "--out keeps answers: add --answers")
-    return args
-
-
-def main(argv):
-    args = parse_arguments(argv)
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)
@@ -151,8 +146,11 @@ def main(argv):
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
-            result = answers(model, tok, tokens, args.batch or 512, args.limit,
-                             args.max_new_tokens, file)
+            records = answers(model, tok, tokens, args.batch or 512, args.limit,
+                              args.max_new_tokens)
+            if file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        result = scores(records, tokens.format)
     else:
         longest = int(tokens.lengths.max()) if is_samples else None
         window = (args.seq_len or longest or checkpoint.trained_seq_len(folder)

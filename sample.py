@@ -69,13 +69,12 @@ def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
 
     Prompts of similar length share a batch.
     """
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = {}
     for first in range(0, len(prompts), batch):
-        indices = by_length[first:first + batch]
-        together = [prompts[i] for i in indices]
-        written = greedy_batch(model, together, vocab_size, max_new_tokens, stop)
-        answers.update(zip(indices, written, strict=True))
+        rows = order[first:first + batch]
+        answers |= zip(rows, greedy_batch(model, [prompts[i] for i in rows], vocab_size,
+                                          max_new_tokens, stop), strict=True)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -87,13 +86,12 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     one position. At a position inside its prompt a row takes the prompt's token, after it the
     likeliest token. Once at least half of the rows have ended, these leave the batch.
     """
-    device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
     ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],
-                       device=device)
-    prompt_ends = torch.tensor(lengths, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the rows of ids that are still in the batch
+                       device=next(model.parameters()).device)
+    prompt_ends = torch.tensor(lengths, device=ids.device)
+    rows = torch.arange(len(ids), device=ids.device)  # the rows of ids still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
     cache, inputs = model.new_cache(), ids[:, :min(lengths)]
     # eager, because compiled blocks would be compiled again for each length of the cache
@@ -149,7 +147,7 @@ def chat(write, tok, system):
                 messages.append({"role": "assistant", "content": tok.decode(answer)})
 
 
-def parse_arguments(argv):
+def main(argv):
     parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
@@ -166,11 +164,6 @@ def parse_arguments(argv):
     need(not (args.chat and args.prompt),
          "--chat reads messages from standard input: leave out --prompt")
     need(args.chat or not args.system, "--system is the first message of a chat: add --chat")
-    return args
-
-
-def main(argv):
-    args = parse_arguments(argv)
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
     need(tok, f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another encoding of "
