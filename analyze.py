@@ -94,12 +94,6 @@ def mean_measures(values_by_name):
             for kind, part in layers.items()}
 
 
-def print_measures(label, means):
-    print(f"{label}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
-    for kind, row in means.items():
-        print(f"{kind:10}", *(f"{value:18.3f}" for value in row.values()))
-
-
 def plot_spectra(named, file):
     """Draw the bars of Figure 5 for {label: mean_measures}."""
     places, width = np.arange(len(PROJECTIONS)), 0.8 / len(named)
@@ -126,43 +120,31 @@ def read_records(path):
 
 
 def read_log(run, x="step"):
-    """The loss curves of a run: {"loss": [(x, value)], "val_loss": [(x, value)]}.
+    """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
 
-    run: a run folder, or a log.jsonl. x: "step", "tokens", or "seconds" (see axis_of). A resumed
-    run repeats some steps: the later line of a step replaces the earlier one.
+    run: a run folder, or a log.jsonl. A resumed run repeats some steps: the later line replaces the
+    earlier one. x: what a place is. "step"; "tokens": step * tokens_per_step of the header, a mean
+    for samples of several lengths; "seconds": the sum of tokens / tokens_per_s over the intervals
+    between log lines, of which the first contains compilation, none evaluation or saving.
     """
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
-    curves = {key: {record["step"]: record[key] for record in records if key in record}
-              for key in ("loss", "val_loss")}
-    need(curves["loss"],
-         f"{path} has no training loss yet: a run writes one per log_every steps")
-    steps, places = axis_of(records, path, x)
-    return {key: [(float(np.interp(step, steps, places)), value)
-                  for step, value in sorted(points.items())] for key, points in curves.items()}
-
-
-def axis_of(records, path, x):
-    """(steps, their places on the x axis), to be interpolated.
-
-    tokens: step * tokens_per_step of the header, which is a mean for samples of several lengths.
-    seconds: the sum of steps * tokens_per_step / tokens_per_s over the intervals between log
-    lines. The first interval contains compilation; none contains evaluation or saving.
-    """
-    speeds = {record["step"]: record.get("tokens_per_s") for record in records if "loss" in record}
-    logged = sorted(speeds)
-    # a validation can follow the last logged loss: it is placed at the last speed
-    steps = np.array([0, *logged, max(record.get("step", 0) for record in records) + 1])
-    if x == "step":
-        return steps, steps
+    lines = {key: {record["step"]: record for record in records if key in record}
+             for key in ("loss", "val_loss")}
+    logged = sorted(lines["loss"])
+    need(logged, f"{path} has no training loss yet: a run writes one per log_every steps")
     headers = [record for record in records if "tokens_per_step" in record]
-    need(headers and (x == "tokens" or all(speeds.values())),
+    speeds = [lines["loss"][step].get("tokens_per_s") for step in logged]
+    need(x == "step" or headers and (x == "tokens" or all(speeds)),
          f"{path} lacks tokens_per_step or a tokens_per_s: use --x=step, not {x}")
-    tokens = steps * headers[-1]["tokens_per_step"]
-    if x == "tokens":
-        return steps, tokens
-    speed = np.array([speeds[step] for step in [*logged, logged[-1]]])
-    return steps, np.cumsum([0, *np.diff(tokens) / speed])
+    # a validation can follow the last logged loss: it is placed at the last speed
+    places = steps = np.array([0, *logged, max([logged[-1], *lines["val_loss"]]) + 1])
+    if x != "step":
+        places = steps * headers[-1]["tokens_per_step"]
+    if x == "seconds":
+        places = np.cumsum([0, *np.diff(places) / np.array([*speeds, speeds[-1]])])
+    return {key: [(float(np.interp(step, steps, places)), line[key])
+                  for step, line in sorted(part.items())] for key, part in lines.items()}
 
 
 def plot_losses(named, file, x="step"):
@@ -217,8 +199,10 @@ def main(argv):
     for path in args.paths:
         after, folder = weights(path)
         before = weights(args.since)[0] if args.since else first_weights(folder)
-        named[path] = mean_measures(spectra(after, before))
-        print_measures(path, named[path])
+        named[path] = means = mean_measures(spectra(after, before))
+        print(f"{path}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
+        for kind, row in means.items():
+            print(f"{kind:10}", *(f"{value:18.3f}" for value in row.values()))
     plot_spectra(named, png)
 
 

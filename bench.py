@@ -44,9 +44,10 @@ METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")
 METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
             "remora_permute": {"method": "mora", "groups": "permute"}}
-METHODS |= {f"{name}_{suffix}": METHODS[name] | option for suffix, option, names in (
-    ("fp8", {"matmul": "fp8"}, ("full", "lora", "mora", "mora_rotate", "remora_permute")),
-    ("muon", {"optimizer": "muon"}, ("full", "lora", "mora"))) for name in names}
+METHODS |= {f"{name}_fp8": METHODS[name] | {"matmul": "fp8"}
+            for name in ("full", "lora", "mora", "mora_rotate", "remora_permute")}
+METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
+            for name in ("full", "lora", "mora")}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
            ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
@@ -124,7 +125,7 @@ def measure(args):
         for _ in range(args.steps):
             optimizer_step(parallel, optimizer, ids, cfg.lr, cfg.grad_clip)
 
-    def restart():
+    def restart():  # without the optimizer's states
         for _, layer in layers:
             layer.merge_()
         mora.start_cycle(layers, seed=0, cycle=2)
@@ -141,7 +142,7 @@ def measure(args):
               "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    if cfg.method == "mora" and not args.quick:  # without the optimizer's states
+    if cfg.method == "mora" and not args.quick:
         result["restart_ms"] = 1e3 * median(seconds(restart, 3))
     return result
 
@@ -157,28 +158,6 @@ def run_child(argv, name, processes):
     reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     print(f"{name:16} failed: {reason[-1]}")
     return None
-
-
-def parse_arguments(argv):
-    gpu = torch.cuda.is_available()
-    parser = Arguments(__doc__)
-    add, count = parser.add_argument, at_least(1)
-    add("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
-    add("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
-        help=f"some of {', '.join(METHODS)}")
-    add("--rank", type=at_least(0), default=0, help="default: 128; at 7b 8, at tiny 16")
-    add("--seq_len", type=count, default=512 if gpu else 64)
-    add("--batch", type=at_least(0), default=0, help="per process and step; default: by shape")
-    add("--steps", type=count, default=10 if gpu else 2, help="steps per block")
-    add("--repeats", type=count, default=5, help="blocks, of which the median counts")
-    add("--processes", type=count, default=1, help="GPUs (or CPU processes) of this machine")
-    add("--quick", action="store_true", help="do not time restarts")
-    add("--json", type=Path, help="add the numbers to this file, as SHAPE.METHOD.NAME")
-    add("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    for name in args.methods.split(","):
-        need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    return args
 
 
 def compare(args, argv):
@@ -204,7 +183,23 @@ def compare(args, argv):
 
 
 def main(argv):
-    args = parse_arguments(argv)
+    gpu, parser, count = torch.cuda.is_available(), Arguments(__doc__), at_least(1)
+    add = parser.add_argument
+    add("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
+    add("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
+        help=f"some of {', '.join(METHODS)}")
+    add("--rank", type=at_least(0), default=0, help="default: 128; at 7b 8, at tiny 16")
+    add("--seq_len", type=count, default=512 if gpu else 64)
+    add("--batch", type=at_least(0), default=0, help="per process and step; default: by shape")
+    add("--steps", type=count, default=10 if gpu else 2, help="steps per block")
+    add("--repeats", type=count, default=5, help="blocks, of which the median counts")
+    add("--processes", type=count, default=1, help="GPUs (or CPU processes) of this machine")
+    add("--quick", action="store_true", help="do not time restarts")
+    add("--json", type=Path, help="add the numbers to this file, as SHAPE.METHOD.NAME")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name in args.methods.split(","):
+        need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     if not args.child:
         return compare(args, argv)
     try:
