@@ -33,7 +33,10 @@ BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folde
 PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
         "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
-AUTHORS_TYPES = (1, 2, 3, 4, 6)
+# {mora_type of the fork of MoRA's authors: (groups of the inputs, of the outputs)}; 6 is rotate
+AUTHORS_TYPES = {1: ("strided", "strided"), 2: ("contiguous", "contiguous"),
+                 3: ("contiguous", "strided"), 4: ("strided", "contiguous"),
+                 6: ("strided", "strided")}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -348,9 +351,6 @@ def restore(square, tensors):
 # Its folders have peft_type LORA, use_mora true, a mora_type, and M under the name lora_A, with a
 # second copy as lora_B. Its maps differ from mora.py's where r^ does not divide the features: the
 # last piece of the inputs is filled with the first inputs again, where mora.py pads with zeros.
-#
-#     mora_type   1: share; 2: share, groups of neighbours; 3: the inputs alone in groups of
-#                 neighbours; 4: the outputs alone; 6: rotate
 
 def authors_r_hat(rank, in_features, out_features, mora_type):
     """Their width: sqrt(rank (in + out)) rounded to nearest; even for type 6."""
@@ -366,20 +366,20 @@ class AuthorsSquare(nn.Module):
 
     def __init__(self, in_features, out_features, rank, mora_type, device=None, dtype=None):
         super().__init__()
-        width, rotates = authors_r_hat(rank, in_features, out_features, mora_type), mora_type == 6
-        groups_in = "contiguous" if mora_type in (2, 3) else "strided"
-        groups_out = "contiguous" if mora_type in (2, 4) else "strided"
-        if groups_in == "strided" and width > 2 * in_features:
-            raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once and "
-                             f"cannot fill r^ = {width} of them")
-        self.in_features, pieces_in = in_features, -(-in_features // width)
-        filled = in_features if groups_in == "contiguous" else pieces_in * width
-        blocks = pieces_in if rotates else 1
+        (groups_in, groups_out), rotates = AUTHORS_TYPES[mora_type], mora_type == 6
+        width = authors_r_hat(rank, in_features, out_features, mora_type)
+        pieces_in, pieces_out = -(-in_features // width), -(-out_features // width)
+        self.in_features, filled = in_features, in_features
+        if groups_in == "strided":
+            filled = pieces_in * width
+            if filled > 2 * in_features:
+                raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once "
+                                 f"and cannot fill r^ = {width} of them")
         self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+        blocks = pieces_in if rotates else 1
         self.fold_in = mora.Fold(filled, width, blocks, pieces_in, rotates, groups_in,
                                  torch.float64)
-        self.fold_out = mora.Fold(out_features, width, blocks, -(-out_features // width), False,
-                                  groups_out)
+        self.fold_out = mora.Fold(out_features, width, blocks, pieces_out, False, groups_out)
         for fold in (self.fold_in, self.fold_out):
             fold.to(device).move(cycle=0, seed=0)
 

@@ -7,18 +7,17 @@
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
     python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (matplotlib). `spectra` also prints a table. dW is the
-change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130) are loss curves
-and spectra.
+Every command writes a picture, --png=FILE (docs/figures.py, matplotlib). `spectra` also prints a
+table. dW is the change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130)
+are loss curves and spectra.
 """
-import contextlib
 import json
 import runpy
 from pathlib import Path
 from statistics import fmean
 
 from config import (  # before torch: Ctrl-C; isort: skip
-    PROJECTIONS, ROOT, Arguments, Config, as_user_error, command_line, need)
+    PROJECTIONS, ROOT, Arguments, Config, command_line, need)
 
 import numpy as np
 import torch
@@ -27,14 +26,9 @@ import checkpoint
 import mora
 from model import Llama, LlamaConfig
 
-AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
-
 
 def weights(path):
-    """({name: W + dW, float32} of a checkpoint's projections, the folder that holds them).
-
-    path: a run, one of its steps, or a Hugging Face directory.
-    """
+    """({name: W + dW} of the projections of what checkpoint.load takes, the folder it found)."""
     model, _, folder = checkpoint.load(path)
     return projections(mora.merged_weights(model)), folder
 
@@ -94,15 +88,15 @@ def mean_measures(values_by_name):
             for kind, part in layers.items()}
 
 
-def plot_spectra(named, file):
-    """Draw the bars of Figure 5 for {label: mean_measures}."""
-    places, width = np.arange(len(PROJECTIONS)), 0.8 / len(named)
-    with picture(file, figsize=(8, 4)) as ((axis,),):
-        for i, (label, means) in enumerate(named.items()):
-            heights = [means[kind]["singular_above_0.1"] for kind in PROJECTIONS]
-            axis.bar(places + i * width, heights, width, label=label)
-        axis.set_xticks(places + 0.4 - width / 2, PROJECTIONS)
-        axis.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
+def print_spectra(path, since=None):
+    """Print and return mean_measures of what a run trained, or of the change since a checkpoint."""
+    after, folder = weights(path)
+    before = weights(since)[0] if since else first_weights(folder)
+    means = mean_measures(spectra(after, before))
+    print(f"{path}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
+    for kind, row in means.items():
+        print(f"{kind:10}", *(f"{value:18.3f}" for value in row.values()))
+    return means
 
 
 def read_records(path):
@@ -147,34 +141,6 @@ def read_log(run, x="step"):
                   for step, line in sorted(part.items())] for key, part in lines.items()}
 
 
-def plot_losses(named, file, x="step"):
-    """Draw {label: read_log(run, x)}: lines are training losses, dots validation losses."""
-    with picture(file, figsize=(8, 5)) as ((axis,),):
-        for label, curves in named.items():
-            (line,) = axis.plot(*zip(*curves["loss"], strict=True), label=label, linewidth=1)
-            if curves["val_loss"]:
-                axis.plot(*zip(*curves["val_loss"], strict=True), "o", color=line.get_color(),
-                          markersize=4)
-        axis.set(xlabel=AXES[x], ylabel="loss, nats per token (dots: validation)")
-
-
-@contextlib.contextmanager
-def picture(file, rows=1, columns=1, figsize=None, **options):
-    """Give the axes (rows, columns) of a figure; after the `with` block write it to `file`."""
-    with as_user_error("plots need matplotlib: pip install matplotlib", ImportError):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize, layout="tight")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    yield axes
-    for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.grid(alpha=0.3)
-            axis.legend()
-    with as_user_error(f"--png={file} cannot be written", ValueError):  # no format of this ending
-        figure.savefig(file, dpi=120)
-    print(f"wrote {file}")
-
-
 def main(argv):
     parser = Arguments(__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -183,27 +149,22 @@ def main(argv):
         "log.jsonl files; a config file and more words as for train.py; none for operators")
     add("--png", help="file of the picture; default: COMMAND.png")
     add("--since", help="of spectra: the weights to subtract; default: each run's first weights")
-    add("--x", choices=AXES, default="step", help="of losses; default: step")
+    add("--x", choices=("step", "tokens", "seconds"), default="step", help="of losses")
     args, rest = parser.parse_known_args(argv)
     png = args.png or f"{args.command}.png"
     need(bool(args.paths) == (args.command != "operators"), "operators takes no path, the other "
          f"commands at least one, got {args.command} {' '.join(args.paths)}")
     if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if args.command in ("schedule", "operators"):  # the figures of docs/
-        draw = runpy.run_path(str(ROOT / "docs" / f"{args.command}.py"))["draw"]
-        return draw(png, [*args.paths, *rest])
-    if args.command == "losses":
-        return plot_losses({run: read_log(run, args.x) for run in args.paths}, png, args.x)
-    named = {}
-    for path in args.paths:
-        after, folder = weights(path)
-        before = weights(args.since)[0] if args.since else first_weights(folder)
-        named[path] = means = mean_measures(spectra(after, before))
-        print(f"{path}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
-        for kind, row in means.items():
-            print(f"{kind:10}", *(f"{value:18.3f}" for value in row.values()))
-    plot_spectra(named, png)
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    if args.command == "operators":
+        figures["draw_operators"](png)
+    elif args.command == "schedule":
+        figures["draw_schedule"](png, [*args.paths, *rest])
+    elif args.command == "losses":
+        figures["draw_losses"](png, {run: read_log(run, args.x) for run in args.paths}, args.x)
+    else:
+        figures["draw_spectra"](png, {path: print_spectra(path, args.since) for path in args.paths})
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ CHECK_EVERY = 16  # positions; reading which rows have ended synchronizes with t
 
 
 def merge_for_reading(model):
-    """Prepare a model for reading alone, on the GPU if there is one: W + dW is computed once, and
-    matrices are stored in compute_dtype."""
+    """Merge a model that no longer trains, store its matrices in compute_dtype, take a GPU."""
     if mora.adapted_layers(model):
         mora.merge(model)
     for parameter in model.parameters():
@@ -65,11 +64,8 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
 
 
 def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
-    """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`.
-
-    Prompts of similar length share a batch.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
     answers = {}
     for first in range(0, len(prompts), batch):
         rows = order[first:first + batch]

@@ -227,7 +227,7 @@ def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_pa
 
 
 def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
-    figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "operators.py")
+    figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "figures.py")
     square, wide, merged = figure["operator_panels"]()
 
     def ranks(panels):
