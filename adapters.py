@@ -5,12 +5,8 @@
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
                                 .mora_M.weight, .lora_magnitude_vector (DoRA)
 
-The tensors say which layers are adapted; the config says how. For any torch model that mora.adapt
-adapted:
-
-    adapters.save(model, folder)      write the adapter folder; peft loads it if it is LoRA or DoRA
-    adapters.load(model, folder)      adapt a plain model with a folder, of peft too
-    adapters.as_lora(model, folder)   write a MoRA adapter as a LoRA that peft and others load
+The tensors say which layers are adapted; the config says how. `save`, `load` and `as_lora` are for
+any torch model.
 """
 import json
 import math
@@ -103,9 +99,8 @@ def save(model, folder, base=None):
     config, updates = config_of(model, base), dict(mora.adapter_parameters(model))
     rest = [name for name, parameter in model.named_parameters()
             if parameter.requires_grad and name not in updates]
-    need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}), "
-         "and an adapter folder does not hold them: merge the model and save all of it, or freeze "
-         "them")
+    need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
+         "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
     write(Path(folder), config, updates)
 
 
@@ -168,10 +163,8 @@ def read_tensors(file):
 
 
 def read(folder):
-    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS.
-
-    Raises UserError for a file that cannot be read and for what is not implemented or not finite.
-    """
+    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS. Raises
+    UserError for a file that cannot be read and for what is not implemented or not finite."""
     config, file = read_config(folder), folder / "adapter_model.safetensors"
     need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
          "adapter_model.bin, which is not read: save with safe_serialization=True")
@@ -273,8 +266,7 @@ def attach(model, folder, exclude=("lm_head",)):
 
 def update_of(config, name, linear):
     """The update that a config describes for one layer, to be filled; DoRA's inner one."""
-    def value_of(key, pattern):
-        """The value of the first of peft's patterns that matches the layer, else the default."""
+    def value_of(key, pattern):  # of the first of peft's patterns that matches, else the default
         matching = (value for text, value in (config.get(pattern) or {}).items()
                     if re.fullmatch(LAST_PARTS.format(text), name))
         return next(matching, config[key])
@@ -312,9 +304,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     width = rank or max(len(square.M) for square in squares.values())
     for name, square in squares.items():
         dW = square.delta()
-        need(rank or square.fold_in.blocks == 1,
-             f"{name}: {square.operator} makes a dW of rank up to {min(dW.shape)}: no LoRA of rank "
-             "r^ equals it; name a rank to cut it to, or merge it")
+        need(rank or square.fold_in.blocks == 1, f"{name}: {square.operator} makes a dW of rank up "
+             f"to {min(dW.shape)}: no LoRA of rank r^ equals it; name a rank, or merge it")
         if rank:
             U, S, Vh = torch.linalg.svd(dW.double(), full_matrices=False)
             A, B = S[:rank].sqrt()[:, None] * Vh[:rank], U[:, :rank] * S[:rank].sqrt()

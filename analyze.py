@@ -56,8 +56,7 @@ def spectra(after, before):
     values = {}
     for name, weight in after.items():
         need(name in before and before[name].shape == weight.shape, f"{name}, "
-             f"{tuple(weight.shape)}, is missing or has another shape in the checkpoint to compare "
-             "with")
+             f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
         delta = weight.to(device) - before[name].to(device)
         tall = max(delta, delta.T, key=len)  # LAPACK needs half the time for it
         values[name] = torch.linalg.svdvals(tall).cpu()

@@ -155,8 +155,8 @@ def run_child(argv, name, processes):
                           env={"OMP_NUM_THREADS": "8", **os.environ})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    print(f"{name:16} failed: {reason[-1]}")
+    reason = done.stderr.strip() or f"exit status {done.returncode}"
+    print(f"{name:16} failed: {reason.splitlines()[-1]}")
     return None
 
 

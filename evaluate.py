@@ -56,10 +56,8 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 
 def prompt_and_reference(samples, i, end):
-    """(prompt ids, reference ids) of sample i, without the end-of-text id `end`.
-
-    The prompt is what precedes the first learned token; the reference is the first learned part.
-    """
+    """(prompt ids, reference ids) of sample i, without the end-of-text id `end`: what precedes the
+    first learned token, and the first learned part."""
     ids, learned = (part.tolist() for part in samples.sample(i))
     first = learned.index(True)
     after = [*learned, False].index(False, first)
@@ -83,9 +81,9 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
 
 
 def scores(records, style):
-    """{"answers": count, "exact", "digits" or "numbers": shares} of what answers() returns.
+    """{"answers": count, "exact", "digits" (of style "uuid") or "numbers": shares}.
 
-    style: the format of the samples; "uuid" counts digits.
+    records: of answers(). style: the format of the samples.
     """
     pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
     result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
@@ -108,9 +106,7 @@ def right_digits(answer, reference):
 
 def number(text):
     """The Decimal after the last "####" or, without one, after the last "The answer is:"; or None.
-
-    "1,234", "$1234.00." and "$ 1234" are equal.
-    """
+    "1,234", "$1234.00." and "$ 1234" are equal."""
     mark = "####" if "####" in text else "[Tt]he answer is:?"
     parts = re.findall(mark + r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text)
     sign, digits = parts[-1] if parts else ("", "")
@@ -152,10 +148,10 @@ def main(argv):
                 file.writelines(json.dumps(record) + "\n" for record in records)
         result = scores(records, tokens.format)
     else:
-        longest = int(tokens.lengths.max()) if is_samples else None
-        window = (args.seq_len or longest or checkpoint.trained_seq_len(folder)
-                  or model.cfg.max_position_embeddings)
-        seq_len = min(window, len(tokens))
+        window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+        if is_samples:
+            window = int(tokens.lengths.max())
+        seq_len = min(args.seq_len or window, len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))

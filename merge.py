@@ -29,10 +29,8 @@ import mora
 
 @torch.no_grad()
 def merged_model(model, folder):
-    """(merged copy of a model, largest absolute difference of their logits of random ids).
-
-    Raises UserError if there is nothing to merge, or if the two differ.
-    """
+    """(merged copy of a model, largest absolute difference of their logits of random ids). Raises
+    UserError if there is nothing to merge, or if the two differ."""
     need(mora.adapted_layers(model), f"{folder} holds no adapters: there is nothing to merge. The "
          "base/ of a checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))
@@ -50,24 +48,23 @@ def merged_model(model, folder):
 
 @contextlib.contextmanager
 def written_whole(target):
-    """A path to write in a `with` block, which then becomes `target`, whole or not at all.
-
-    Raises UserError if target is not free, cannot be written, or is written by another process.
-    """
+    """A path to write in a `with` block, which then becomes `target`, whole or not at all. Raises
+    UserError if target is not free, cannot be written, or is written by another process."""
     need(not target.exists() or target.is_dir() and not any(target.iterdir()),
          f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
+    new = beside / "new"
     try:
         with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
             beside.mkdir(parents=True, exist_ok=True)
             with lock(beside, f"merging into {target}"):
                 try:
-                    shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
-                    yield beside / "new"
-                    os.replace(beside / "new", place)  # fails if target has been filled meanwhile
+                    shutil.rmtree(new, ignore_errors=True)  # of a killed process
+                    yield new
+                    os.replace(new, place)  # fails if target has been filled meanwhile
                 finally:
-                    shutil.rmtree(beside / "new", ignore_errors=True)
+                    shutil.rmtree(new, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):  # another process works in it
             beside.rmdir()
@@ -77,8 +74,7 @@ def main(argv):
     parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or an adapter folder")
-    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged, in the run's "
-        "folder or beside the adapter folder")
+    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged/ of the run")
     add("--best", action="store_true", help=checkpoint.BEST)
     add("--base", help="base model of the adapter folder; default: the one that it names")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
