@@ -101,6 +101,8 @@ def main(argv):
             if tok:
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
+            if (folder / "base").is_symlink():
+                text += f"; W is that of {(folder / 'base').resolve()}, not its float8 copy"
     print(f"wrote {target}: {text}")
 
 

@@ -4,17 +4,16 @@
     python analyze.py schedule configs/250m_remora.py --png=docs/schedule.png
 """
 import contextlib
-import dataclasses
 
 import numpy as np
 import torch
 from torch import nn
 
 import mora
-from batches import Batches, SampleBatches
 from config import PROJECTIONS, UserError, as_user_error, load
 from optimizer import learning_rate
-from shards import Samples, open_split
+from shards import open_split
+from train import make_batches
 
 # (in_features, out_features) of the layers of draw_operators: r_hat divides neither side
 SQUARE, WIDE = (36, 36), (64, 36)
@@ -59,22 +58,12 @@ def draw_losses(file, named, x):
         axis.set(xlabel=x, ylabel="loss, nats per token (dots: validation)")
 
 
-# ---- the learning rate
-
-def with_steps(cfg):
-    """The config with the number of steps that train.py derives from `epochs`."""
-    if not cfg.epochs:
-        return cfg
-    with as_user_error(f"epochs = {cfg.epochs:g} need the data, or set --steps=N", UserError):
-        split = open_split(cfg.data, "train", verify=False)
-    make_batches = SampleBatches if isinstance(split, Samples) else Batches
-    batches = make_batches(split, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.batch_size)
-    return dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-
-
 def draw_schedule(file, words):
     """Draw the learning rate of every step of the run that `train.py words` would start."""
-    cfg = with_steps(load(words, None))
+    cfg = load(words, None)
+    if cfg.epochs:
+        with as_user_error(f"epochs = {cfg.epochs:g} need the data, or set --steps=N", UserError):
+            cfg, _ = make_batches(cfg, open_split(cfg.data, "train", verify=False), "cpu", 0, 1)
     rates = [learning_rate(step, cfg) for step in range(cfg.steps)]
     with picture(file, figsize=(8, 3)) as ((axis,),):
         axis.plot(rates, linewidth=1, label=f"restarts: {cfg.cycle(cfg.steps - 1)[0]}")
