@@ -205,11 +205,8 @@ def weights(folder):
 
 
 def base_of(folder, base=None):
-    """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names.
-
-    The name is looked up from the folder, then (but not BESIDE, which may be another model there)
-    from the working directory.
-    """
+    """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names,
+    from the folder or (but not BESIDE, which may be another model there) the working directory."""
     named = read_config(folder).get("base_model_name_or_path")
     places = [Path(base)] if base else [folder / named, Path(named)] if named else []
     for place in places[:1] if named == BESIDE else places:
@@ -350,10 +347,8 @@ def authors_r_hat(rank, in_features, out_features, mora_type):
 
 
 class AuthorsSquare(nn.Module):
-    """An update of theirs, M (r^, r^) under their name `A`, between mora.py's folds.
-
-    Raises ValueError for a width on which their forward fails.
-    """
+    """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. Raises
+    ValueError for a width on which their forward fails."""
 
     def __init__(self, in_features, out_features, rank, mora_type, device=None, dtype=None):
         super().__init__()

@@ -498,8 +498,8 @@ class Arguments(argparse.ArgumentParser):
     """An ArgumentParser whose description is a script's docstring and whose errors are one line."""
 
     def __init__(self, doc=None, **options):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
-        super().__init__(**{"description": doc} | options)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the options)")

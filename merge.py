@@ -86,11 +86,11 @@ def main(argv):
          "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
     target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
+    base = (folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:
-            beside = (folder / "base").resolve()
-            base = args.base or (str(beside) if beside.is_dir() else None)
-            made = adapters.as_lora(model, new, dtype, args.rank, base)
+            named = args.base or (str(base) if base.is_dir() else None)
+            made = adapters.as_lora(model, new, dtype, args.rank, named)
             text = (f"a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, relative error of an "
                     f"update at most {made['error']:.2g}")
         else:
@@ -102,7 +102,7 @@ def main(argv):
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
             if (folder / "base").is_symlink():
-                text += f"; W is that of {(folder / 'base').resolve()}, not its float8 copy"
+                text += f"; W is that of {base}, not its float8 copy of training"
     print(f"wrote {target}: {text}")
 
 
