@@ -516,10 +516,8 @@ def at_least(minimum, kind=int, largest=LARGEST):
 
 def read_json(path, kind=object):
     """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
-    try:
+    with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     need(isinstance(value, kind), f"{path} must hold a JSON object, got {value!r:.80}")
     return value
 
