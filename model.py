@@ -159,7 +159,10 @@ class Block(nn.Module):
 class Body(nn.Module):  # all but the head: the part that Hugging Face calls `model`
     def __init__(self, cfg):
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        weight = torch.empty(cfg.vocab_size, cfg.hidden_size)
+        if not weight.is_meta:  # normal_ of a meta tensor imports torch._dynamo, which takes 1.2 s
+            nn.init.normal_(weight)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
@@ -232,9 +235,7 @@ class Llama(nn.Module):
 def padded(weight, dtype):
     """(V, D) in dtype, with zero rows up to a multiple of 64, for matrix units (50257 -> 50304)."""
     weight, missing = weight.to(dtype), -len(weight) % 64
-    if missing:  # F.pad copies even when there is nothing to add
-        weight = F.pad(weight, (0, 0, 0, missing))
-    return weight
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight  # F.pad of 0 rows copies too
 
 
 def at_least_float32(x):
@@ -312,9 +313,9 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 class Float8Products(nn.Module):
     """The two large products of one layer. No quantized copy of W is kept between them."""
 
-    def __init__(self, device):
+    def __init__(self, scale):
         super().__init__()
-        self.register_buffer("scale", torch.ones((), device=device), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
@@ -332,10 +333,6 @@ class Float8Products(nn.Module):
 
 class Float8Base(Float8Products):
     """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
-
-    def __init__(self, scale):
-        super().__init__(scale.device)
-        self.scale = scale
 
     def y(self, x, weight):
         return multiply_fp8(x, weight, self.scale)
@@ -393,16 +390,14 @@ def use_fp8(model):
     """Give the blocks' linear layers whose sizes are multiples of 16 FP8 products, in place."""
     for layer in block_linears(model).values():
         if all(size % 16 == 0 for size in layer.weight.shape):
-            layer.products = Float8Products(layer.weight.device)
+            layer.products = Float8Products(torch.ones((), device=layer.weight.device))
     fit_scales(model)
 
 
 @torch.no_grad()
 def keep_in_fp8(model):
-    """Round the adapted weights of the blocks to e4m3, in place: a byte each, a scale per row.
-
-    A layer whose sizes are no multiples of 16 keeps its weight.
-    """
+    """Round the blocks' adapted weights to e4m3, with a scale per row, in place: a byte per number.
+    Layers whose sizes are no multiples of 16 keep their weights."""
     for layer in block_linears(model).values():
         if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
             rounded, scale = quantize_rows(layer.weight)
@@ -413,12 +408,13 @@ def keep_in_fp8(model):
 def fit_scales(model, only_if_tight=False):
     """Set the FP8 scales from the largest entry of W + dW now; return how many were set. A weight
     that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
-    layers, renewed = fp8_layers(model).values(), 0
-    weights = (layer.merged() if hasattr(layer, "merged") else layer.weight for layer in layers)
-    largest = [weight.abs().max() for weight in weights]  # all are queued before the first is read
-    for scale, entry in zip((layer.products.scale for layer in layers), largest, strict=True):
-        entry = float(entry)
-        is_tight = entry * TIGHT > LARGEST * float(scale)
+    pairs, renewed = [], 0  # (scale, largest entry), tensors
+    for layer in fp8_layers(model).values():
+        weight = layer.merged() if hasattr(layer, "merged") else layer.weight
+        pairs.append((layer.products.scale, weight.abs().max()))
+    numbers = torch.stack([torch.stack(pair) for pair in pairs]).tolist() if pairs else []
+    for (scale, _), (before, entry) in zip(pairs, numbers, strict=True):  # one synchronization
+        is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
             scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
             renewed += 1
