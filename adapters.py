@@ -288,13 +288,12 @@ def update_of(config, name, linear):
                     if re.fullmatch(LAST_PARTS.format(text), name))
         return next(matching, config[key])
 
-    shape = mora.update_shape(linear) | {"rank": value_of("r", "rank_pattern")}
+    shape = *mora.features_of(linear), value_of("r", "rank_pattern")
     if config.get("use_mora"):
-        return AuthorsSquare(**shape, mora_type=config.get("mora_type") or 1)
+        return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        return mora.Square(**shape, operator=config["operator"], groups=config["groups"])
-    return LowRank(**shape, alpha=value_of("lora_alpha", "alpha_pattern"),
-                   rslora=bool(config.get("use_rslora")))
+        return mora.Square(*shape, config["operator"], config["groups"])
+    return LowRank(*shape, value_of("lora_alpha", "alpha_pattern"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA
@@ -383,14 +382,14 @@ class AuthorsSquare(nn.Module):
     `A` (r^, r^) is M, under the name that their files have for it.
     """
 
-    def __init__(self, in_features, out_features, rank, mora_type, device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()
         self.mora_type, self.features = mora_type, (in_features, out_features)
         width = authors_r_hat(rank, in_features, out_features, mora_type)
         if mora_type not in (2, 3) and width > 2 * in_features:
             raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once and "
                              f"cannot fill r^ = {width} of them")
-        self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.zeros(width, width))
 
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""

@@ -22,16 +22,12 @@ class LowRank(nn.Module):
     """LoRA: A (rank, in), B (out, rank). alpha 0 means scale 1. lora_A: "uniform", "orthogonal", or
     "frozen": orthogonal, not trained."""
 
-    def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform",
-                 device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform"):
         super().__init__()
         self.rank, self.alpha, self.rslora, self.lora_A = rank, alpha, rslora, lora_A
-        self.scale = 1.0
-        if alpha:
-            self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype),
-                              requires_grad=lora_A != "frozen")
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank) if alpha else 1.0
+        self.A = nn.Parameter(torch.zeros(rank, in_features), requires_grad=lora_A != "frozen")
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -83,8 +79,7 @@ class Rescaled(nn.Module):
         super().__init__()
         self.layer = (layer,)  # in a tuple: its current weight is read, but it is not a submodule
         self.inner = inner
-        W, dtype = layer.matrix, torch.promote_types(layer.matrix.dtype, torch.float32)
-        self.magnitude = nn.Parameter(torch.zeros(len(W), device=W.device, dtype=dtype))
+        self.magnitude = nn.Parameter(torch.zeros(len(layer.matrix)))
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):

@@ -100,12 +100,12 @@ class Fold(nn.Module):
     the pieces if asked to, add piece p to block p mod blocks. Further features are ignored.
     """
 
-    def __init__(self, features, width, blocks, pieces, rotates, groups, dtype=torch.float32):
+    def __init__(self, features, width, blocks, pieces, rotates, groups):
         super().__init__()
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        turns = rotations(width, pieces).to(dtype) if rotates else None
+        turns = rotations(width, pieces).float() if rotates else None
         # int32: a gather with int64 indices costs 4 % of a step at 250M
         order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
         self.register_buffer("order", order, persistent=False)
@@ -130,12 +130,11 @@ class Fold(nn.Module):
         self.inverse[order] = identity.int()
 
     def _apply(self, fn, recurse=True):
-        """Fill the buffers again when they leave the meta device: no state dict holds them."""
-        was_meta = any(buffer.is_meta for buffer in self.buffers())
+        """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
         super()._apply(fn, recurse)
-        if was_meta and self.turns is not None:
+        if self.turns is not None:
             self.turns.copy_(rotations(self.width, self.pieces))
-        if was_meta and self.cycle is not None:
+        if self.cycle is not None:
             self.move(self.cycle, self.seed)
         return self
 
@@ -178,8 +177,7 @@ class Square(nn.Module):
     no input is ignored; rotate (9-11) is decouple with the pieces of the input rotated.
     """
 
-    def __init__(self, in_features, out_features, rank, operator="share", groups="strided",
-                 device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, operator="share", groups="strided"):
         super().__init__()
         rotates = operator == "rotate"
         width = r_hat(rank, in_features, out_features, even=rotates)
@@ -191,10 +189,9 @@ class Square(nn.Module):
         if operator == "truncate":
             pieces_in = pieces_out = 1
         blocks = 1 if operator == "share" else min(pieces_in, pieces_out)
-        self.M = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
-        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups, self.M.dtype)
+        self.M = nn.Parameter(torch.zeros(width, width))
+        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups)
         self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups)
-        self.fold_in.to(device), self.fold_out.to(device)
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -246,12 +243,10 @@ class MergedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, update, products, *parameters):
         ctx.update, ctx.products, ctx.parameters = update, products, parameters
         compressed, merged = update.compress(x), weight + update.delta()
-        if products is not None:
-            ctx.save_for_backward(compressed, weight)
-            return products.y(x, merged)
-        merged = merged.to(x.dtype)
-        ctx.save_for_backward(compressed, merged)
-        return F.linear(x, merged)
+        if products is None:
+            weight = merged = merged.to(x.dtype)
+        ctx.save_for_backward(compressed, weight)
+        return F.linear(x, merged) if products is None else products.y(x, merged)
 
     @staticmethod
     def backward(ctx, dy):
@@ -261,10 +256,8 @@ class MergedLinear(torch.autograd.Function):
                                "for create_graph=True or functional_call set layer.merges = False "
                                "for every (name, layer) of mora.adapted_layers(model)")
         compressed, weight = ctx.saved_tensors
-        if ctx.products is None:
-            dx = dy @ weight
-        else:
-            dx = ctx.products.dx(dy, weight + ctx.update.delta())
+        dx = (dy @ weight if ctx.products is None
+              else ctx.products.dx(dy, weight + ctx.update.delta()))
         return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 
 
@@ -284,6 +277,8 @@ class AdaptedLinear(nn.Module):
         self.linear, self.transposed = (linear,), is_transposed(linear)
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self.update.to(self.weight.device, wide)
         self.dropout, self.products = dropout, None
         self.merges = hasattr(update, "gradients")  # False: two paths always
 
@@ -309,21 +304,20 @@ class AdaptedLinear(nn.Module):
             y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def delta(self):
-        """dW, (out, in), in float32 or float64."""
-        return self.update.delta()
-
     def merged(self):
         """W + dW, (out, in), in float32 or float64."""
-        delta = self.delta()
+        delta = self.update.delta()
         return self.matrix.to(delta.dtype) + delta
 
     @torch.no_grad()
     def merge_(self):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
-        delta = self.delta()
+        delta = self.update.delta()
         self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
+
+    def extra_repr(self):
+        return "in_features={1}, out_features={0}".format(*self.matrix.shape)
 
     def get_extra_state(self):
         """The update's settings, so that load_state_dict refuses an update that is another map."""
@@ -385,13 +379,13 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         linear.requires_grad_(False)
         if method == "frozen":
             continue
-        options = update_shape(linear) | {"rank": rank}
+        shape = features_of(linear)
         if method == "lora":
-            update = LowRank(**options, alpha=alpha, rslora=rslora, lora_A=lora_A)
+            update = LowRank(*shape, rank, alpha, rslora, lora_A)
         else:
-            update = Square(**options, operator=operator, groups=groups)
+            update = Square(*shape, rank, operator, groups)
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
-            siblings = (name.rpartition(".")[0], options["in_features"], options["out_features"])
+            siblings = (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
@@ -488,11 +482,10 @@ def refuse_unfit(model, linears):
                              "would be merged into both: untie them, or leave it out of targets")
 
 
-def update_shape(linear):
-    """The arguments of an update that a linear layer fixes: its features, device and dtype."""
-    weight = linear.weight.T if is_transposed(linear) else linear.weight
-    return {"in_features": weight.shape[1], "out_features": weight.shape[0],
-            "device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+def features_of(linear):
+    """(in_features, out_features), the first arguments of an update."""
+    shape = linear.weight.shape
+    return tuple(shape if is_transposed(linear) else shape[::-1])
 
 
 def start_cycle(layers, seed, cycle):

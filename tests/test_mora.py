@@ -18,7 +18,7 @@ SHAPES = [(70, 50, 4), (50, 130, 3), (24, 24, 32), (33, 33, 2), (64, 64, 8), (16
 
 def square(k, d, rank, operator, groups="permute", cycle=1):
     """A Square with a random M and the groups of a cycle."""
-    update = mora.Square(k, d, rank, operator, groups, dtype=torch.float64)
+    update = mora.Square(k, d, rank, operator, groups).double()
     update.fold_in.move(cycle, seed=2 * cycle)
     update.fold_out.move(cycle, seed=2 * cycle + 1)
     with torch.no_grad():
