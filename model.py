@@ -67,8 +67,7 @@ class Linear(nn.Linear):
 
 
 def rope(first, length, cfg, device):
-    """Return cosines and sines, two (length, Dh) in float32, of the rotary angles of the positions
-    first, first + 1, ..."""
+    """Cosines and sines, (length, Dh), float32, of the angles of positions first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
     frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
     if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
@@ -89,8 +88,7 @@ def rotate(x, cos, sin):
 
 class Past:
     """A layer's keys and values so far, (B, Hk, T, Dh) each."""
-    length, both = 0, None
-    room = 128  # for more tokens: appending one copies that one alone
+    length, both, room = 0, None, 128  # room for more tokens: appending one copies that one alone
 
     def append(self, k, v):
         """All keys and all values, these being the last."""
@@ -156,17 +154,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Body(nn.Module):  # all but the head: the part that Hugging Face calls `model`
-    def __init__(self, cfg):
-        super().__init__()
-        weight = torch.empty(cfg.vocab_size, cfg.hidden_size)
-        if not weight.is_meta:  # normal_ of a meta tensor imports torch._dynamo, which takes 1.2 s
-            nn.init.normal_(weight)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
         """Draw the weights from N(0, 0.02) with a generator of their own; seed None: torch's draws.
@@ -174,7 +161,13 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
-        self.model = Body(cfg)
+        weight = torch.empty(cfg.vocab_size, cfg.hidden_size)
+        if not weight.is_meta:  # normal_ of a meta tensor imports torch._dynamo, which takes 1.2 s
+            nn.init.normal_(weight)
+        self.model = nn.ModuleDict({  # Hugging Face's name for all but the head
+            "embed_tokens": nn.Embedding.from_pretrained(weight, freeze=False),
+            "layers": nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers)),
+            "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)})
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is None:
             return
@@ -375,13 +368,13 @@ class Float8Linear(torch.autograd.Function):
 
 
 def block_linears(model):
-    """Return {name: layer} of the linear layers of the blocks, adapted (mora.py) or not."""
+    """{name: layer} of the blocks' linear layers, adapted (mora.py) or not."""
     return {name: module for name, module in model.model.layers.named_modules()
             if hasattr(module, "products")}
 
 
 def fp8_layers(model):
-    """Return {name: layer} of the layers with FP8 products."""
+    """{name: layer} of the layers that use_fp8 gave FP8 products."""
     return {name: layer for name, layer in block_linears(model).items()
             if type(layer.products) is Float8Products}
 
@@ -406,7 +399,7 @@ def keep_in_fp8(model):
 
 @torch.no_grad()
 def fit_scales(model, only_if_tight=False):
-    """Set the FP8 scales from the largest entry of W + dW now; return how many were set. A weight
+    """Set the FP8 scales from the largest entries of W + dW; return how many were set. A weight
     that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
     pairs, renewed = [], 0  # (scale, largest entry), tensors
     for layer in fp8_layers(model).values():
@@ -422,7 +415,7 @@ def fit_scales(model, only_if_tight=False):
 
 
 def fp8_scales(model):
-    """Return {layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
+    """{layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
     return {name: float(layer.products.scale) for name, layer in fp8_layers(model).items()}
 
 
