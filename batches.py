@@ -153,7 +153,7 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
-    for index in range(rank * batch, len(windows), world * batch):
+    for index in range(rank * batch, len(windows) + rank * batch, world * batch):
         ids = torch.full((batch, seq_len + 1), -100)
         for row, position in enumerate(windows[index:index + batch]):
             count = min(seq_len, total - position) + 1
@@ -172,6 +172,7 @@ def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     if limit:
         count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit, "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")
-    for index in range(rank * batch, count, world * batch):
+    for index in range(rank * batch, count + rank * batch, world * batch):
         which = order[index:index + batch]
-        yield samples.rows(which, samples.padded(samples.lengths[which[-1]], seq_len), batch)
+        longest = samples.lengths[order[:index + batch][-1]]
+        yield samples.rows(which, samples.padded(longest, seq_len), batch)

@@ -133,6 +133,9 @@ class Config:
                      ("auto", "float32", "bfloat16"))
     base_dtype: str = key("float32", "dtype of the frozen weights", ("float32", "bfloat16"))
     matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
+    shard: bool = key(False, "a part of the weights, gradients and optimizer state per GPU (FSDP)")
+    checkpoint_blocks: bool = key(False, "keep the inputs of blocks alone, compute blocks again: "
+                                  "less memory, more time")
     compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))
 
     def cycle(self, step):
@@ -347,6 +350,7 @@ def conflicts(cfg):
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
     yield half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 rounds away"
     yield half and fp8, "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16"
+    yield fp8 and cfg.shard, "shard has no FP8 products: use matmul bf16"
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "
            f"{cfg.dropout:g} computes them apart: use dropout 0 or matmul bf16")
 
