@@ -1,4 +1,5 @@
 """What a run leaves for other tools: merged directories, samples, scores. transformers judges."""
+import itertools
 import json
 import math
 import re
@@ -174,6 +175,8 @@ def call(tmp_path, monkeypatch, capsys):
              "evaluate.py": evaluate.main}
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
+    texts = data.stdlib_texts
+    monkeypatch.setattr(data, "stdlib_texts", lambda: itertools.islice(texts(), 110))
 
     def start(command, *more):
         _, script, *words = shlex.split(command)
