@@ -260,7 +260,7 @@ def attach(model, folder, exclude=("lm_head",)):
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, linears)
     for name, tensors in layers.items():
-        with as_user_error(f"{folder}: {name}", ValueError):
+        with as_user_error(f"{folder}: {name}", ValueError), linears[name].weight.device:
             update = update_of(config, name, linears[name])
         layer = mora.AdaptedLinear(linears[name], update, dora=bool(config.get("use_dora")))
         if config["peft_type"] == "MORA":  # the groups of its cycle

@@ -369,10 +369,10 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         if method == "frozen":
             continue
         shape = features_of(linear)
-        if method == "lora":
-            update = LowRank(*shape, rank, alpha, rslora, lora_A)
-        else:
-            update = Square(*shape, rank, operator, groups)
+        with linear.weight.device:
+            update = (LowRank(*shape, rank, alpha, rslora, lora_A) if method == "lora"
+                      else Square(*shape, rank, operator, groups))
+        if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
             siblings = (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
