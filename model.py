@@ -181,11 +181,9 @@ class Llama(nn.Module):
                 nn.init.normal_(weight, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
-        """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats.
-
-        targets (B, T): -100 does not count. `cache` (see new_cache) holds what came before ids, and
-        is extended by them: whole sequences while it is empty, one token at a time afterwards.
-        """
+        """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats of
+        targets (B, T), of which -100 does not count. `cache` (see new_cache) holds what came before
+        ids, and is extended by them: by whole sequences while it is empty, then by single tokens."""
         x = self.hidden(ids, cache)
         if targets is None:
             return self.logits(x)
@@ -355,9 +353,7 @@ def multiply_fp8(x, weight, scale):
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-class Float8Linear(torch.autograd.Function):
-    """y = W x with FP8 products, and dW, if W trains, in x's dtype."""
-
+class Float8Linear(torch.autograd.Function):  # y = W x; dW, if W trains, in x's dtype
     @staticmethod
     def forward(ctx, x, weight, products):
         ctx.products = products

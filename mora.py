@@ -113,8 +113,7 @@ class Fold(nn.Module):
 
     @torch.no_grad()
     def move(self, cycle, seed):
-        """Take the permutation of this cycle (0, 1, ...) and, for `permute`, this seed, in place:
-        nothing is compiled again."""
+        """Take this cycle's permutation, for `permute` this seed's, in place: no recompilation."""
         self.cycle, self.seed = cycle, seed
         if self.order is None:
             return
@@ -163,8 +162,6 @@ class Fold(nn.Module):
         partners = pieces.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # fused: no half twice
         return (pieces * cos + partners * (sign * sin)).to(pieces.dtype)
 
-
-# ------------------------------------------------------------ MoRA
 
 class Square(nn.Module):
     """MoRA: dW = F_out^T kron(I_m, M) F_in, eq. 2, with one square M (r^, r^). The operators differ
@@ -222,8 +219,6 @@ class Square(nn.Module):
             columns = columns * is_own[..., None]  # (in, m, r^)
         return self.fold_out.adjoint(columns).T
 
-
-# ------------------------------------------------------------ the adapted layer
 
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
@@ -303,8 +298,9 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merge_(self):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
-        delta = self.update.delta()
-        self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
+        with whole_parameters(self):
+            delta = self.update.delta()
+            self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 
     def extra_repr(self):
@@ -331,8 +327,7 @@ class AdaptedLinear(nn.Module):
 
 def adapted_layers(model):
     """[(name, AdaptedLinear)] in the model's order."""
-    return [(name, module) for name, module in model.named_modules()
-            if isinstance(module, AdaptedLinear)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
 
 
 def adapter_parameters(model):
@@ -490,7 +485,7 @@ def seeded_generator(seed, cycle, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
 
 
-# ------------------------------------------------------------ merge
+# ------------------------------------------------------------ merge, restart
 
 def merge(model):
     """Add every update to its weight (in float32) and put the plain layers back, in place. Returns
@@ -535,8 +530,6 @@ def _save_merged(model, folder, *, state_dict=None, **options):
     type(model).save_pretrained(model, folder, state_dict=merged_weights(model), **options)
 
 
-# ------------------------------------------------------------ restart
-
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
 
@@ -551,11 +544,8 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
-    layers, squared_norms = adapted_layers(model), []
-    for _, layer in layers:
-        with whole_parameters(layer):
-            squared_norms.append(layer.merge_())
-    norm = torch.stack(squared_norms).sum().sqrt().item()
+    layers = adapted_layers(model)
+    norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
         if keep:
@@ -566,21 +556,18 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
 
 
 def prune_(first_moment, part):
-    """Set all but the largest entries to zero, in place.
-
-    The second moment stays: with zeros there too, Adam's next step would be 3.16 times too large.
-    """
+    """Set all but the largest entries to zero, in place. The second moment stays: with zeros there
+    too, Adam's next step would be 3.16 times too large."""
     moment = whole(first_moment)
     kept = max(1, round(part * moment.numel()))
-    magnitudes = moment.abs().flatten()
-    smallest = magnitudes.topk(len(magnitudes) - kept, largest=False).indices
+    smallest = moment.abs().flatten().topk(moment.numel() - kept, largest=False).indices
     moment.view(-1)[smallest] = 0
     first_moment.copy_(as_sharded(moment, first_moment))
 
 
-# ------------------------------------------------------------
-# models that torch's fully_shard (FSDP2) cut: each rank has a part of every parameter. In forward
-# and backward its hooks make them whole; elsewhere all ranks must call these functions together.
+# ------------------------------------------------------------ models that fully_shard (FSDP2) cut
+# Each rank has a part of every parameter. torch's hooks make them whole in forward and backward;
+# elsewhere all ranks must call these functions together.
 
 def whole(tensor):
     """The tensor, gathered from all ranks if it is sharded."""
