@@ -183,7 +183,7 @@ class Llama(nn.Module):
     def forward(self, ids, targets=None, cache=None):
         """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats of
         targets (B, T), of which -100 does not count. `cache` (see new_cache) holds what came before
-        ids, and is extended by them: by whole sequences while it is empty, then by single tokens."""
+        ids, and is extended by them: whole sequences while it is empty, then single tokens."""
         x = self.hidden(ids, cache)
         if targets is None:
             return self.logits(x)
@@ -238,11 +238,6 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def counted_chunks(targets):
-    """The positions of the targets that count, in chunks. nonzero() synchronizes with the GPU."""
-    return (targets != -100).nonzero()[:, 0].split(CHUNK)
-
-
 def softmax_gradient(logits, targets, vocab_size, scale):
     """Return (sum of a chunk's losses, scale * its gradient in the logits' dtype). Columns from
     vocab_size on are padding: no token."""
@@ -257,9 +252,8 @@ def softmax_gradient(logits, targets, vocab_size, scale):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, kernel):
-        w, chunks = padded(weight, x.dtype), counted_chunks(targets)
-        loss = at_least_float32(x.new_zeros(()))
+    def forward(ctx, x, weight, targets, chunks, kernel):
+        w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))
         scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
         dx, dw = torch.zeros_like(x), None
         if ctx.needs_input_grad[1]:
@@ -282,15 +276,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has its gradients once: compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         dx, dw = (g if g is None else g.mul_(factor) for g in gradients)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def cross_entropy(x, weight, targets, kernel=softmax_gradient):
     """Return the mean loss in nats, float32: hidden states x (N, D), head (V, D), targets (N,), of
     which -100 does not count. kernel: softmax_gradient, or a compiled one."""
+    chunks = (targets != -100).nonzero()[:, 0].split(CHUNK)  # nonzero() synchronizes with the GPU
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
-    w, chunks, total = padded(weight, x.dtype), counted_chunks(targets), 0.0
+        return ChunkedCrossEntropy.apply(x, weight, targets, chunks, kernel)
+    w, total = padded(weight, x.dtype), 0.0
     for positions in chunks:
         logits = at_least_float32((x[positions] @ w.T)[:, :len(weight)])
         total = total + F.cross_entropy(logits, targets[positions], reduction="sum")
