@@ -447,7 +447,7 @@ def refuse_unfit(model, linears):
     for name, linear in linears.items():
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight, not its update")
+            raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         if not is_transposed(linear) and (
                 weight is None or not weight.is_floating_point()
