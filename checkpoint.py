@@ -162,7 +162,8 @@ def load_weights(model, weights, where, assign=False):
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
     own = model.state_dict()
-    extra = {name: value for name, value in own.items() if not torch.is_tensor(value)}
+    extra = {name: value for name, value in own.items()
+             if not torch.is_tensor(value) or value.dtype == torch.float8_e4m3fn}  # see save
     weights = {name: mora.as_sharded(weight, own.get(name)) for name, weight in weights.items()}
     try:
         model.load_state_dict(weights | extra, assign=assign)
@@ -209,12 +210,17 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = temporary(final, "writing")
     try:
-        write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
+        if cfg.base_dtype == "float8":  # W itself is in init_from alone
+            beside.mkdir(parents=True)
+            (beside / "base").symlink_to(Path(cfg.init_from).resolve())
+        else:
+            write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
         if updates:
             config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        files = sorted(path for folder in (beside, beside / "base") for path in folder.rglob("*"))
+        files = sorted({path for path in files if path.is_file()})
         names = [path.relative_to(beside).as_posix() for path in files]
         with ThreadPoolExecutor() as pool:
             records = dict(zip(names, pool.map(file_record, files), strict=True))
@@ -239,7 +245,8 @@ def must_be_finite(weights, step, cfg):
     # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
     own = {name: weight.to_local() if hasattr(weight, "to_local") else weight
            for name, weight in weights.items()}  # of a sharded weight, this rank's part
-    names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()]
+    names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()
+             and weight.dtype != torch.float8_e4m3fn]
     extremes = torch.stack([torch.stack(own[name].aminmax()).float() for name in names])
     finite = extremes.isfinite().all(dim=1).tolist()
     if not all(finite):
