@@ -320,8 +320,7 @@ class AdaptedLinear(nn.Module):
         """Refuse another W without its update: what dW is added to would change unnoticed."""
         has_update = any(key.startswith(f"{prefix}update.") for key in state_dict)
         if f"{prefix}weight" in state_dict and not has_update and list(self.update.parameters()):
-            raise RuntimeError(f"the state dict has {prefix}weight but no update of it: load it "
-                               "before the model is adapted")
+            raise RuntimeError(f"{prefix}weight but no update of it: load it, then adapt the model")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
