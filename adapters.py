@@ -241,7 +241,7 @@ def attach(model, folder, exclude=("lm_head",)):
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, {name: linears[name] for name in layers})
     for name, tensors in layers.items():
-        with as_user_error(f"{folder}: {name}", ValueError):
+        with as_user_error(f"{folder}: {name}", ValueError), linears[name].weight.device:
             update = update_of(config, name, linears[name])
         layer = mora.AdaptedLinear(linears[name], update, dora=bool(config.get("use_dora")))
         if config["peft_type"] == "MORA":  # the groups of its cycle
@@ -268,13 +268,12 @@ def update_of(config, name, linear):
                     if re.fullmatch(LAST_PARTS.format(text), name))
         return next(matching, config[key])
 
-    shape = mora.update_shape(linear) | {"rank": value_of("r", "rank_pattern")}
+    shape = *mora.features_of(linear), value_of("r", "rank_pattern")
     if config.get("use_mora"):
-        return AuthorsSquare(**shape, mora_type=config.get("mora_type") or 1)
+        return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        return mora.Square(**shape, operator=config["operator"], groups=config["groups"])
-    return LowRank(**shape, alpha=value_of("lora_alpha", "alpha_pattern"),
-                   rslora=bool(config.get("use_rslora")))
+        return mora.Square(*shape, config["operator"], config["groups"])
+    return LowRank(*shape, value_of("lora_alpha", "alpha_pattern"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA
@@ -350,7 +349,7 @@ class AuthorsSquare(nn.Module):
     """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. Raises
     ValueError for a width on which their forward fails."""
 
-    def __init__(self, in_features, out_features, rank, mora_type, device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()
         (groups_in, groups_out), rotates = AUTHORS_TYPES[mora_type], mora_type == 6
         width = authors_r_hat(rank, in_features, out_features, mora_type)
@@ -361,13 +360,12 @@ class AuthorsSquare(nn.Module):
             if filled > 2 * in_features:
                 raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once "
                                  f"and cannot fill r^ = {width} of them")
-        self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.zeros(width, width))
         blocks = pieces_in if rotates else 1
-        self.fold_in = mora.Fold(filled, width, blocks, pieces_in, rotates, groups_in,
-                                 torch.float64)
+        self.fold_in = mora.Fold(filled, width, blocks, pieces_in, rotates, groups_in)
         self.fold_out = mora.Fold(out_features, width, blocks, pieces_out, False, groups_out)
         for fold in (self.fold_in, self.fold_out):
-            fold.to(device).move(cycle=0, seed=0)
+            fold.move(cycle=0, seed=0)
 
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""

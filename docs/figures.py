@@ -84,7 +84,7 @@ def example_delta(shape, method="mora", operator="share", groups="strided", cycl
     with torch.no_grad():
         for _, parameter in mora.adapter_parameters(model):
             parameter.normal_(generator=generator)
-        return model["layer"].delta()
+        return model["layer"].update.delta()
 
 
 def merged_cycles(groups, cycles):

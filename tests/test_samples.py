@@ -196,13 +196,13 @@ def test_the_loss_is_the_mean_over_learned_tokens(pairs):
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, when its compiler is imported
 @pytest.mark.parametrize("method, backend", (("full", "eager"), ("mora", "aot_eager")))
 def test_all_lengths_take_two_compilations(monkeypatch, method, backend):
-    """One for the first length, one for all others; each with gradients and without.
+    """One for the first length, one for all others; each with gradients, full rank without, too.
 
     The backend "aot_eager" traces the backward pass as well, which takes longer.
     """
     model, compile_model = tiny(seed=1), torch.compile
     if method != "full":  # frozen embeddings: the first block's input alone has no gradient
-        mora.adapt(model, method=method, rank=2, targets=("q_proj", "down_proj"))
+        mora.adapt(model, method=method, rank=2, targets=("down_proj",))
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_model(
         *args, **options, backend=backend, fullgraph=True))
@@ -212,11 +212,12 @@ def test_all_lengths_take_two_compilations(monkeypatch, method, backend):
         ids = torch.randint(250, (4, length), generator=generator)
         targets = ids.masked_fill(torch.arange(length) < length // 2, -100)
         with torch._dynamo.config.patch(error_on_recompile=length == 40):
-            model(ids, targets).backward()
+            ours = [model(ids, targets)]
+            ours[0].backward()
             with torch.no_grad():
-                ours = model(ids, targets)
+                ours += [model(ids, targets)] if method == "full" else []
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            torch.testing.assert_close(ours, model(ids, targets))
+            torch.testing.assert_close(ours, [model(ids, targets)] * len(ours))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, when its compiler is imported
@@ -227,7 +228,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4).add_(torch.randn(parameter.shape) * 0.1)
-    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(23)]
+    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(12)]
 
     def alone(**options):
         return [list(sample.generate(model, prompt, 250, 40, temperature=0.0, **options))
@@ -240,7 +241,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     wanted = alone(stop=stop)
     lengths = [len(answer) for answer in wanted]
     assert len(set(lengths)) > 3 and max(lengths) == 40 and min(lengths) < 12
-    for batch in (1, 7, 23):
+    for batch in (1, 5, 12):
         assert sample.greedy(model, many, 250, 40, stop, batch) == wanted
     model.compile_parts()  # as in a run on a GPU: generating compiles nothing
     torch._dynamo.utils.counters.clear()
