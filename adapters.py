@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
 SCALE = r"(?=[\d.]*[1-9])\d{1,300}(\.\d+)?(e[+-]\d+)?"
 CHECKS = {key: check for keys, *check in (
     ("peft_type", '"LORA"|"MORA"'),
-    ("use_rslora use_dora use_mora fan_in_fan_out inference_mode", "true|false"),
+    ("use_rslora use_dora use_mora fan_in_fan_out", "true|false"),
     ("operator", "|".join(map(json.dumps, mora.OPERATORS))),
     ("groups", "|".join(map(json.dumps, mora.GROUPS))),
     ("mora_type", "|".join(map(str, AUTHORS_TYPES))),
@@ -49,16 +49,13 @@ CHECKS = {key: check for keys, *check in (
     ("lora_alpha", SCALE, "a finite number above 0"),
     ("rank_pattern", rf"{{({TEXT}: {COUNT}(, )?)*}}", "an object of whole numbers from 1 to 99999"),
     ("alpha_pattern", rf"{{({TEXT}: {SCALE}(, )?)*}}", "an object of finite numbers above 0"),
-    ("base_model_name_or_path task_type", TEXT, "text"),
+    ("base_model_name_or_path", TEXT, "text"),
     # other values change the biases or the base model itself
     ("bias", '"none"'),
     ("init_lora_weights", 'true|false|"gaussian"|"eva"|"orthogonal"'),
-    # not read: the tensors name the layers
-    ("target_modules exclude_modules layers_pattern", rf"{TEXT}|\[({TEXT}(, )?)*\]",
-     "text or a list of texts"),
-    ("layers_to_transform", r"\d+|\[(\d+(, )?)*\]", "a whole number or a list of them"),
-    # these do not change the trained function
-    ("lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
+    # not read: the tensors name the layers, and the others do not change the trained function
+    ("target_modules exclude_modules layers_pattern layers_to_transform task_type inference_mode "
+     "lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
      "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config", ".*"),
 ) for key in keys.split()}
 AUTHORS_CHECKS = CHECKS | {"peft_type": ['"LORA"'], "use_dora": ["false"]}  # with use_mora
@@ -79,12 +76,11 @@ def read_config(folder):
         must_be = words[0] if words else form.replace("|", " or ")
         need(re.fullmatch(form, text) or text == "null" and key not in needed,
              f"{file}: {key} must be {must_be}, got {text[:80]}")
-    for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
-        texts = config.get(key) or ()
-        for text in [texts] if isinstance(texts, str) else texts:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for text in config.get(key) or ():
             with as_user_error(f"{file}: {key} holds {text!r:.80}, which is no regular expression",
                                re.error, OverflowError, RecursionError):
-                re.compile(LAST_PARTS.format(text) if key.endswith("pattern") else text)
+                re.compile(LAST_PARTS.format(text))
     return config
 
 
@@ -157,9 +153,11 @@ def options_of(name, layer):
 # ---- read
 
 def read_tensors(file):
-    """{name: tensor} of a safetensors file."""
-    with as_user_error(f"{file} cannot be read", OSError, SafetensorError):
-        return load_file(file)
+    """({name: tensor}, metadata) of a safetensors file."""
+    broken = as_user_error(f"{file} cannot be read", OSError, SafetensorError)
+    with broken, safe_open(file, "pt") as opened:
+        names, metadata = opened.keys(), opened.metadata() or {}
+        return {name: opened.get_tensor(name) for name in names}, metadata
 
 
 def read(folder):
@@ -168,7 +166,7 @@ def read(folder):
     config, file = read_config(folder), folder / "adapter_model.safetensors"
     need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
          "adapter_model.bin, which is not read: save with safe_serialization=True")
-    layers, tensors = {}, read_tensors(file)
+    layers, (tensors, metadata) = {}, read_tensors(file)
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         need(key and name.startswith(PREFIX), f"{file}: {name} is no part of an adapter of linear "
@@ -182,8 +180,6 @@ def read(folder):
         B = matrices.pop("B", None)  # the fork saves lora_A there again
         need(B is None or torch.equal(B, matrices.get("A", B)),
              f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
     text = metadata.get("mora")
     if text and metadata.get("crc32") == checksum(text, tensors.values()):
         config = json.loads(text) | {"from_lora": True}  # nobody changed it since as_lora
@@ -216,23 +212,17 @@ def base_of(folder, base=None):
                     "here: name one with --base=...")
 
 
-def load(model, folder):
+@torch.no_grad()
+def load(model, folder, freeze=True, exclude=()):
     """Adapt a plain torch model with the adapter of a folder, in place; returns the model.
 
-    The updates train and the rest is frozen, as after mora.adapt; dropout is off. See `attach`.
+    The updates train, without dropout; freeze: nothing else does. exclude: layers whose weight the
+    model reads itself, as model.py's loss does with lm_head. Raises UserError for a folder that
+    does not fit the model.
     """
     need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
-    return attach(model.requires_grad_(False), Path(folder), exclude=())
-
-
-@torch.no_grad()
-def attach(model, folder, exclude=("lm_head",)):
-    """Adapt a plain model with the adapter of a folder, in place; returns the model.
-
-    exclude: layers whose weight the model reads itself, as model.py's loss does with lm_head.
-    Raises UserError for a folder that does not fit the model.
-    """
-    (config, layers), linears = read(folder), mora.find_linears(model)
+    folder, linears = Path(folder), mora.find_linears(model)
+    config, layers = read(folder)
     need(not config.get("fan_in_fan_out") or any(map(mora.is_transposed, linears.values())),
          f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
     for name in layers:
@@ -240,6 +230,8 @@ def attach(model, folder, exclude=("lm_head",)):
              "layer of the base model's blocks: is it of another base model?")
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, {name: linears[name] for name in layers})
+    if freeze:
+        model.requires_grad_(False)
     for name, tensors in layers.items():
         with as_user_error(f"{folder}: {name}", ValueError), linears[name].weight.device:
             update = update_of(config, name, linears[name])
@@ -287,10 +279,9 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
 
     rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise every dW
     is cut to this rank by an SVD. All layers get the largest rank, filled with zeros, and scale 1:
-    not all tools that load LoRA take a rank or a scale per layer. base: as in `save`.
-
-    Returns {"rank": of the LoRA, "bytes": of its file, "error": the largest relative Frobenius
-    error of a layer's dW}. Raises UserError if the model has no MoRA, or no exact LoRA.
+    not all tools read a rank or a scale per layer. Returns {"rank": of the LoRA, "bytes": of its
+    file, "error": the largest relative Frobenius error of a dW}. Raises UserError if the model has
+    no MoRA, or no exact LoRA.
     """
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
@@ -339,28 +330,21 @@ def restore(square, tensors):
 # second copy as lora_B. Its maps differ from mora.py's where r^ does not divide the features: the
 # last piece of the inputs is filled with the first inputs again, where mora.py pads with zeros.
 
-def authors_r_hat(rank, in_features, out_features, mora_type):
-    """Their width: sqrt(rank (in + out)) rounded to nearest; even for type 6."""
-    width = int(math.sqrt((in_features + out_features) * rank) + 0.5)
-    return width - width % 2 if mora_type == 6 else width
-
-
 class AuthorsSquare(nn.Module):
-    """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. Raises
-    ValueError for a width on which their forward fails."""
+    """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. r^ is
+    sqrt(rank (in + out)), rounded to nearest. Raises ValueError where their forward fails."""
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()
         (groups_in, groups_out), rotates = AUTHORS_TYPES[mora_type], mora_type == 6
-        width = authors_r_hat(rank, in_features, out_features, mora_type)
+        width = int(math.sqrt((in_features + out_features) * rank) + 0.5)
+        width -= width % 2 if rotates else 0
         pieces_in, pieces_out = -(-in_features // width), -(-out_features // width)
-        self.in_features, filled = in_features, in_features
-        if groups_in == "strided":
-            filled = pieces_in * width
-            if filled > 2 * in_features:
-                raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once "
-                                 f"and cannot fill r^ = {width} of them")
-        self.A = nn.Parameter(torch.zeros(width, width))
+        filled = pieces_in * width if groups_in == "strided" else in_features
+        if filled > 2 * in_features:
+            raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once and "
+                             f"cannot fill r^ = {width} of them")
+        self.in_features, self.A = in_features, nn.Parameter(torch.zeros(width, width))
         blocks = pieces_in if rotates else 1
         self.fold_in = mora.Fold(filled, width, blocks, pieces_in, rotates, groups_in)
         self.fold_out = mora.Fold(out_features, width, blocks, pieces_out, False, groups_out)

@@ -152,7 +152,7 @@ def base_weights(folder):
              f"{str(weight_map)[:60]}")
     weights = {}
     for file in sorted(set(files)):
-        weights |= read_tensors(folder / file)
+        weights |= read_tensors(folder / file)[0]
     return weights
 
 
@@ -419,7 +419,7 @@ def load(path, base=None, best=False):
         path = steps_of(path)[-1]
     if (path / "adapter_config.json").exists():
         model, tok = read_hugging_face(adapters.base_of(path, base))
-        return adapters.attach(model, path), tok, path
+        return adapters.load(model, path, freeze=False, exclude=("lm_head",)), tok, path
     need(not base, f"{path} is no adapter folder (it has no adapter_config.json), so it takes no "
          f"base, got {base}")
     if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
@@ -432,7 +432,7 @@ def load(path, base=None, best=False):
         verify(path, resuming=False)
     model, tok = read_hugging_face(path / "base")
     if (path / "adapter").is_dir():
-        model = adapters.attach(model, path / "adapter")
+        model = adapters.load(model, path / "adapter", freeze=False, exclude=("lm_head",))
     return model, tok, path
 
 

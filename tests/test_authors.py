@@ -78,7 +78,7 @@ WIDTHS = [(5, 105, 100, 1, 32), (8, 4096, 4096, 6, 256), (8, 4096, 11008, 1, 348
 
 @pytest.mark.parametrize("rank, k, d, kind, width", WIDTHS)
 def test_their_widths(rank, k, d, kind, width):
-    assert adapters.authors_r_hat(rank, k, d, kind) == width
+    assert len(adapters.AuthorsSquare(k, d, rank, kind).A) == width
 
 
 @pytest.mark.parametrize("kind", (1, 4, 6))
@@ -103,7 +103,7 @@ def write_authors_adapter(folder, base, kind):
     matrices, tensors = {}, {}
     for name, weight in load_file(base / "model.safetensors").items():
         if "self_attn.v_proj" in name or "up_proj" in name:
-            r = adapters.authors_r_hat(3, weight.shape[1], weight.shape[0], kind)
+            r = len(adapters.AuthorsSquare(*weight.shape[::-1], 3, kind).A)
             M = torch.randn(r, r, generator=torch.Generator().manual_seed(r))
             layer = "base_model.model." + name.removesuffix(".weight")
             tensors |= {f"{layer}.lora_A.weight": M, f"{layer}.lora_B.weight": M.clone()}
