@@ -10,8 +10,8 @@ the share of right digits; where each reference names a number after ####, wheth
 """
 import json
 import math
+import os
 import re
-from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
@@ -55,23 +55,19 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
             "tokens": int(count)}
 
 
-def prompt_and_reference(samples, i, end):
-    """(prompt ids, reference ids) of sample i, without the end-of-text id `end`: what precedes the
-    first learned token, and the first learned part."""
-    ids, learned = (part.tolist() for part in samples.sample(i))
-    first = learned.index(True)
-    after = [*learned, False].index(False, first)
-    return ids[:first], [token for token in ids[first:after] if token != end]
-
-
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     """[{"question", "answer", "reference"}]: greedy answers to the prompts of a split, as texts.
 
-    limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
+    A prompt ends before the first learned token of a sample; the reference is the first learned
+    part. limit: the first samples, 0: all. max_new_tokens 0: one more than the longest reference.
     """
-    count = len(samples.lengths)
-    prompts, references = zip(*(prompt_and_reference(samples, i, tok.eos_id)
-                                for i in range(min(limit or count, count))), strict=True)
+    prompts, references = [], []
+    for i in range(len(samples.lengths[:limit or None])):
+        ids, learned = (part.tolist() for part in samples.sample(i))
+        first = learned.index(True)
+        after = [*learned, False].index(False, first)
+        prompts.append(ids[:first])
+        references.append([token for token in ids[first:after] if token != tok.eos_id])
     written = greedy(model, prompts, min(tok.vocab_size, model.cfg.vocab_size),
                      max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
     opening = tok.decode(tok.bos_ids)
@@ -81,25 +77,20 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
 
 
 def scores(records, style):
-    """{"answers": count, "exact", "digits" (of style "uuid") or "numbers": shares}.
-
-    records: of answers(). style: the format of the samples.
-    """
+    """{"answers": count, "exact", "digits" (of style "uuid") or "numbers": shares} of answers().
+    style: the format of the samples."""
     pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
     result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
     if style == "uuid":
         result["digits"] = fmean(right_digits(a, b) for a, b in pairs)
     elif all("####" in b for _, b in pairs):
-        result["numbers"] = fmean(number(b) is not None and number(a) == number(b)
-                                  for a, b in pairs)
+        result["numbers"] = fmean(number(a) == number(b) is not None for a, b in pairs)
     return result
 
 
 def right_digits(answer, reference):
-    """The share of a UUID's 32 hex digits that are right at their position; hyphens do not count.
-
-    A UUID drawn at random scores 9.8 %: one digit is always 4, another one of four.
-    """
+    """The share of a UUID's 32 hex digits that are right at their position, without the hyphens.
+    A UUID drawn at random scores 9.8 %: one digit is always 4, another one of four."""
     answer, reference = (text.strip().replace("-", "") for text in (answer, reference))
     return sum(a == b for a, b in zip(answer, reference, strict=False)) / len(reference)
 
@@ -141,11 +132,10 @@ def main(argv):
     merge_for_reading(model)
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
+        with open(args.out or os.devnull, "w") as file:  # opened first: answers take long
             records = answers(model, tok, tokens, args.batch or 512, args.limit,
                               args.max_new_tokens)
-            if file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(record) + "\n" for record in records)
         result = scores(records, tokens.format)
     else:
         window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings

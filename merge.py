@@ -36,8 +36,7 @@ def merged_model(model, folder):
     merged = mora.merge(copy.deepcopy(model))
     for _, layer in mora.adapted_layers(model):
         layer.merges = False  # compute W x + U(x) by the operator's maps, independent of the sum
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=generator)
+    ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     logits = model(ids)
     difference, scale = (logits - merged(ids)).abs().max().item(), logits.abs().max().item()
     need(difference <= 1e-3 * max(1.0, scale),
@@ -54,20 +53,15 @@ def written_whole(target):
          f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
-    new = beside / "new"
-    try:
-        with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
-            beside.mkdir(parents=True, exist_ok=True)
-            with lock(beside, f"merging into {target}"):
-                try:
-                    shutil.rmtree(new, ignore_errors=True)  # of a killed process
-                    yield new
-                    os.replace(new, place)  # fails if target has been filled meanwhile
-                finally:
-                    shutil.rmtree(new, ignore_errors=True)
-    finally:
-        with contextlib.suppress(OSError):  # another process works in it
-            beside.rmdir()
+    with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
+        beside.mkdir(parents=True, exist_ok=True)
+        with lock(beside, f"merging into {target}"):
+            try:
+                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
+                yield beside / "new"
+                os.replace(beside / "new", place)  # fails if target has been filled meanwhile
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
 
 
 def main(argv):

@@ -42,21 +42,18 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
              generator=None):
     """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache.
 
-    vocab_size: ids from here on are never drawn. temperature 0: the likeliest token. top_k: draw
-    among the top_k likeliest, 0 for all. stop: the token that ends the text; it is not yielded.
-    generator: a CPU torch.Generator.
+    vocab_size: ids from here on are never drawn. temperature 0: the likeliest. top_k: draw among so
+    many, 0: all. stop: the token that ends the text, not yielded. generator: a CPU torch.Generator.
     """
     cache = model.new_cache()
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()
-        if top_k:
-            smallest = logits.topk(min(top_k, len(logits))).values[-1]
-            logits = logits.masked_fill(logits < smallest, -torch.inf)
-        token = logits.argmax()
+        likeliest = logits.topk(min(top_k or len(logits), len(logits)))
+        token = likeliest.indices[0]
         if temperature:
-            probabilities = torch.softmax(logits / temperature, -1)
-            token = torch.multinomial(probabilities, 1, generator=generator)
+            probabilities = torch.softmax(likeliest.values / temperature, -1)
+            token = likeliest.indices[torch.multinomial(probabilities, 1, generator=generator)]
         if token == stop:
             return
         yield int(token)
@@ -66,21 +63,20 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
 def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
     """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
-    answers = {}
-    for first in range(0, len(prompts), batch):
-        rows = order[first:first + batch]
-        answers |= zip(rows, greedy_batch(model, [prompts[i] for i in rows], vocab_size,
-                                          max_new_tokens, stop), strict=True)
-    return [answers[i] for i in range(len(prompts))]
+    answers = []
+    for first in range(0, len(order), batch):
+        rows = [prompts[i] for i in order[first:first + batch]]
+        answers += greedy_batch(model, rows, vocab_size, max_new_tokens, stop)
+    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
 
 @torch.no_grad()
 def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     """greedy() of one batch, without padding and without a mask: all rows advance in lockstep.
 
-    The first forward pass reads as many tokens as the shortest prompt has; each later pass reads
-    one position. At a position inside its prompt a row takes the prompt's token, after it the
-    likeliest token. Once at least half of the rows have ended, these leave the batch.
+    The first forward pass reads as many tokens as the shortest prompt has, each later pass one. At
+    a position inside its prompt a row takes the prompt's token, after it the likeliest. Once half
+    of the rows have ended, these leave the batch.
     """
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
@@ -114,12 +110,8 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
 
 
 def chat_ids(tok, messages):
-    """The ids of a chat [{"role", "content"}], up to where the next answer begins.
-
-    Without a template these are the ids of training on Tulu's format: of a sample with an empty
-    answer, without the end-of-text after it.
-    """
-    if not tok.chat_template:
+    """The ids of a chat [{"role", "content"}], up to where the next answer begins."""
+    if not tok.chat_template:  # as in training on Tulu's format: an empty answer, no end-of-text
         empty_answer = {"role": "assistant", "content": ""}
         words, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
         return [word & (sft.FIRST - 1) for word in words[:-1]]
