@@ -9,7 +9,6 @@ The tensors say which layers are adapted; the config says how. `save`, `load` an
 any torch model.
 """
 import json
-import math
 import os
 import re
 import zlib
@@ -29,10 +28,6 @@ BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folde
 PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
         "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
-# {mora_type of the fork of MoRA's authors: (groups of the inputs, of the outputs)}; 6 is rotate
-AUTHORS_TYPES = {1: ("strided", "strided"), 2: ("contiguous", "contiguous"),
-                 3: ("contiguous", "strided"), 4: ("strided", "contiguous"),
-                 6: ("strided", "strided")}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -42,7 +37,7 @@ CHECKS = {key: check for keys, *check in (
     ("use_rslora use_dora use_mora fan_in_fan_out", "true|false"),
     ("operator", "|".join(map(json.dumps, mora.OPERATORS))),
     ("groups", "|".join(map(json.dumps, mora.GROUPS))),
-    ("mora_type", "|".join(map(str, AUTHORS_TYPES))),
+    ("mora_type", "1|2|3|4|6"),  # of the fork of MoRA's authors
     ("seed", r"-?\d+", "a whole number"),
     ("cycle", r"\d+", "a whole number from 0"),
     ("r", COUNT, "a whole number from 1 to 99999"),
@@ -161,9 +156,10 @@ def read_tensors(file):
 
 
 def read(folder):
-    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS. Raises
+    """(config, {layer: {name of a parameter of its update: tensor}}) of an adapter folder. Raises
     UserError for a file that cannot be read and for what is not implemented or not finite."""
     config, file = read_config(folder), folder / "adapter_model.safetensors"
+    inner = "inner." if config.get("use_dora") else ""
     need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
          "adapter_model.bin, which is not read: save with safe_serialization=True")
     layers, (tensors, metadata) = {}, read_tensors(file)
@@ -174,7 +170,7 @@ def read(folder):
         need(tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
-        layers.setdefault(layer, {})[key] = tensor
+        layers.setdefault(layer, {})[key if key == "magnitude" else inner + key] = tensor
     need(layers, f"{file} holds no tensors, so it adapts nothing")
     for name, matrices in layers.items() if config.get("use_mora") else ():
         B = matrices.pop("B", None)  # the fork saves lora_A there again
@@ -194,10 +190,8 @@ def checksum(text, tensors):
 
 def weights(folder):
     """{name of mora.adapter_parameters: tensor} of an adapter folder."""
-    config, layers = read(folder)
-    inner = "inner." if config.get("use_dora") else ""
-    return {f"{layer}.update.{'' if key == 'magnitude' else inner}{key}": tensor
-            for layer, tensors in layers.items() for key, tensor in tensors.items()}
+    return {f"{layer}.update.{key}": tensor for layer, tensors in read(folder)[1].items()
+            for key, tensor in tensors.items()}
 
 
 def base_of(folder, base=None):
@@ -223,8 +217,6 @@ def load(model, folder, freeze=True, exclude=()):
     need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
     folder, linears = Path(folder), mora.find_linears(model)
     config, layers = read(folder)
-    need(not config.get("fan_in_fan_out") or any(map(mora.is_transposed, linears.values())),
-         f"{folder}: fan_in_fan_out is of models with transposed weights (GPT-2)")
     for name in layers:
         need(name in linears and name not in exclude, f"{folder} adapts {name}, which is no linear "
              "layer of the base model's blocks: is it of another base model?")
@@ -240,14 +232,8 @@ def load(model, folder, freeze=True, exclude=()):
             mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
         if "from_lora" in config:
             restore(update, tensors)
-        parameters = {key.removeprefix("inner."): parameter
-                      for key, parameter in layer.update.named_parameters()}
-        given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
-                         for each in (tensors, parameters))
-        need(given == needed, f"{folder}: {name} has tensors of the shapes {given}, but here it "
-             f"takes {needed}: is it of another base model?")
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+        with as_user_error(f"{folder}: {name} does not fit the base model", RuntimeError):
+            layer.update.load_state_dict(tensors)
         model.set_submodule(name, layer)
     mora.save_pretrained_merged(model)
     return model
@@ -315,13 +301,12 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
 
 def restore(square, tensors):
     """Replace the A and B that as_lora made of a Square by its M, unless the features differ."""
-    if (tensors["A"].shape[1], len(tensors["B"])) == (square.fold_in.features,
-                                                      square.fold_out.features):
-        rows = torch.arange(1.0, len(square.M) + 1, device=square.M.device)
-        row_of_output = square.fold_out.adjoint(rows[None])  # 0: of none
-        first_output = (row_of_output == rows[:, None]).int().argmax(1).cpu()
-        tensors["M"] = tensors.pop("B")[first_output, :len(rows)]
-        del tensors["A"]
+    (A_name, A), (B_name, B) = sorted(tensors.items())[:2]  # then comes the magnitude of DoRA
+    if (A.shape[1], len(B)) == (square.fold_in.features, square.fold_out.features):
+        B = B.to(square.M.device, torch.float64)  # sums of equal float32 numbers are exact
+        sums, counts = square.fold_out(B.T)[:, 0], square.fold_out(torch.ones_like(B[:, 0]))[0]
+        tensors[A_name.replace("A", "M")] = (sums / counts.clamp_min(1)).T[:, :len(counts)]
+        del tensors[A_name], tensors[B_name]
 
 
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
@@ -336,8 +321,10 @@ class AuthorsSquare(nn.Module):
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()
-        (groups_in, groups_out), rotates = AUTHORS_TYPES[mora_type], mora_type == 6
-        width = int(math.sqrt((in_features + out_features) * rank) + 0.5)
+        groups_in = "contiguous" if mora_type in (2, 3) else "strided"
+        groups_out = "contiguous" if mora_type in (2, 4) else "strided"
+        rotates = mora_type == 6
+        width = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
         width -= width % 2 if rotates else 0
         pieces_in, pieces_out = -(-in_features // width), -(-out_features // width)
         filled = pieces_in * width if groups_in == "strided" else in_features

@@ -39,9 +39,8 @@ def merged_model(model, folder):
     ids = torch.randint(model.cfg.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     logits = model(ids)
     difference, scale = (logits - merged(ids)).abs().max().item(), logits.abs().max().item()
-    need(difference <= 1e-3 * max(1.0, scale),
-         f"merged and adapted logits differ by {difference:.2g} (logits up to {scale:.2g}): "
-         f"nothing was written; is {folder} damaged?")
+    need(difference <= 1e-3 * max(1.0, scale), f"merged and adapted logits (up to {scale:.2g}) "
+         f"differ by {difference:.2g}: nothing was written; is {folder} damaged?")
     return merged, difference
 
 
@@ -76,8 +75,7 @@ def main(argv):
     add("--rank", type=at_least(1), default=0, help="of --as_lora, by an SVD; default: exact")
     args = parser.parse_args(argv)
     need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
-    need(args.target or not args.as_lora,
-         "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
+    need(args.target or not args.as_lora, "--as_lora needs a TARGET folder: name one")
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
     target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
     base = (folder / "base").resolve()

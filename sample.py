@@ -7,9 +7,9 @@
 A chat has the format of the model's chat template, or of Tulu where it has none, as in training.
 Ctrl-D ends it. evaluate.py uses greedy(), which answers many prompts at once.
 """
-import contextlib
 import sys
 import time
+from contextlib import suppress
 
 from config import (  # before torch: Ctrl-C; isort: skip
     Arguments, as_user_error, at_least, command_line, need)
@@ -123,11 +123,9 @@ def chat_ids(tok, messages):
 def chat(write, tok, system):
     """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
     messages = [{"role": "system", "content": system}] if system else []
-    prompt = "> " if sys.stdin.isatty() else ""
-    not_text = as_user_error("standard input is no text", UnicodeDecodeError)
-    with contextlib.suppress(EOFError), not_text:
+    with suppress(EOFError), as_user_error("standard input is no text", UnicodeDecodeError):
         while True:
-            line = input(prompt)
+            line = input("> " if sys.stdin.isatty() else "")
             if line.strip():
                 messages.append({"role": "user", "content": line})
                 answer = write(chat_ids(tok, messages))
@@ -149,8 +147,7 @@ def main(argv):
     add("--seed", type=at_least(0), default=0)
     add("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a tokenizer.json")
     args = parser.parse_args(argv)
-    need(not (args.chat and args.prompt),
-         "--chat reads messages from standard input: leave out --prompt")
+    need(not args.chat or not args.prompt, "--chat reads standard input: leave out --prompt")
     need(args.chat or not args.system, "--system is the first message of a chat: add --chat")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok

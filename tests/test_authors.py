@@ -61,7 +61,7 @@ SHAPES = [(70, 50, 12), (50, 130, 12), (24, 24, 6), (24, 48, 8), (48, 24, 16), (
           (80, 16, 14), (20, 22, 20), (20, 60, 26), (12, 9, 16)]
 
 
-@pytest.mark.parametrize("kind", adapters.AUTHORS_TYPES)
+@pytest.mark.parametrize("kind", (1, 2, 3, 4, 6))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_delta_is_their_forward(kind, shape):
     k, d, r = shape

@@ -459,7 +459,8 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B, M = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight", f"{Q_PROJ}.mora_M.weight"
 PAIR_OF_2 = {A: torch.ones(2, 16), B: torch.ones(16, 2)}
 NAMED = {"base_model_name_or_path": "../base", "r": 2}
-MERGE, NAN, SHAPES = "a out", float("nan"), "q_proj has tensors of the shapes {"
+MERGE, NAN = "a out", float("nan")
+UNFIT = "q_proj does not fit the base model: Error(s) in loading state_dict for "
 
 
 def folder(config, tensors):
@@ -481,6 +482,12 @@ def authors(second_copy=1.0, **changes):
     config = {"peft_type": "LORA", "lora_alpha": 4, "use_mora": True, "mora_type": 1}
     return folder(config | NAMED | changes,
                   {A: torch.ones(8, 8), B: torch.full((8, 8), second_copy)})
+
+
+def sizes(key, given, needed):
+    """torch's words for a tensor of another shape."""
+    return (f"size mismatch for {key}: copying a param with shape torch.Size({given}) from "
+            f"checkpoint, the shape in current model is torch.Size({needed})")
 
 
 def base_with(**changes):
@@ -518,7 +525,7 @@ WRONG_VALUES = [
 ADAPTERS = [
     *[(files, MERGE, None, 0) for files in (
         lora(), square(), authors(), lora(bias=None, target_modules="q_proj|v", loftq_config={}),
-        lora(target_modules="(", layers_to_transform=[0.5], task_type=1),  # not read
+        lora(target_modules="(", layers_to_transform=[0.5], fan_in_fan_out=True),  # not read
         lora(rank_pattern={"x": 1}, alpha_pattern={r".*\.q_proj": 1e-5}), base_with())],
     # values of adapter_config.json
     *[(form(**{key: value}), MERGE, f"a/adapter_config.json: {key} must be {must_be}, got "
@@ -535,10 +542,9 @@ ADAPTERS = [
     (lora(base_model_name_or_path="n" * 5000), MERGE, "name one with --base=", 2),
     (lora(base_model_name_or_path="a\0b"), MERGE, "name one with --base=", 2),
     (lora(base_model_name_or_path=None), MERGE, "name one with --base=", 2),
-    (lora(fan_in_fan_out=True), MERGE, "a: fan_in_fan_out is of models with transposed", 2),
-    (lora(r=3), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here it takes {'A': [3, 16]", 2),
-    (lora(use_dora=True), MERGE, SHAPES + "'A': [2, 16], 'B': [16, 2]}, but here", 2),
-    (square(r=99999), MERGE, SHAPES + "'M': [8, 8]}, but here it takes {'M': [1788, 1788]}", 2),
+    (lora(r=3), MERGE, f"{UNFIT}LowRank: {sizes('A', [2, 16], [3, 16])}", 2),
+    (lora(use_dora=True), MERGE, f'{UNFIT}Rescaled: Missing key(s) in state_dict: "magnitude"', 2),
+    (square(r=99999), MERGE, f"{UNFIT}Square: {sizes('M', [8, 8], [1788, 1788])}", 2),
     # adapter_config.json as a whole
     *[(lora() | {"a/adapter_config.json": content}, MERGE, f"a/adapter_config.json {line}", 2)
       for content, line in (
@@ -552,9 +558,11 @@ ADAPTERS = [
           (b"", ""), (b"garbage", ""), (save(PAIR_OF_2)[:-9], ""), (save(PAIR_OF_2)[:40], ""),
           (save(PAIR_OF_2) + b"x", ""), (b"\xff" * 90, ""), (b"\x02" + b"\0" * 7 + b"[]", ""))],
     *[(lora(PAIR_OF_2 | tensors), MERGE, line, 2) for tensors, line in (
-        ({A: torch.ones(3, 16)}, SHAPES + "'A': [3, 16]"), ({A: torch.ones(16, 2)}, SHAPES),
-        ({A: torch.ones(2)}, SHAPES), ({B: torch.ones(17, 2)}, SHAPES),
-        ({M: torch.ones(8, 8)}, SHAPES),
+        ({A: torch.ones(3, 16)}, f"{UNFIT}LowRank: {sizes('A', [3, 16], [2, 16])}"),
+        ({A: torch.ones(16, 2)}, f"{UNFIT}LowRank: {sizes('A', [16, 2], [2, 16])}"),
+        ({A: torch.ones(2)}, f"{UNFIT}LowRank: {sizes('A', [2], [2, 16])}"),
+        ({B: torch.ones(17, 2)}, f"{UNFIT}LowRank: {sizes('B', [17, 2], [16, 2])}"),
+        ({M: torch.ones(8, 8)}, f'{UNFIT}LowRank: Unexpected key(s) in state_dict: "M"'),
         ({A: torch.full((2, 16), NAN)}, f"{A} (torch.float32) must hold finite real numbers"),
         ({B: torch.full((16, 2), -float("inf"))}, f"{B} (torch.float32) must hold finite"),
         ({A: torch.ones(2, 16, dtype=torch.int32)}, f"{A} (torch.int32) must hold finite real"),
@@ -562,7 +570,7 @@ ADAPTERS = [
         ({f"{Q_PROJ}.weight": torch.ones(16, 16)}, "weight is no part of an adapter"),
         ({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 16)}, "a adapts lm_head, which"),
         ({A.replace("layers.0", "layers.1"): torch.ones(2, 16)}, "adapts model.layers.1.self_"))],
-    (lora({A: PAIR_OF_2[A]}), MERGE, SHAPES + "'A': [2, 16]}, but here it takes {'A'", 2),
+    (lora({A: PAIR_OF_2[A]}), MERGE, f'{UNFIT}LowRank: Missing key(s) in state_dict: "B"', 2),
     (lora({}), MERGE, "holds no tensors, so it adapts nothing", 2),
     *[({"a/adapter_config.json": lora()["a/adapter_config.json"], file: "x"}, MERGE, line, 2)
       for file, line in (
