@@ -57,6 +57,7 @@ AUTHORS_CHECKS = CHECKS | {"peft_type": ['"LORA"'], "use_dora": ["false"]}  # wi
 NOT_IMPLEMENTED = r'false|0|""|\[\]|{}', "left out: it is not implemented"
 NEEDED = {"LORA": ("peft_type", "r", "lora_alpha"),
           "MORA": ("r", "operator", "groups", "seed", "cycle")}  # the others may be null or missing
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # what layers have instead
 LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
 
 
@@ -71,9 +72,9 @@ def read_config(folder):
         must_be = words[0] if words else form.replace("|", " or ")
         need(re.fullmatch(form, text) or text == "null" and key not in needed,
              f"{file}: {key} must be {must_be}, got {text[:80]}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for text in config.get(key) or ():
-            with as_user_error(f"{file}: {key} holds {text!r:.80}, which is no regular expression",
+    for pattern in PATTERNS.values():
+        for text in config.get(pattern) or ():
+            with as_user_error(f"{file}: {pattern} holds {text!r:.80}, no regular expression",
                                re.error, OverflowError, RecursionError):
                 re.compile(LAST_PARTS.format(text))
     return config
@@ -109,40 +110,34 @@ def write(folder, config, updates, metadata=None):
 
 def config_of(model, base=None):
     """The adapter_config.json of an adapted model, a dict; see `save`."""
-    options = {name: options_of(name, layer) for name, layer in mora.adapted_layers(model)}
-    need(options, "the model has no adapted layers to save")
-    config = {}
-    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        values = {name: each.pop(key) for name, each in options.items() if key in each}
+    config, ranks, alphas = {}, {}, {}
+    for name, layer in mora.adapted_layers(model):
+        dora = isinstance(layer.update, Rescaled)
+        update = layer.update.inner if dora else layer.update
+        need(isinstance(update, mora.Square | LowRank), f"{name}: an update of the kind "
+             f"{type(update).__name__} has no adapter format: merge the model and save all of it")
+        own = {"use_dora": dora, "lora_dropout": layer.dropout, "fan_in_fan_out": layer.transposed}
+        if isinstance(update, mora.Square):
+            own |= {"peft_type": "MORA", **layer.get_extra_state()}
+        else:
+            own |= {"peft_type": "LORA", "use_rslora": update.rslora}
+            alpha = update.alpha or update.rank  # alpha 0 is scale 1
+            alphas[name] = int(alpha) if alpha == int(alpha) else alpha
+        ranks[name], config = update.rank, config or own
+        need(own == config, f"one adapter folder cannot hold layers with {config} and {own}")
+    need(config, "the model has no adapted layers to save")
+    for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
             config[key] = largest = max(values.values())
-            config[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()
-                               if value != largest}
-    first, *others = options.values()
-    for other in others:
-        need(other == first, f"one adapter folder cannot hold layers with {first} and {other}")
-    last_parts = {name.rpartition(".")[2] for name in options}
+            config[PATTERNS[key]] = {f"^{re.escape(name)}": value for name, value in values.items()
+                                     if value != largest}
+    last_parts = {name.rpartition(".")[2] for name in ranks}
     is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
     task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
-    return config | first | {
+    return config | {
         "base_model_name_or_path": base or getattr(model, "name_or_path", None),
-        "target_modules": sorted(options if is_ambiguous else last_parts),
+        "target_modules": sorted(ranks if is_ambiguous else last_parts),
         "task_type": task_type, "inference_mode": True, "bias": "none"}
-
-
-def options_of(name, layer):
-    """The keys of adapter_config.json that one adapted layer fixes."""
-    dora = isinstance(layer.update, Rescaled)
-    update = layer.update.inner if dora else layer.update
-    need(isinstance(update, mora.Square | LowRank), f"{name}: an update of the kind "
-         f"{type(update).__name__} has no adapter format: merge the model and save all of it")
-    options = {"r": update.rank, "use_dora": dora, "lora_dropout": layer.dropout,
-               "fan_in_fan_out": layer.transposed}
-    if isinstance(update, mora.Square):
-        return options | {"peft_type": "MORA", **layer.get_extra_state()}
-    alpha = update.alpha or update.rank  # alpha 0 is scale 1
-    return options | {"peft_type": "LORA", "use_rslora": update.rslora,
-                      "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
 
 
 # ---- read
@@ -211,8 +206,7 @@ def load(model, folder, freeze=True, exclude=()):
     """Adapt a plain torch model with the adapter of a folder, in place; returns the model.
 
     The updates train, without dropout; freeze: nothing else does. exclude: layers whose weight the
-    model reads itself, as model.py's loss does with lm_head. Raises UserError for a folder that
-    does not fit the model.
+    model reads itself, as model.py's loss does with lm_head. Raises UserError if they do not fit.
     """
     need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
     folder, linears = Path(folder), mora.find_linears(model)
@@ -241,17 +235,17 @@ def load(model, folder, freeze=True, exclude=()):
 
 def update_of(config, name, linear):
     """The update that a config describes for one layer, to be filled; DoRA's inner one."""
-    def value_of(key, pattern):  # of the first of peft's patterns that matches, else the default
-        matching = (value for text, value in (config.get(pattern) or {}).items()
+    def value_of(key):  # of the first of peft's patterns that matches, else the default
+        matching = (value for text, value in (config.get(PATTERNS[key]) or {}).items()
                     if re.fullmatch(LAST_PARTS.format(text), name))
         return next(matching, config[key])
 
-    shape = *mora.features_of(linear), value_of("r", "rank_pattern")
+    shape = *mora.features_of(linear), value_of("r")
     if config.get("use_mora"):
         return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
         return mora.Square(*shape, config["operator"], config["groups"])
-    return LowRank(*shape, value_of("lora_alpha", "alpha_pattern"), bool(config.get("use_rslora")))
+    return LowRank(*shape, value_of("lora_alpha"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA

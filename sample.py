@@ -151,8 +151,7 @@ def main(argv):
     need(args.chat or not args.system, "--system is the first message of a chat: add --chat")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
-    need(tok, f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another encoding of "
-         "tiktoken, bytes, or a folder with a tokenizer.json)")
+    need(tok, f"{folder} names no tokenizer: name one with --tokenizer (gpt2, bytes, a folder)")
     merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
 

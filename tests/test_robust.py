@@ -531,7 +531,7 @@ ADAPTERS = [
     *[(form(**{key: value}), MERGE, f"a/adapter_config.json: {key} must be {must_be}, got "
        f"{json.dumps(value)[:80]}", 2)
       for form, key, values, must_be in WRONG_VALUES for value in values],
-    *[(lora(**{key: value}), MERGE, f"a/adapter_config.json: {key} holds {text!r}, which is no "
+    *[(lora(**{key: value}), MERGE, f"a/adapter_config.json: {key} holds {text!r}, no "
        "regular expression: ", 2) for key, value, text in (
            ("rank_pattern", {"(": 2}, "("), ("alpha_pattern", {"[": 1}, "["),
            ("rank_pattern", {"a{99999999999}": 2}, "a{99999999999}"))],
