@@ -45,9 +45,8 @@ CHECKS = {key: check for keys, *check in (
     ("rank_pattern", rf"{{({TEXT}: {COUNT}(, )?)*}}", "an object of whole numbers from 1 to 99999"),
     ("alpha_pattern", rf"{{({TEXT}: {SCALE}(, )?)*}}", "an object of finite numbers above 0"),
     ("base_model_name_or_path", TEXT, "text"),
-    # other values change the biases or the base model itself
     ("bias", '"none"'),
-    ("init_lora_weights", 'true|false|"gaussian"|"eva"|"orthogonal"'),
+    ("init_lora_weights", 'true|false|"gaussian"|"eva"|"orthogonal"'),  # others change the base
     # not read: the tensors name the layers, and the others do not change the trained function
     ("target_modules exclude_modules layers_pattern layers_to_transform task_type inference_mode "
      "lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
@@ -146,8 +145,7 @@ def read_tensors(file):
     """({name: tensor}, metadata) of a safetensors file."""
     broken = as_user_error(f"{file} cannot be read", OSError, SafetensorError)
     with broken, safe_open(file, "pt") as opened:
-        names, metadata = opened.keys(), opened.metadata() or {}
-        return {name: opened.get_tensor(name) for name in names}, metadata
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
 
 
 def read(folder):
@@ -209,8 +207,7 @@ def load(model, folder, freeze=True, exclude=()):
     model reads itself, as model.py's loss does with lm_head. Raises UserError if they do not fit.
     """
     need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
-    folder, linears = Path(folder), mora.find_linears(model)
-    config, layers = read(folder)
+    (config, layers), linears = read(Path(folder)), mora.find_linears(model)
     for name in layers:
         need(name in linears and name not in exclude, f"{folder} adapts {name}, which is no linear "
              "layer of the base model's blocks: is it of another base model?")
@@ -259,9 +256,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
 
     rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise every dW
     is cut to this rank by an SVD. All layers get the largest rank, filled with zeros, and scale 1:
-    not all tools read a rank or a scale per layer. Returns {"rank": of the LoRA, "bytes": of its
-    file, "error": the largest relative Frobenius error of a dW}. Raises UserError if the model has
-    no MoRA, or no exact LoRA.
+    not all tools read them per layer. Returns {"rank", "bytes": of the file, "error": the largest
+    relative Frobenius error of a dW}. Raises UserError if there is no MoRA, or no exact LoRA.
     """
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
@@ -304,14 +300,12 @@ def restore(square, tensors):
 
 
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
-#
-# Its folders have peft_type LORA, use_mora true, a mora_type, and M under the name lora_A, with a
-# second copy as lora_B. Its maps differ from mora.py's where r^ does not divide the features: the
-# last piece of the inputs is filled with the first inputs again, where mora.py pads with zeros.
 
 class AuthorsSquare(nn.Module):
-    """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. r^ is
-    sqrt(rank (in + out)), rounded to nearest. Raises ValueError where their forward fails."""
+    """An update of theirs, between mora.py's folds: M (r^, r^), under the name lora_A, with a copy
+    as lora_B. r^ is sqrt(rank (in + out)), rounded to nearest. Where it does not divide the inputs,
+    their last piece is filled with the first inputs again (mora.py pads with zeros). Raises
+    ValueError where their forward fails."""
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()

@@ -4,9 +4,9 @@
     python evaluate.py out/60m_mora/merged data/c4_sample      any LLaMA in Hugging Face's format
     python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers --out=answers.jsonl   greedy answers
 
-The validation split is scored. Text: non-overlapping windows; each token is predicted once,
-end-of-text included. Samples: their learned tokens. Answers: whether the texts are equal; of UUIDs
-the share of right digits; where each reference names a number after ####, whether they are equal.
+Text is cut into windows that do not overlap: each token is predicted once, end-of-text included. Of
+samples the learned tokens are. Answers: whether the texts are equal, and the right digits of UUIDs
+or, where each reference names a number after ####, whether the numbers are equal.
 """
 import json
 import math
@@ -32,12 +32,11 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     """{"loss" (nats per token), "ppl", "bits_per_byte", "tokens"} of a model on a split.
 
     Every rank of `world` must call it, on the unwrapped model; all return the same mean over
-    tokens. limit: stop after this many tokens, 0 for all. Of samples the learned tokens count.
+    tokens, of samples over learned ones. limit: stop after this many tokens, 0: never.
     """
-    device = next(model.parameters()).device
-    sum_device = "cpu" if device.type == "mps" else device  # mps has no float64
-    totals = torch.zeros(2, dtype=torch.float64, device=sum_device)  # nats, tokens
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
+    # nats and tokens; mps has no float64
+    totals = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     model.eval()
     batches = every_sample_once if isinstance(tokens, Samples) else every_token_once
     for inputs, targets in batches(tokens, seq_len, batch, rank, world, limit):

@@ -87,8 +87,7 @@ def main(argv):
                     f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
-            weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
-            seq_len = checkpoint.trained_seq_len(folder)
+            weights, seq_len = merged.to(dtype).state_dict(), checkpoint.trained_seq_len(folder)
             checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
                 tok.export_files(new)

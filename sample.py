@@ -168,12 +168,9 @@ def main(argv):
 
     if args.chat:
         return chat(write, tok, args.system)
-    prompt = tok.encode(args.prompt).tolist()
-    if prompt[:1] != tok.bos_ids[:1]:
-        prompt = tok.bos_ids + prompt
     print(args.prompt, end="", flush=True)
     begun = time.time()
-    count = len(write(prompt))
+    count = len(write(tok.bos_ids + tok.encode_part(args.prompt).tolist()))
     print(f"\n[{count} tokens, {count / (time.time() - begun):.0f} tokens/s]")
 
 
