@@ -76,7 +76,7 @@ def as_user_error(where, *errors):
     try:
         yield
     except errors as error:
-        raise UserError(f"{where}: {one_line(error)}") from error
+        raise UserError(f"{where}: {one_line(error):.400}") from error
 
 
 def read_config(folder):

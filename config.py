@@ -59,10 +59,9 @@ def key(default, explanation, allowed=(), only=(), group=""):
     allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
     methods that can have the key. group: heading of the keys from here on.
     """
-    if only:
-        explanation = f"{', '.join(only)} only: {explanation}"
-    details = {"explanation": explanation, "allowed": allowed, "only": only, "group": group}
-    return dataclasses.field(default=default, metadata=details)
+    return dataclasses.field(default=default, metadata={
+        "explanation": f"{', '.join(only)} only: {explanation}" if only else explanation,
+        "allowed": allowed, "only": only, "group": group})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,7 @@ class Config:
                           ("float32", "bfloat16", "float8"))
     matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
     shard: bool = key(False, "a part of the weights, gradients and optimizer state per GPU (FSDP)")
-    checkpoint_blocks: bool = key(False, "keep the inputs of blocks alone, compute blocks again: "
-                                  "less memory, more time")
+    checkpoint_blocks: bool = key(False, "compute blocks again backward: less memory, more time")
     compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))
 
     def cycle(self, step):
@@ -186,10 +184,9 @@ def load(argv, default):
     _, values, variants = read_file(path)
     need(variants or variant is None, f"{path} has no variants, so it takes no second word, got "
          f"{variant!r}; overrides are written --key=value")
-    if variants and variant not in variants:
-        [guess] = difflib.get_close_matches(variant or "", variants, 1, 0.0)
-        raise UserError(f"{path} has variants, name one of {', '.join(variants)} (got "
-                        f"{variant or 'none'}): torchrun train.py {path} {guess}")
+    need(not variants or variant in variants, f"{path} has variants, name one of "
+         f"{', '.join(variants)}: torchrun train.py {path} NAME, got {variant}"
+         f"{hint(variant, variants)}")
     overrides = [read_override(word) for word in argv if word.startswith("-")]
     for name, value in [*variants.get(variant, {}).items(), *overrides]:
         values[name] = value
@@ -233,16 +230,15 @@ def read_file(path):
         place = error if isinstance(error, SyntaxError) else frames[-1]
         text = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{place.filename}, line {place.lineno}: {text}") from error
-    lines = (names.get("__doc__") or "").strip().splitlines()
     variants = names.pop("variants", {})
-    named = variants.items() if isinstance(variants, dict) else [(None, variants)]
-    need(all(isinstance(name, str) and isinstance(values, dict) for name, values in named),
+    need(isinstance(variants, dict) and all(isinstance(variant, str) and isinstance(own, dict)
+                                            for variant, own in variants.items()),
          f'variants in {path} must be {{"name": dict(key=value, ...), ...}}')
     values = {name: cast(name, value, f"in {path}") for name, value in names.items()
               if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     variants = {variant: {name: cast(name, value, f"in variant {variant!r} of {path}")
-                          for name, value in own.items()} for variant, own in named}
-    return lines[0] if lines else "", values, variants
+                          for name, value in own.items()} for variant, own in variants.items()}
+    return (names.get("__doc__") or "").strip().partition("\n")[0], values, variants
 
 
 def _shipped():
@@ -365,24 +361,23 @@ def conflicts(cfg):
 
 
 def schedule_warnings(cfg):
-    """Lines about restarts and warm-ups that do not fit into cfg.steps, which must be final."""
-    notes, steps, every = [], cfg.steps, cfg.restart_every
+    """Yield a line for restarts and warm-ups that do not fit into cfg.steps, which is final."""
+    steps, every = cfg.steps, cfg.restart_every
     if cfg.warmup >= steps:
-        notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the learning rate ends at "
-                     f"{cfg.lr * steps / cfg.warmup:.3g} (lr is {cfg.lr:g})")
+        yield (f"warmup {cfg.warmup} is not below steps {steps}: the learning rate ends at "
+               f"{cfg.lr * steps / cfg.warmup:.3g} (lr is {cfg.lr:g})")
     planned = range(every, max(steps, every + 1), every) if every else cfg.restart_steps
     restarts = [step for step in planned if step < steps]
-    late = [str(step) for step in planned if step >= steps]
+    late = planned[len(restarts):]
     if late:
-        notes.append(f"restarts at {', '.join(late)} are not below steps {steps}: {len(late)} of "
-                     f"{len(planned)} do not happen")
+        yield (f"restarts at {', '.join(map(str, late))} are not below steps {steps}: {len(late)} "
+               f"of {len(planned)} do not happen")
     short = [(start, end - start) for start, end in itertools.pairwise([*restarts, steps])
              if end - start <= cfg.restart_warmup]
     if short:
-        notes.append(f"restart_warmup {cfg.restart_warmup} is not below the {short[0][1]} steps "
-                     f"after the restart at step {short[0][0]}: {len(short)} of {len(restarts)} "
-                     "restarts are followed by warm-up alone")
-    return notes
+        yield (f"restart_warmup {cfg.restart_warmup} is not below the {short[0][1]} steps after "
+               f"the restart at step {short[0][0]}: {len(short)} of {len(restarts)} restarts are "
+               "followed by warm-up alone")
 
 
 def accumulation(cfg, processes):
@@ -398,19 +393,11 @@ def accumulation(cfg, processes):
     return micro, share // micro
 
 
-def differences(cfg):
-    """{key: value} of what differs from the defaults."""
-    return {name: getattr(cfg, name) for name, field in FIELDS.items()
-            if getattr(cfg, name) != field.default}
-
-
 # ---- command lines
 
 def help_text():
     """The keys with their defaults and explanations, in groups."""
-    lines = ["usage: python train.py [CONFIG.py [VARIANT]] [--key=value ...]",
-             "       python train.py --configs     lists the experiments", "",
-             "keys and their defaults:"]
+    lines = [__doc__, "keys and their defaults:"]
     for name, field in FIELDS.items():
         details = field.metadata
         if details["group"]:
