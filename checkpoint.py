@@ -382,22 +382,21 @@ def load(path, base=None, best=False):
         need(path, f"{run} has no checkpoint with a validation loss, so none is the best")
     elif steps_of(path):
         path = steps_of(path)[-1]
+    folder, adapter = path / "base", path / "adapter"
     if (path / "adapter_config.json").exists():
-        model, tok = read_hugging_face(adapters.base_of(path, base))
-        return adapters.attach(model, path), tok, path
-    need(not base, f"{path} is no adapter folder (it has no adapter_config.json), so it takes no "
-         f"base, got {base}")
-    if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
-        return *read_hugging_face(path), path
-    need(path.exists(), f"{path} does not exist")
-    has_state = (path / "state.json").exists()
-    need(has_state or (path / "base").is_dir(), f"{path} holds no checkpoint: expected "
-         "step-00000000/, base/, adapter_config.json, or config.json and model.safetensors")
-    if has_state:
-        verify(path, resuming=False)
-    model, tok = read_hugging_face(path / "base")
-    if (path / "adapter").is_dir():
-        model = adapters.attach(model, path / "adapter")
+        folder, adapter = adapters.base_of(path, base), path
+    else:
+        need(not base, f"{path} is no adapter folder, so it takes no base, got {base}")
+        if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
+            return *read_hugging_face(path), path
+        need(path.exists(), f"{path} does not exist")
+        if (path / "state.json").exists():
+            verify(path, resuming=False)
+        need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
+             "adapter_config.json, or config.json and model.safetensors")
+    model, tok = read_hugging_face(folder)
+    if adapter.is_dir():
+        model = adapters.attach(model, adapter)
     return model, tok, path
 
 
