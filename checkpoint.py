@@ -92,10 +92,8 @@ def must_be_implemented(key, value, implemented, where):
 
 
 def rope_config(config, where):
-    """{"rope_theta": number, "rope_scaling": dict or None} of a config.json.
-
-    The keys are in `rope_parameters` (transformers 5), or at the top and in `rope_scaling` (4).
-    """
+    """{"rope_theta": number, "rope_scaling": dict or None} of a config.json, which has them in
+    `rope_parameters` (transformers 5), or at the top and in `rope_scaling` (4)."""
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     need(isinstance(new, dict) and isinstance(old, dict), f"{where}: rope_parameters and "
          f"rope_scaling must be JSON objects, got {new!r} and {old!r}")
@@ -113,11 +111,8 @@ def rope_config(config, where):
 
 
 def read_hugging_face(folder):
-    """(Llama in float32, tokenizer or None) of a Hugging Face directory.
-
-    model.inherited is for other tools, and goes into every directory written from the model: (bos,
-    eos and pad of config.json, generation_config.json or None).
-    """
+    """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
+    every directory written from the model: (special tokens, generation_config.json or None)."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file, dict)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -168,9 +163,7 @@ def load_weights(model, weights, where, assign=False):
 
 def gather(values):
     """Nested dicts of tensors with sharded ones (FSDP) whole: on the CPU of rank 0, None elsewhere.
-
-    Every rank must call it.
-    """
+    Every rank must call it."""
     if isinstance(values, dict):
         return {key: gather(value) for key, value in values.items()}
     whole = mora.whole(values)
@@ -273,10 +266,9 @@ def best_of(run):
     losses = {}
     for step in steps_of(run):
         with contextlib.suppress(UserError):
-            loss = read_state(step).get("val_loss")
-            if isinstance(loss, float):
-                losses[step] = loss
-    return min(losses, key=losses.get, default=None)
+            losses[step] = read_state(step).get("val_loss")
+    scored = [step for step, loss in losses.items() if isinstance(loss, float)]
+    return min(scored, key=losses.get, default=None)
 
 
 def read_state(step):
@@ -291,9 +283,7 @@ def read_state(step):
 
 def damage(step, resuming):
     """The first damage of a checkpoint in words, or None. resuming: optimizer.pt is needed too.
-
-    Files are compared with state.json. Where an older version recorded nothing, they are read.
-    """
+    Files are compared with state.json. Where an older version recorded nothing, they are read."""
     try:
         records = read_state(step)["files"]
         for name, record in records.items():
@@ -320,13 +310,10 @@ def verify(step, resuming=True):
         return
     older = (other for other in reversed(steps) if other < step and not damage(other, resuming))
     whole = next(older, None)
-    advice = f"{whole} is whole: name it instead"
-    if not whole:
-        advice = f"no older checkpoint in {step.parent} is whole"
-    elif resuming:
-        newer = " ".join(str(other) for other in steps if other > whole)
-        advice = f"{whole} is whole: `rm -r {newer}`, and the same command continues from it"
-    raise UserError(f"{reason}; {advice}")
+    need(whole, f"{reason}; no older checkpoint in {step.parent} is whole")
+    newer = " ".join(str(other) for other in steps if other > whole)
+    advice = f"`rm -r {newer}`, and the same command continues from it"
+    raise UserError(f"{reason}; {whole} is whole: {advice if resuming else 'name it instead'}")
 
 
 def read_step(step, optimizer=True):
@@ -401,10 +388,8 @@ def load(path, base=None, best=False):
 
 
 def trained_seq_len(folder):
-    """The tokens per sequence that a model was trained on, or None. folder: as load returns it.
-
-    It can be less than max_position_embeddings, after --init_from.
-    """
+    """The tokens per sequence that a model was trained on, or None; they can be fewer than
+    max_position_embeddings, after --init_from. folder: as load returns it."""
     step = folder.parent if folder.name in ("base", "adapter") else folder
     file, values = folder / "config.json", {}
     if (step / "state.json").exists():

@@ -169,11 +169,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # ---- from the command line to a Config
 
 def load(argv, default):
-    """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`. Raises UserError.
-
-    default: the config file of a command line that names none. --help and --configs print their
-    text and raise SystemExit.
-    """
+    """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`; default: FILE.py if it
+    names none. Raises UserError, and SystemExit after --help and --configs."""
     for word, text in (("--help", help_text), ("-h", help_text), ("--configs", experiments_text)):
         if word in argv:
             print(text())
@@ -262,11 +259,8 @@ def to_number(text):
 
 
 def number(subject, value, kind=int, least=0, most=LARGEST):
-    """`value` as an int or a float (kind) from least to most; 1e4 is a whole number too.
-
-    Raises UserError that begins with the subject. No number overflows float32, nor does its
-    inverse: what is nearer to 0 than TINY is 0.
-    """
+    """`value` as an int or a float (kind) from least to most, 0 if it is nearer to 0 than TINY, so
+    that no inverse overflows; 1e4 is a whole number too. UserError begins with the subject."""
     fits = type(value) in (int, float) and least <= value <= most and kind(value) == value
     need(fits, f"{subject} must be {WORDS[kind]} from {least} to {most}, got {value!r:.80}".strip())
     return kind(value if abs(value) >= TINY else 0)
@@ -382,10 +376,8 @@ def schedule_warnings(cfg):
 
 
 def accumulation(cfg, processes):
-    """(sequences per forward pass, forward passes per step) of each process.
-
-    The global batch is fixed, so the number of processes does not change the experiment.
-    """
+    """(sequences per forward pass, forward passes per step) of each process. The global batch is
+    fixed, so the number of processes does not change the experiment."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
     micro = cfg.micro_batch or share
@@ -432,11 +424,8 @@ def experiments_text():
 
 
 def command_line(main):
-    """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
-
-    Exit status: 2 for a UserError, an OSError, no memory, 130 for Ctrl-C, 1 for a closed pipe.
-    A second Ctrl-C ends the process at once.
-    """
+    """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr and
+    status 2, Ctrl-C is 130 (a second one ends the process at once), a closed pipe 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # ASCII terminals
@@ -511,11 +500,8 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def lock(folder, doing):
-    """Hold the lock of a folder, the file .lock in it. doing: what needs it, for the message.
-
-    Raises UserError that names the process and the host that hold it. A process that has ended
-    does not block.
-    """
+    """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
+    the host that hold it, and `doing`, what needs it. A process that has ended does not block."""
     path = Path(folder) / ".lock"
     with open(path, "a+") as file:
         try:

@@ -216,9 +216,7 @@ def prepare_model(cfg, model, device, cycle):
 
 def shard(model, device):
     """Leave a part of every parameter on each rank (FSDP), in place; gradients and states follow.
-
-    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's.
-    """
+    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -280,19 +278,14 @@ def header(cfg, model, device, world, first_step, batches):
 
 
 class Log:
-    """Each record as one line for people, on rank 0, and as JSON in the run's log.jsonl.
-
-    log_to sends the numbers to wandb or TensorBoard too.
-    """
+    """Each record as one line for people and as JSON in log.jsonl and to log_to; rank 0 alone."""
 
     def __init__(self, cfg, rank, head):
         self.cfg, self.is_open = cfg, rank == 0
         if not self.is_open:
             return
-        out = Path(cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
-        config.write_json(out / "config.json", head["config"])
-        self.file = open(out / "log.jsonl", "a", buffering=1)
+        config.write_json(Path(cfg.out) / "config.json", head["config"])
+        self.file = open(Path(cfg.out) / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
         changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
                    if getattr(cfg, name) != field.default]
