@@ -298,6 +298,15 @@ def need(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def as_user_error(where, *errors):
+    """Turn these errors of a `with` block into a UserError: one line that begins with `where`."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{where}: {one_line(error):.400}") from error
+
+
 def check(cfg):
     """Raise UserError, with the numbers, for a config that cannot run."""
     for name, field in FIELDS.items():
@@ -463,7 +472,11 @@ def _interrupt(number, frame):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose description is a script's docstring and whose errors are one line."""
+
+    def __init__(self, doc=None, **options):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the options)")
@@ -480,10 +493,8 @@ def at_least(minimum, kind=int, largest=LARGEST):
 
 def read_json(path, kind=object):
     """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
-    try:
+    with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     need(isinstance(value, kind), f"{path} must hold a JSON object, got {value!r:.80}")
     return value
 
@@ -501,8 +512,10 @@ def write_json(path, value):
 @contextlib.contextmanager
 def lock(folder, doing):
     """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
-    the host that hold it, and `doing`, what needs it. A process that has ended does not block."""
+    the host that hold it, and `doing`, what needs it. A process that has ended does not block.
+    The folder is made if it is missing, and removed if it is empty in the end."""
     path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -520,3 +533,5 @@ def lock(folder, doing):
             yield
         finally:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()

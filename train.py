@@ -33,9 +33,8 @@ import checkpoint
 import data
 import mora
 import tokenizer
-from adapters import as_user_error
 from batches import Batches, SampleBatches
-from config import UserError, need
+from config import UserError, as_user_error, need
 from evaluate import perplexity
 from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
@@ -365,20 +364,16 @@ def tracker(cfg, settings):
 
 def main(argv):
     cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
-    out, is_first = Path(cfg.out), os.environ.get("RANK", "0") == "0"
-    if is_first:
-        out.mkdir(parents=True, exist_ok=True)
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        with config.lock(out, "the run") if is_first else contextlib.nullcontext():
+        with config.lock(cfg.out, "the run") if is_first else contextlib.nullcontext():
             train(cfg)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise UserError("another process of the run has ended, its own output says why; "
-                        f"{checkpoint.last_good(out)}") from error
+                        f"{checkpoint.last_good(cfg.out)}") from error
     finally:
-        if is_first and not any(out.iterdir()):
-            out.rmdir()
         if dist.is_initialized():
             dist.destroy_process_group()
 
