@@ -87,12 +87,16 @@ class AdamWMuon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MUON_MOMENTUM)  # now the steps' directions
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for batch in same_shapes(parameters):
-            matrices = [parameters[i] for i in batch]
-            updates = orthogonalize([mora.whole(gradients[i]) for i in batch])
-            updates = [mora.as_sharded(u, p) for u, p in zip(updates, matrices, strict=True)]
-            scale = 0.2 * max(matrices[0].shape) ** 0.5
-            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
+        shapes = {}
+        for p in parameters:
+            shapes.setdefault(p.shape, []).append(p)
+        for shape, alike in shapes.items():
+            scale, count = 0.2 * max(shape) ** 0.5, max(1, BATCH_ELEMENTS // shape.numel())
+            for first in range(0, len(alike), count):
+                batch = alike[first:first + count]
+                updates = orthogonalize([mora.whole(p.grad) for p in batch])
+                updates = [mora.as_sharded(u, p) for u, p in zip(updates, batch, strict=True)]
+                torch._foreach_add_(batch, updates, alpha=-group["lr"] * scale)
 
     def __setstate__(self, state):
         """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
@@ -101,17 +105,6 @@ class AdamWMuon(torch.optim.AdamW):
     def load_state_dict(self, state_dict):
         """Take the state of the parameters alone: rates, decay and betas are those of this run."""
         super().load_state_dict(state_dict | {"param_groups": self.state_dict()["param_groups"]})
-
-
-def same_shapes(parameters):
-    """Yield lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
-    shapes = {}
-    for i, parameter in enumerate(parameters):
-        shapes.setdefault(parameter.shape, []).append(i)
-    for shape, indices in shapes.items():
-        count = max(1, BATCH_ELEMENTS // shape.numel())
-        for first in range(0, len(indices), count):
-            yield indices[first:first + count]
 
 
 def orthogonalize(matrices):
