@@ -194,7 +194,7 @@ TABLE = [
     ({"a.jsonl": LINES, "m/tokenizer.json": b"\xff"}, "text n a.jsonl --tokenizer=m",
      "m/tokenizer.json cannot be read", 2),
     ({**chat_model("x"), "model/tokenizer_config.json": [1]}, CHATS,
-     "must hold an object, holds", 2),
+     "must hold a JSON object, got [1]", 2),
     ({**chat_model("x"), "model/tokenizer_config.json": "{"}, CHATS,
      "config.json cannot be read", 2),
     ({**chat_model("x"), "model/tokenizer_config.json": {}}, CHATS, "eos_token '' is no token", 2),
