@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import UserError
+from config import need
 
 SORTED_STEPS = 32  # the samples of this many steps are sorted by length together
 
@@ -55,9 +55,8 @@ class Batches(Prefetcher):
     def __init__(self, tokens, *settings, **options):
         super().__init__(tokens, *settings, **options)
         self.windows = (len(tokens) - 1) // self.seq_len
-        if self.windows < 1:
-            raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than "
-                            f"one window of seq_len {self.seq_len} + 1")
+        need(self.windows > 0, f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer "
+             f"than one window of seq_len {self.seq_len} + 1")
         self.steps_per_epoch = self.windows / self.batch_size
         self.tokens_per_step = self.batch_size * self.seq_len
         self.description = f"{self.batch_size} x {self.seq_len} = {self.tokens_per_step:,} tokens"
@@ -94,12 +93,12 @@ class SampleBatches(Prefetcher):
         super().__init__(samples, *settings, **options)
         samples.must_fit(self.seq_len)
         self.steps_per_epoch = len(samples.lengths) // self.batch_size
-        if not self.steps_per_epoch:
-            raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, "
-                            f"fewer than batch_size {self.batch_size}")
+        need(self.steps_per_epoch, f"{samples.folder} has {len(samples.lengths)} {samples.split} "
+             f"samples, fewer than batch_size {self.batch_size}")
         first = self.epoch_order(0)
         self.tokens_per_step = float(samples.lengths[first].sum(1).mean()) - self.batch_size
-        padded_tokens = float(self._padded_lengths(first).sum() * self.micro_batch)
+        longest = samples.lengths[first].reshape(-1, self.micro_batch).max(1)
+        padded_tokens = float(samples.padded(longest, self.seq_len).sum() * self.micro_batch)
         self.padding = 1 - self.tokens_per_step * self.steps_per_epoch / padded_tokens
         self.description = (f"{self.batch_size} samples, {self.tokens_per_step:,.0f} tokens on "
                             f"average and {self.padding:.1%} of padding,")
@@ -108,17 +107,11 @@ class SampleBatches(Prefetcher):
         """The samples (steps_per_epoch, batch_size) of an epoch, as indices."""
         generator, lengths = np.random.default_rng((self.seed, epoch)), self.reader.lengths
         shuffled = generator.permutation(len(lengths))[:self.steps_per_epoch * self.batch_size]
-        parts = []
-        for position in range(0, len(shuffled), SORTED_STEPS * self.batch_size):
-            part = shuffled[position:position + SORTED_STEPS * self.batch_size]
+        parts, size = [], SORTED_STEPS * self.batch_size
+        for part in (shuffled[i:i + size] for i in range(0, len(shuffled), size)):
             by_length = part[np.argsort(lengths[part], kind="stable")]
             parts.append(generator.permutation(by_length.reshape(-1, self.batch_size)))
         return np.concatenate(parts)
-
-    def _padded_lengths(self, which):
-        """The padded length of each micro-batch of the samples (..., batch_size)."""
-        longest = self.reader.lengths[which].reshape(-1, self.micro_batch).max(1)
-        return self.reader.padded(longest, self.seq_len)
 
     def samples_of(self, step):
         """The samples (batch_size,) of a step over all processes, as indices."""
@@ -140,7 +133,7 @@ class SampleBatches(Prefetcher):
         every, learned = self.samples_of(step), self.reader.learned
         own = self.own_rows(every)
         mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
-        rows = map(self.reader.rows, own, self._padded_lengths(own))
+        rows = (self.reader.rows(which, self.seq_len) for which in own)
         inputs, targets = ([*map(self.to_device, parts)] for parts in zip(*rows, strict=True))
         return inputs, targets, (learned[own].sum(1) / mean_learned).tolist()
 
@@ -173,5 +166,4 @@ def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
         count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit, "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")
     for index in range(rank * batch, count, world * batch):
-        which = order[index:index + batch]
-        yield samples.rows(which, samples.padded(samples.lengths[which[-1]], seq_len), batch)
+        yield samples.rows(order[index:index + batch], seq_len, batch)

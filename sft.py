@@ -16,21 +16,21 @@ response and end-of-text are learned. Prompt and response are encoded separately
 starts from exactly the tokens of training. Samples of more than --seq_len tokens are dropped, or
 cut with --long=truncate.
 """
+import io
 import random
 import re
 import threading
 import uuid
 import warnings
 from functools import lru_cache, partial
-from itertools import islice
 
 import numpy as np
 from jinja2 import TemplateError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 import shards
 import tokenizer
-from config import UserError
+from config import UserError, need
 from shards import FIRST, LEARNED, Encoded, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
@@ -67,42 +67,40 @@ def row_format(rows, where):
             if row.get(prompt_key) is not None and row.get(response_key) is not None:
                 return name
     known = "; ".join(", ".join(dict.fromkeys(keys[:2])) for keys in ROW_FORMATS.values())
-    keys = ", ".join(rows[0]) if rows else ""
-    raise UserError(f"{where}, row 1: no sample can be made of the keys {keys or '(none)'}; known "
-                    f"are {known}")
+    keys = ", ".join(rows[0] if rows else ()) or "(none)"
+    raise UserError(f"{where}, row 1: no sample can be made of the keys {keys}; known are {known}")
 
 
 def left_out(row, keys, advice=""):
     """The LeftOut of a row in which a key is missing or holds something else than text, or None."""
     for key in keys:
-        value = row.get(key)
         if key not in row:
             return LeftOut("missing", f"no key {key!r}, its keys are {', '.join(row)}{advice}")
-        if value is None:
-            return LeftOut("missing", f"key {key!r} holds null")
-        if not isinstance(value, str):
-            return LeftOut("bad", f"key {key!r} holds {value!r:.80}, not text")
+        if not isinstance(row[key], str):
+            reason = "missing" if row[key] is None else "bad"
+            return LeftOut(reason, f"key {key!r} holds {row[key]!r:.80}, not text")
     return None
 
 
 def usable(row, format_name):
     """The row, or a LeftOut if its keys are missing or hold something else than text."""
-    prompt_key, response_key, _ = ROW_FORMATS[format_name]
-    messages = row.get("messages") if format_name == "messages" else None
-    if messages is not None:
+    messages = row.get("messages")
+    if format_name == "messages" and messages is not None:
         valid = isinstance(messages, list) and all(
             isinstance(message, dict) and isinstance(message.get(key), str)
             for message in messages for key in ("role", "content"))
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
-    has_input = format_name == "alpaca" and row.get("input") is not None
-    return left_out(row, (prompt_key, response_key, *["input"] * has_input)) or row
+    keys = list(ROW_FORMATS[format_name][:2])
+    if format_name == "alpaca" and row.get("input") is not None:
+        keys.append("input")
+    return left_out(row, keys) or row
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
-    """Samples as shards; see shards.prepare.
+    """Samples as shards, of stages of `usable` rows; see shards.prepare.
 
-    The rows of the stages are `usable`. format_name: of ROW_FORMATS. seq_len, too_long: see encode.
+    format_name: of ROW_FORMATS. seq_len, too_long: see encode.
     """
     tok, template = tokenizer.load(tokenizer_name), ROW_FORMATS[format_name][2]
     if format_name == "messages" and tok.chat_template:
@@ -120,9 +118,8 @@ def uuid_pairs(count, seed):
     def draw():
         return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
-    rows = ({"prompt": draw() + "\n", "response": draw()} for _ in range(count))
-    while chunk := list(islice(rows, 256)):
-        yield chunk
+    for first in range(0, count, 256):
+        yield [{"prompt": draw() + "\n", "response": draw()} for _ in range(first, count)[:256]]
 
 
 # ---- rows -> samples
@@ -190,16 +187,15 @@ def template_turns(tok, messages):
     An answer is what the template adds to the messages before it and the generation prompt.
     """
     turns, done = [], ""
-    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise UserError(
-                f"the chat template of {tok.folder} writes a message differently when others "
-                "follow, so that answers cannot be told from prompts: remove the template from a "
-                "copy of the folder, and Tulu's format is used. Seen at "
-                f"{messages[i]['content']!r:.100}")
-        turns += [(before[len(done):], False), (after[len(before):], True)]
-        done = after
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
+            need(before.startswith(done) and after.startswith(before), "the chat template of "
+                 f"{tok.folder} writes a message differently when others follow, so that answers "
+                 "cannot be told from prompts: remove the template from a copy of the folder, and "
+                 f"Tulu's format is used. Seen at {message['content']!r:.100}")
+            turns += [(before[len(done):], False), (after[len(before):], True)]
+            done = after
     return turns
 
 
@@ -232,26 +228,21 @@ TEMPLATE_STEPS = 1_000_000      # iterations of loops and calls while one chat i
 TEMPLATE_LENGTH = 10_000_000    # characters of a string
 
 
-class TemplateLimit(Exception):
-    """A chat template that runs or grows beyond the limits."""
-
-
 class LimitedSandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox with limits on the number of steps and on the length of strings."""
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    state = threading.local()  # chats are written in several threads
+    state = threading.local()  # .steps of the chat that this thread writes
 
     def _parse(self, source, name, filename):
-        """The syntax tree, with a call of `counted` around what loops iterate over, and one of
-        `joined` in place of `a ~ b`."""
-        def call(method, arguments):
-            return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+        """The syntax tree, in which loops iterate over `counted`, and `concat` computes `a ~ b`."""
+        def call(method, argument):
+            return nodes.Call(nodes.EnvironmentAttribute(method), [argument], [], None, None)
 
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(nodes.For)):
-            loop.iter = call("counted", [loop.iter])
+            loop.iter = call("counted", loop.iter)
         for tilde in list(tree.find_all(nodes.Concat)):
-            tilde.nodes = [call("joined", tilde.nodes)]
+            tilde.nodes = [call("concat", nodes.List(tilde.nodes))]
         return tree
 
     def counted(self, values):
@@ -259,36 +250,31 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
             self.count_step()
             yield value
 
-    def joined(self, *values):
-        return self.concat(map(str, values))
-
     def count_step(self):
         self.state.steps += 1
-        if self.state.steps > TEMPLATE_STEPS:
-            raise TemplateLimit(f"it takes more than {TEMPLATE_STEPS:,} steps")
+        limit(self.state.steps, TEMPLATE_STEPS, "steps")
 
     def call(self, context, function, *args, **options):
         self.count_step()
         return super().call(context, function, *args, **options)
 
     def call_binop(self, context, operator, left, right):
-        check_length(result_length(operator, left, right))
+        limit(result_length(operator, left, right), TEMPLATE_LENGTH, "characters")
         return super().call_binop(context, operator, left, right)
 
     @staticmethod
     def concat(parts):
         """The output of a block or a macro."""
-        text, length = [], 0
+        text = io.StringIO()
         for part in parts:
-            text.append(part)
-            length += len(part)
-            check_length(length)
-        return "".join(text)
+            text.write(str(part))
+            limit(text.tell(), TEMPLATE_LENGTH, "characters")
+        return text.getvalue()
 
 
-def check_length(length):
-    if length > TEMPLATE_LENGTH:
-        raise TemplateLimit(f"it makes a text of more than {TEMPLATE_LENGTH:,} characters")
+def limit(amount, most, what):
+    if amount > most:
+        raise SecurityError(f"it takes more than {most:,} {what}")
 
 
 def result_length(operator, left, right):
@@ -296,7 +282,7 @@ def result_length(operator, left, right):
     sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
     numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
     if operator == "*":
-        return max(sizes[0] * numbers[1], sizes[1] * numbers[0])
+        return max(sizes) * max(numbers)
     if operator == "**":
         return numbers[1] * max(1, numbers[0].bit_length())
     if operator == "%" and isinstance(left, str):  # "%9999999d" % 1
@@ -323,7 +309,7 @@ def render(tok, messages, generation_prompt):
         LimitedSandbox.state.steps = 0
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
                                **tok.special_tokens)
-    except (TemplateError, TemplateLimit, ArithmeticError, LookupError, MemoryError,
-            RecursionError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError) as error:
         raise UserError(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}: "
                         f"{str(error) or type(error).__name__}") from None

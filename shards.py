@@ -18,7 +18,6 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, lock, read_json, write_json
+from config import lock, need, read_json, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of one shard
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
@@ -106,9 +105,8 @@ def prepared_already(folder, request):
     """The manifest of a finished corpus; raises UserError if it is another one."""
     manifest = read_manifest(folder)
     changed = changes(manifest["request"], request)
-    if changed:
-        raise UserError(f"{folder} holds another corpus ({'; '.join(changed)}): remove it or "
-                        "choose another NAME")
+    need(not changed, f"{folder} holds another corpus ({'; '.join(changed)}): remove it or choose "
+         "another NAME")
     if "content" in request and "content" not in manifest["request"]:
         print(f"note: {folder} has no checksums of its files; their names and sizes agree")
     print(f"{folder} is prepared already: {summary(manifest)}")
@@ -122,20 +120,19 @@ def changes(before, now):
 
 
 class SplitWriter:
-    """Collects the words of one split and writes them as shards.
+    """Counts the documents of one split and writes their words as shards.
 
-    totals: of the shards on disk: counters, and "shards": [{"file", "tokens", "crc32"}]. limit:
-    stop with the document that reaches this number of tokens; 0: no limit.
+    totals: counters, and "shards": [{"file", "tokens", "crc32"}] of those on disk. limit: stop with
+    the document that reaches this number of tokens; 0: no limit.
     """
 
     def __init__(self, folder, split, dtype, totals, limit):
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
-        self.limit = limit or math.inf
-        self.words, self.counts = [], {"tokens": 0}  # of the next shard
+        self.limit, self.words, self.waiting = limit or math.inf, [], 0  # tokens of self.words
 
     def room(self):
         """Tokens until the limit."""
-        return self.limit - self.totals["tokens"] - self.counts["tokens"]
+        return self.limit - self.totals["tokens"]
 
     def add(self, part):
         """Take the documents of an Encoded part, up to the one that reaches the limit."""
@@ -143,13 +140,16 @@ class SplitWriter:
             return
         ends = np.cumsum([len(words) for words in part.documents])
         documents = part.documents[:np.searchsorted(ends, self.room()) + 1]
-        own = {"tokens": sum(map(len, documents)), "documents": len(documents),
-               "bytes": sum(part.sizes[:len(documents)])}
-        add_counts(self.counts, part.counts | own)
+        tokens, size = sum(map(len, documents)), sum(part.sizes[:len(documents)])
+        own = {"tokens": tokens, "documents": len(documents), "bytes": size}
+        for key, value in (part.counts | own).items():
+            before = self.totals.get(key, 0)
+            self.totals[key] = max(before, value) if key == "longest" else before + value
         self.words += documents
+        self.waiting += tokens
 
     def write_shard(self):
-        """Write the next shard, whole or not at all, and add its counters to the totals."""
+        """Write the words that wait as a shard, whole or not at all."""
         if self.words:
             words = np.concatenate(self.words, dtype=self.dtype, casting="unsafe")
             name = f"{self.split}_{len(self.totals['shards']):05d}.bin"
@@ -158,14 +158,7 @@ class SplitWriter:
             os.replace(temporary, self.folder / name)
             shard = {"file": name, "tokens": len(words), "crc32": zlib.crc32(words)}
             self.totals["shards"].append(shard)
-        add_counts(self.totals, self.counts)
-        self.words, self.counts = [], {"tokens": 0}
-
-
-def add_counts(counts, more):
-    for key, value in more.items():
-        before = counts.get(key, 0)
-        counts[key] = max(before, value) if key == "longest" else before + value
+        self.words, self.waiting = [], 0
 
 
 def write_corpus(folder, manifest, encode, stages, limits):
@@ -175,20 +168,18 @@ def write_corpus(folder, manifest, encode, stages, limits):
     splits, started = progress["splits"], time.time() - progress["seconds"]
     writers = {split: SplitWriter(folder, split, manifest["dtype"], totals, limits.get(split, 0))
                for split, totals in splits.items()}
-    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
-    bar = tqdm(initial=prepared_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    bar = tqdm(initial=total(splits, "bytes"), unit="B", unit_scale=True, desc="tokenizing",
+               disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for stage in range(progress["stage"], len(stages)):
-            read, assign = stages[stage]
-            jobs = (pool.submit(encode_chunk, encode, assign, documents, index)
-                    for index, documents in without_first(read(), progress["documents"]))
-            for parts, end in in_order(jobs, ahead=4 * os.cpu_count()):
+        for stage, (read, assign) in list(enumerate(stages))[progress["stage"]:]:
+            for parts, end in encoded(pool, encode, read, assign, progress["documents"]):
                 for split, part in parts.items():
                     writers[split].add(part)
                     bar.update(sum(part.sizes))
-                if any(writer.counts["tokens"] >= SHARD_TOKENS for writer in writers.values()):
+                if any(writer.waiting >= SHARD_TOKENS for writer in writers.values()):
                     for writer in writers.values():
                         writer.write_shard()
+                    # all that is counted is on disk now
                     progress |= {"stage": stage, "documents": end, "seconds": time.time() - started}
                     write_json(progress_file, progress)
                 if all(writers[split].room() <= 0 for split in parts):
@@ -197,20 +188,22 @@ def write_corpus(folder, manifest, encode, stages, limits):
     for writer in writers.values():
         writer.write_shard()
     seconds = max(time.time() - started, 1e-3)
-    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
     manifest |= {"splits": splits, "seconds": round(seconds, 3),
-                 "mb_per_s": round(prepared_bytes / 1e6 / seconds, 3)}
-    if not any(totals["tokens"] for totals in splits.values()):
-        longest = f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""
-        raise UserError(f"no document{longest} was found: {summary(manifest)}")
+                 "mb_per_s": round(total(splits, "bytes") / 1e6 / seconds, 3)}
+    longest = f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""
+    need(total(splits, "tokens"), f"no document{longest} was found: {summary(manifest)}")
     write_json(folder / "manifest.json", manifest)
     progress_file.unlink(missing_ok=True)
+
+
+def total(splits, counter):
+    return sum(totals[counter] for totals in splits.values())
 
 
 def read_progress(path, request):
     """Where an earlier preparation of the same request was stopped, or the beginning."""
     if path.exists():
-        progress = read_json(path)
+        progress = read_json(path, dict)
         check_value(progress, PROGRESS, path)
         if not changes(progress["request"], request):
             return progress | {"request": request}
@@ -218,34 +211,34 @@ def read_progress(path, request):
     return PROGRESS | {"request": request, "splits": splits}
 
 
-def encode_chunk(encode, assign, documents, index):
-    """({split: Encoded} of some documents, the index after them)."""
+def encoded(pool, encode, read, assign, first):
+    """Yield ({split: Encoded}, index after them) of each list of a stage's documents, in order.
+
+    first: the index of the first document that is needed. A few lists per core are in memory.
+    """
+    jobs, end = deque(), 0
+    for documents in read():
+        rest = documents[max(0, first - end):]
+        end += len(documents)
+        if rest:
+            splits = assign(rest, end - len(rest))
+            jobs.append((pool.submit(encode_splits, encode, splits), end))
+        if len(jobs) == 4 * os.cpu_count():
+            job, index = jobs.popleft()
+            yield job.result(), index
+    for job, index in jobs:
+        yield job.result(), index
+
+
+def encode_splits(encode, splits):
+    """{split: Encoded} of {split: documents}."""
     parts = {}
-    for split, assigned in assign(documents, index).items():
-        part = encode([text for text in assigned if text and not isinstance(text, LeftOut)])
-        reasons = Counter(text.reason if text else "empty" for text in assigned
+    for split, documents in splits.items():
+        part = encode([text for text in documents if text and not isinstance(text, LeftOut)])
+        reasons = Counter(text.reason if text else "empty" for text in documents
                           if not text or isinstance(text, LeftOut))
         parts[split] = part._replace(counts=part.counts | reasons)
-    return parts, index + len(documents)
-
-
-def without_first(chunks, count):
-    """Yield (index of its first document, documents) of each chunk, without `count` documents."""
-    index = 0
-    for documents in chunks:
-        rest = documents[max(0, count - index):]
-        index += len(documents)
-        if rest:
-            yield index - len(rest), rest
-
-
-def in_order(jobs, ahead):
-    """Yield the results of futures in order; at most `ahead` are in memory."""
-    jobs = iter(jobs)
-    waiting = deque(islice(jobs, ahead))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(islice(jobs, 1))
+    return parts
 
 
 # ---- the manifest
@@ -253,18 +246,14 @@ def in_order(jobs, ahead):
 def read_manifest(folder):
     """The manifest of a prepared corpus. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "manifest.json"
-    if not path.exists():
-        raise UserError(f"no token shards in {folder}: prepare them with data.py (python data.py "
-                        "--help lists the corpora)")
-    manifest = read_json(path)
-    if isinstance(manifest, dict):
-        manifest.setdefault("kind", "text")  # which old manifests lack
+    need(path.exists(), f"no token shards in {folder}: prepare them with data.py (python data.py "
+         "--help lists the corpora)")
+    manifest = {"kind": "text"} | read_json(path, dict)  # old manifests lack the kind
     check_value(manifest, MANIFEST, path)
     kind, dtype = manifest["kind"], manifest["dtype"]
-    if kind not in ("text", "samples") or dtype not in ("uint16", "uint32"):
-        raise damaged(path, f"kind {kind!r} with dtype {dtype!r} is unknown")
-    if kind == "samples":
-        check_value(manifest, {"format": ""}, path)
+    intact(kind in ("text", "samples") and dtype in ("uint16", "uint32"), path,
+           f"kind {kind!r} with dtype {dtype!r} is unknown")
+    check_value(manifest, {"format": ""} if kind == "samples" else {}, path)
     return manifest
 
 
@@ -274,23 +263,22 @@ def check_value(value, example, path, where=""):
     A dict needs the keys of the example; the entries of a list are compared with its first entry.
     where: the place of the value in the file.
     """
-    if not isinstance(value, (int, float) if isinstance(example, float) else type(example)):
-        raise damaged(path, f"{where or 'its content'} must be of type {type(example).__name__}, "
-                            f"is {value!r:.80}")
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    intact(isinstance(value, kinds), path,
+           f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
     if isinstance(example, list):
         for entry in value:
             check_value(entry, example[0], path, where)
     if isinstance(example, dict):
         for key in example:
             name = f"{where}.{key}".lstrip(".")
-            if key not in value:
-                raise damaged(path, f"it has no key {name}")
+            intact(key in value, path, f"it has no key {name}")
             check_value(value[key], example[key], path, name)
 
 
-def damaged(path, reason):
-    """The UserError for a file of a prepared folder."""
-    return UserError(f"{path} is damaged ({reason}): remove {path.parent} and prepare it again")
+def intact(condition, path, reason):
+    """Raise UserError with the reason, for a file of prepared data, unless the condition holds."""
+    need(condition, f"{path} is damaged ({reason}): remove {path.parent} and prepare it again")
 
 
 def summary(manifest):
@@ -334,9 +322,8 @@ class Tokens:
         self.folder, self.split, self.manifest = Path(folder), split, read_manifest(folder)
         self.vocab_size, self.tokenizer = self.manifest["vocab_size"], self.manifest["tokenizer"]
         self.totals = self.manifest["splits"][split]
-        if not self.totals["shards"]:
-            advice = ": prepare it again with --val FILES" if split == "val" else ""
-            raise UserError(f"{folder} has no {split} documents{advice}")
+        need(self.totals["shards"], f"{folder} has no {split} documents: prepare it again with "
+             "more text, or with --val FILES")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             map_shard = partial(self._map_shard, verify=verify)
             self.shards = list(pool.map(map_shard, self.totals["shards"]))
@@ -346,11 +333,11 @@ class Tokens:
         path, dtype = self.folder / shard["file"], np.dtype(self.manifest["dtype"])
         size = path.stat().st_size if path.exists() else 0
         expected = shard["tokens"] * dtype.itemsize
-        if size != expected:
-            raise damaged(path, f"it should hold {expected} bytes and holds {size}")
+        intact(size == expected, path, f"it should hold {expected} bytes and holds {size}")
         words = np.memmap(path, dtype, mode="r")
-        if verify and zlib.crc32(words) != shard["crc32"]:
-            raise damaged(path, f"its checksum is {zlib.crc32(words)}, expected {shard['crc32']}")
+        checksum = zlib.crc32(words) if verify else shard["crc32"]
+        intact(checksum == shard["crc32"], path,
+               f"its checksum is {checksum}, expected {shard['crc32']}")
         return words
 
     def must_suit(self, model, tok, where):
@@ -358,13 +345,13 @@ class Tokens:
 
         tok: the model's tokenizer, None if unknown. where: the path of the model, for the message.
         """
-        if tok and tok.name != self.tokenizer:
+        if tok:
             choice = where if tok.folder else tok.name
-            raise UserError(f"{where} has the tokenizer {tok.name}, {self.folder} was prepared "
-                            f"with {self.tokenizer}: prepare it again with --tokenizer={choice}")
-        if self.vocab_size > model.cfg.vocab_size:
-            raise UserError(f"{self.folder} has a vocabulary of {self.vocab_size} tokens, {where} "
-                            f"has {model.cfg.vocab_size}")
+            need(tok.name == self.tokenizer,
+                 f"{where} has the tokenizer {tok.name}, {self.folder} was prepared with "
+                 f"{self.tokenizer}: prepare it again with --tokenizer={choice}")
+        need(self.vocab_size <= model.cfg.vocab_size, f"{self.folder} has a vocabulary of "
+             f"{self.vocab_size} tokens, {where} has {model.cfg.vocab_size}")
 
     def __len__(self):
         return int(self.shard_starts[-1])
@@ -372,9 +359,8 @@ class Tokens:
     def read(self, position, count):
         """Token ids (count,) int64 from a position on. Raises UserError for an invalid id."""
         ids = self.words(position, count).astype(np.int64) & self.id_bits
-        if ids.max() >= self.vocab_size:
-            raise damaged(self.folder / "manifest.json", f"token id {ids.max()} lies outside the "
-                          f"vocabulary of {self.vocab_size}")
+        intact(ids.max() < self.vocab_size, self.folder / "manifest.json", f"token id {ids.max()} "
+               f"lies outside the vocabulary of {self.vocab_size}")
         return ids
 
     def words(self, position, count):
@@ -410,11 +396,12 @@ class Samples(Tokens):
         position, count = int(self.sample_starts[i]), int(self.lengths[i])
         return self.read(position, count), self.words(position, count) >= LEARNED
 
-    def rows(self, which, length, count=0):
-        """(inputs, targets) of some samples, each (max(samples, count), length) int64.
+    def rows(self, which, seq_len, count=0):
+        """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
 
         Targets are -100 where they are not learned, in the padding, and in rows without a sample.
         """
+        length = self.padded(self.lengths[which].max(), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)
         for row, i in enumerate(which):
@@ -433,8 +420,6 @@ class Samples(Tokens):
     def must_fit(self, seq_len):
         """Raise UserError if a sample is longer than seq_len."""
         longest = self.lengths.max()
-        if longest > seq_len:
-            raise UserError(
-                f"{self.folder} has a {self.split} sample of {longest} tokens, seq_len is "
-                f"{seq_len}: take --seq_len={longest}, or prepare it again with "
-                f"--seq_len={seq_len}, which drops longer samples (--long=truncate cuts them)")
+        need(longest <= seq_len, f"{self.folder} has a {self.split} sample of {longest} tokens, "
+             f"seq_len is {seq_len}: take --seq_len={longest}, or prepare it again with "
+             f"--seq_len={seq_len}, which drops longer samples (--long=truncate cuts them)")
