@@ -26,7 +26,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    Arguments, UserError, at_least, command_line, need, one_line)
 
 import sft
 import tokenizer
@@ -35,7 +36,6 @@ from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, su
 CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
 CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
 CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
-HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
 
 
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
@@ -56,7 +56,7 @@ def parsed(line):
     try:
         return as_object(json.loads(line.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
-        return LeftOut("bad", f"the line is not JSON in UTF-8 ({first_line(error)})")
+        return LeftOut("bad", f"the line is not JSON in UTF-8 ({described(error)})")
 
 
 def as_object(row):
@@ -91,26 +91,8 @@ READERS = dict.fromkeys((".json", ".json.gz", ".jsonl", ".jsonl.gz"), json_rows)
     ".parquet": parquet_rows, ".txt": text_rows}
 
 
-def numbered(where, rows, advice):
-    """Yield (number from 1, row), without blank lines; raises UserError if rows cannot be read."""
-    number, has_rows = 0, False
-    try:
-        for number, row in enumerate(rows, 1):
-            if row is not None:
-                has_rows = True
-                yield number, row
-    except UserError:
-        raise
-    except Exception as error:  # gzip, zlib, pyarrow and datasets raise many types
-        raise UserError(f"{where}, row {number + 1} cannot be read ({first_line(error)}): "
-                        f"{advice}") from None
-    if not has_rows:
-        raise UserError(f"{where} is empty: it holds no row")
-
-
-def first_line(error):
-    """The type of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+def described(error):
+    return f"{type(error).__name__}: {one_line(error)}"[:300]
 
 
 # ---- documents: generators of lists of them, in an order that is always the same
@@ -135,15 +117,13 @@ def documents(sources, make, skip_bad=None):
     for where, advice, read in sources:
         rows = numbered(where, read(), advice)
         while batch := list(islice(rows, CHUNK_DOCUMENTS)):
-            chunk = []
-            for number, row in batch:
-                document = make(row) if isinstance(row, dict) else row
+            chunk = [make(row) if isinstance(row, dict) else row for _, row in batch]
+            for (number, _), document in zip(batch, chunk, strict=True):
                 if isinstance(document, LeftOut):
                     message = f"{where}, row {number}: {document.message}"
-                    if document.reason == "bad" and skip_bad is None:
-                        raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
+                    need(document.reason != "bad" or skip_bad is not None,
+                         f"{message} (--skip_bad=PERCENT leaves such rows out)")
                     first, unusable = first or message, unusable + 1
-                chunk.append(document)
             count += len(chunk)
             if count >= CHECKED_ROWS:
                 check_share(unusable, count, percent, first)
@@ -151,16 +131,26 @@ def documents(sources, make, skip_bad=None):
     check_share(unusable, count, percent, first)
 
 
+def numbered(where, rows, advice):
+    """Yield (number from 1, row), without blank lines; raises UserError if rows cannot be read."""
+    number, has_rows = 0, False
+    try:
+        for number, row in enumerate(rows, 1):
+            if row is not None:
+                has_rows = True
+                yield number, row
+    except UserError:
+        raise
+    except Exception as error:  # gzip, zlib, pyarrow and datasets raise many types
+        raise UserError(f"{where}, row {number + 1} cannot be read ({described(error)}): "
+                        f"{advice}") from None
+    need(has_rows, f"{where} is empty: it holds no row")
+
+
 def check_share(unusable, count, percent, first):
     """Raise UserError if more than this percentage of the rows so far is unusable."""
-    if unusable > count * percent / 100:
-        raise UserError(f"{unusable:,} of {count:,} rows cannot be used, more than {percent:g} %; "
-                        f"the first is {first}; --skip_bad=PERCENT allows more")
-
-
-def file_sources(paths):
-    return [(path, "is the file complete?", partial(read, path)) for path in paths
-            for ending, read in READERS.items() if path.name.endswith(ending)]
+    need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, more "
+         f"than {percent:g} %; the first is {first}; --skip_bad=PERCENT allows more")
 
 
 def text_of(row, key="text"):
@@ -168,7 +158,7 @@ def text_of(row, key="text"):
     return sft.left_out(row, [key], ": choose one with --key") or row[key]
 
 
-# ---- which split a document belongs to
+# ---- stages: (a function that yields lists of documents, their assignment to splits)
 
 def every_100th(documents, first):
     """Documents number first, first + 1, ... to the splits: every 100th is validation."""
@@ -181,12 +171,55 @@ def all_to(*splits):
     return lambda documents, first: dict.fromkeys(splits, documents)
 
 
+def hub_stage(name, words, make, assign, skip_bad=None, **options):
+    """The stage of a dataset on the hub. words: of a command that reads its files."""
+    advice = ("check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python "
+              f"data.py {words}")
+    sources = [(name, advice, partial(hub_rows, name, **options))]
+    return partial(documents, sources, make, skip_bad), assign
+
+
+def file_sources(paths):
+    return [(path, "is the file complete?", partial(read, path)) for path in paths
+            for ending, read in READERS.items() if path.name.endswith(ending)]
+
+
+def check_files(args, *endings):
+    """Raise UserError for a file with another ending, and for no file."""
+    for path in args.files + args.val:
+        need(path.name.endswith(endings), f"{path}: files may end in {', '.join(endings)}")
+    need(args.files or args.val, "name at least one file: "
+         f"python data.py {args.command} NAME FILES... [--val FILES...]")
+
+
+def file_stages(args, make):
+    """(the part of the request that names the files, their stages); make(row) gives a document.
+
+    The request is {"source": names and sizes, "content": checksums} of each split.
+    """
+    files = {"train": args.files, "val": args.val}
+    assign = {"train": all_to("train") if args.val else every_100th, "val": all_to("val")}
+    request = {"source": {split: [[path.name, path.stat().st_size] for path in paths]
+                          for split, paths in files.items()},
+               "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
+    return request, [(partial(documents, file_sources(paths), make, args.skip_bad), assign[split])
+                     for split, paths in files.items() if paths]
+
+
+def checksum(path):
+    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
+
+
 # ---- commands
 
 def prepare_stdlib(folder="data/stdlib"):
     """Prepare the standard library; returns the manifest."""
-    version = ".".join(str(number) for number in sys.version_info[:3])
-    request = {"source": f"Python {version} standard library"}
+    request = {"source": f"Python {sys.version.split()[0]} standard library"}
     return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, every_100th)])
 
 
@@ -194,36 +227,33 @@ def prepare_c4(args):
     limits = {"train": args.train_tokens, "val": args.val_tokens}
     request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
                "val_tokens": args.val_tokens}
-    advice = HUB_ADVICE + "python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    stages = []
-    for hub_split, split in (("validation", "val"), ("train", "train")):
-        sources = [("allenai/c4", advice, partial(hub_rows, "allenai/c4", "en", hub_split))]
-        stages.append((partial(documents, sources, text_of), all_to(split)))
+    words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
+    stages = [hub_stage("allenai/c4", words, text_of, all_to(split), config="en", split=hub_split)
+              for hub_split, split in (("validation", "val"), ("train", "train"))]
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
 
 def prepare_text(args):
-    check_files(args, READERS)
-    request = files_request(args) | {"key": args.key}
-    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request,
-                   file_stages(args, partial(text_of, key=args.key)))
+    check_files(args, *READERS)
+    request, stages = file_stages(args, partial(text_of, key=args.key))
+    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request | {"key": args.key},
+                   stages)
 
 
 def prepare_sft(args):
-    check_files(args, [ending for ending in READERS if ending != ".txt"])
+    check_files(args, *[ending for ending in READERS if ending != ".txt"])
     files = args.files + args.val
     first_rows = next(documents(file_sources(files), dict, args.skip_bad))
     format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], files[0])
-    stages = file_stages(args, partial(sft.usable, format_name=format_name))
-    return sft.prepare(f"data/{args.name}", args.tokenizer, files_request(args), stages,
-                       format_name, args.seq_len, args.long)
+    request, stages = file_stages(args, partial(sft.usable, format_name=format_name))
+    return sft.prepare(f"data/{args.name}", args.tokenizer, request, stages, format_name,
+                       args.seq_len, args.long)
 
 
 def prepare_hub(args):
     name, format_name = sft.HUB[args.command]
-    sources = [(name, HUB_ADVICE + "python data.py sft NAME FILES...", partial(hub_rows, name))]
     make = partial(sft.usable, format_name=format_name)
-    stages = [(partial(documents, sources, make, args.skip_bad), every_100th)]
+    stages = [hub_stage(name, "sft NAME FILES...", make, every_100th, args.skip_bad)]
     return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
                        format_name, args.seq_len, args.long)
 
@@ -247,40 +277,6 @@ def check(args):
     print(f"{folder} is complete: {summary(manifest)}")
 
 
-def check_files(args, endings):
-    """Raise UserError for a file with another ending, and for no file."""
-    for path in args.files + args.val:
-        if not path.name.endswith(tuple(endings)):
-            raise UserError(f"{path}: files may end in {', '.join(endings)}")
-    if not args.files and not args.val:
-        raise UserError("name at least one file: "
-                        f"python data.py {args.command} NAME FILES... [--val FILES...]")
-
-
-def files_request(args):
-    """{"source": names and sizes, "content": checksums} of the files of each split."""
-    files = {"train": args.files, "val": args.val}
-    return {"source": {split: [[path.name, path.stat().st_size] for path in paths]
-                       for split, paths in files.items()},
-            "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
-
-
-def checksum(path):
-    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
-        file.seek(max(0, size - CHECKSUM_BYTES))
-        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
-
-
-def file_stages(args, make):
-    """The stages of local files; make(row) gives a document."""
-    splits = ((args.files, all_to("train") if args.val else every_100th), (args.val, all_to("val")))
-    return [(partial(documents, file_sources(files), make, args.skip_bad), assign)
-            for files, assign in splits if files]
-
-
 # ---- the command line
 
 def folder_name(word):
@@ -299,13 +295,11 @@ OPTIONS = {
                         "folder with a tokenizer.json"),
     "--key": dict(default="text", help="of the text in .json, .jsonl and .parquet"),
     "--skip_bad": dict(type=at_least(0, float, 100), metavar="PERCENT",
-                       help="leave out up to this percentage of the rows, if they are unusable; "
-                       "default 1, and a value that is not text stops the preparation"),
+                       help="leave out up to this percentage of the rows, if they are unusable"),
     "--train_tokens": dict(type=TOKENS, default=5_300_000_000, help="default 5.3e9, slightly more "
                            "than 10,000 steps x 1024 x 512; 0: all"),
     "--val_tokens": dict(type=TOKENS, default=10_000_000, help="default 1e7; 0: all"),
-    "--seq_len": dict(type=at_least(0), default=0,
-                      help="length of the longest sample in tokens; default 0: no limit"),
+    "--seq_len": dict(type=at_least(0), default=0, help="of the longest sample; default 0: any"),
     "--long": dict(default="drop", choices=("drop", "truncate"),
                    help="drop or truncate samples of more than seq_len tokens; default: drop"),
     "--pairs": dict(type=at_least(1), default=10_000, help="default 10,000"),
