@@ -20,7 +20,7 @@ import codecs
 import gzip
 import hashlib
 import json
-import sys
+import platform
 import sysconfig
 from functools import partial
 from itertools import islice
@@ -219,7 +219,7 @@ def checksum(path):
 
 def prepare_stdlib(folder="data/stdlib"):
     """Prepare the standard library; returns the manifest."""
-    request = {"source": f"Python {sys.version.split()[0]} standard library"}
+    request = {"source": f"Python {platform.python_version()} standard library"}
     return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, every_100th)])
 
 

@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 import shards
 import tokenizer
 from config import UserError, need
-from shards import FIRST, LEARNED, Encoded, LeftOut
+from shards import FIRST, LEARNED, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
@@ -124,32 +124,25 @@ def uuid_pairs(count, seed):
 
 # ---- rows -> samples
 
-def encode(tok, rows, format_name, seq_len=0, too_long="drop"):
-    """The Encoded form of some rows.
+def encode(tok, row, format_name, seq_len=0, too_long="drop"):
+    """(words, counters) of a row.
 
-    Samples of more than seq_len tokens (0: no limit) are dropped, or cut if too_long is "truncate".
-    Samples without a learned token are dropped, and chats that the chat template refuses.
+    A sample of more than seq_len tokens (0: no limit) is dropped, or cut if too_long is "truncate".
+    Dropped are also samples without a learned token, and chats that the chat template refuses.
     """
-    samples, response_bytes, truncated, refused = [], [], 0, 0
-    for row in rows:
-        try:
-            words, size = encode_row(tok, row, format_name)
-        except RefusedChat as reason:  # one row of many; each reason is printed once
-            warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
-            refused += 1
-            continue
-        cut = bool(seq_len) and len(words) > seq_len
-        words = np.array(words[:seq_len or None], dtype=np.uint32)
-        if cut and too_long == "drop" or not (words[1:] >= LEARNED).any():
-            continue  # nothing predicts the first token
-        words[0] |= np.uint32(FIRST)
-        samples.append(words)
-        response_bytes.append(size)
-        truncated += cut
-    counts = {"learned": sum(int((words >= LEARNED).sum()) for words in samples),
-              "longest": max(map(len, samples), default=0), "dropped": len(rows) - len(samples),
-              "truncated": truncated, "refused": refused}
-    return Encoded(samples, response_bytes, counts)
+    try:
+        words, size = encode_row(tok, row, format_name)
+    except RefusedChat as reason:  # one row of many; each reason is printed once
+        warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
+        return None, {"dropped": 1, "refused": 1}
+    cut = bool(seq_len) and len(words) > seq_len
+    words = np.array(words[:seq_len or None], dtype=np.uint32)
+    learned = words >= LEARNED
+    if cut and too_long == "drop" or not learned[1:].any():  # nothing predicts the first token
+        return None, {"dropped": 1}
+    words[0] |= np.uint32(FIRST)
+    return words, {"bytes": size, "learned": int(learned.sum()), "longest": len(words),
+                   "truncated": int(cut)}
 
 
 def encode_row(tok, row, format_name):

@@ -15,7 +15,7 @@ import math
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,23 +46,18 @@ MANIFEST = {"kind": "", "request": {}, "tokenizer": "", "vocab_size": 0, "dtype"
 PROGRESS = {"request": {}, "stage": 0, "documents": 0, "seconds": 0.0, "splits": SPLITS}
 
 
-class Encoded(NamedTuple):
-    """The words of a list of documents (or samples)."""
-    documents: list   # of each document the words, uint32
-    sizes: list       # of each document the bytes in UTF-8, of a sample those of its responses
-    counts: dict      # other counters
-
-
 class LeftOut(NamedTuple):
     """Stands among the documents for a row that gives none."""
     reason: str    # the counter: missing or bad
     message: str   # where the row is, and what is wrong
 
 
-def encode_text(tok, texts):
-    """The Encoded form of some documents, each followed by end-of-text."""
-    documents = [np.append(tok.encode(text), np.uint32(tok.eos_id)) for text in texts]
-    return Encoded(documents, [len(text.encode("utf-8", "replace")) for text in texts], {})
+def encode_text(tok, text):
+    """(words, counters) of a document, which end-of-text follows."""
+    if not text:
+        return None, {"empty": 1}
+    words = np.append(tok.encode(text), np.uint32(tok.eos_id))
+    return words, {"bytes": len(text.encode("utf-8", "replace"))}
 
 
 # ---- writing
@@ -75,8 +70,8 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     tok: see tokenizer.load. request: a dict that names the corpus, of values that JSON can hold;
     equal requests give equal shards. stages: [(read, assign)]: read() yields lists of documents,
     and assign(documents, index of the first one) returns {split: documents}. limits:
-    {split: tokens}, 0: no limit. encode(tok, documents) returns Encoded. facts: more keys of a
-    manifest of samples.
+    {split: tokens}, 0: no limit. encode(tok, document) returns (words uint32, counters), words None
+    if the document is left out. facts: more keys of a manifest of samples.
 
     Raises UserError for a folder that holds another corpus, and for a corpus without a token.
     """
@@ -104,10 +99,9 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
 def prepared_already(folder, request):
     """The manifest of a finished corpus; raises UserError if it is another one."""
     manifest = read_manifest(folder)
-    changed = changes(manifest["request"], request)
-    need(not changed, f"{folder} holds another corpus ({'; '.join(changed)}): remove it or choose "
-         "another NAME")
-    if "content" in request and "content" not in manifest["request"]:
+    changed = "; ".join(changes(manifest["request"], request))
+    need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take another NAME")
+    if "content" in request.keys() - manifest["request"]:
         print(f"note: {folder} has no checksums of its files; their names and sizes agree")
     print(f"{folder} is prepared already: {summary(manifest)}")
     return manifest
@@ -130,23 +124,20 @@ class SplitWriter:
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
         self.limit, self.words, self.waiting = limit or math.inf, [], 0  # tokens of self.words
 
-    def room(self):
-        """Tokens until the limit."""
-        return self.limit - self.totals["tokens"]
+    def full(self):
+        return self.totals["tokens"] >= self.limit
 
-    def add(self, part):
-        """Take the documents of an Encoded part, up to the one that reaches the limit."""
-        if self.room() <= 0:
+    def add(self, words, counts):
+        """Count a document and take its words, if it has some, unless the limit is reached."""
+        if self.full():
             return
-        ends = np.cumsum([len(words) for words in part.documents])
-        documents = part.documents[:np.searchsorted(ends, self.room()) + 1]
-        tokens, size = sum(map(len, documents)), sum(part.sizes[:len(documents)])
-        own = {"tokens": tokens, "documents": len(documents), "bytes": size}
-        for key, value in (part.counts | own).items():
+        if words is not None:
+            counts = {"tokens": len(words), "documents": 1} | counts
+            self.words.append(words)
+            self.waiting += len(words)
+        for key, value in counts.items():
             before = self.totals.get(key, 0)
             self.totals[key] = max(before, value) if key == "longest" else before + value
-        self.words += documents
-        self.waiting += tokens
 
     def write_shard(self):
         """Write the words that wait as a shard, whole or not at all."""
@@ -174,15 +165,16 @@ def write_corpus(folder, manifest, encode, stages, limits):
         for stage, (read, assign) in list(enumerate(stages))[progress["stage"]:]:
             for parts, end in encoded(pool, encode, read, assign, progress["documents"]):
                 for split, part in parts.items():
-                    writers[split].add(part)
-                    bar.update(sum(part.sizes))
+                    for words, counts in part:
+                        writers[split].add(words, counts)
+                bar.update(total(splits, "bytes") - bar.n)
                 if any(writer.waiting >= SHARD_TOKENS for writer in writers.values()):
                     for writer in writers.values():
                         writer.write_shard()
                     # all that is counted is on disk now
                     progress |= {"stage": stage, "documents": end, "seconds": time.time() - started}
                     write_json(progress_file, progress)
-                if all(writers[split].room() <= 0 for split in parts):
+                if all(writers[split].full() for split in parts):
                     break
             progress["documents"] = 0  # of the next stage
     for writer in writers.values():
@@ -212,7 +204,7 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, assign, first):
-    """Yield ({split: Encoded}, index after them) of each list of a stage's documents, in order.
+    """Yield ({split: [(words, counters)]}, index after them) of each list of documents, in order.
 
     first: the index of the first document that is needed. A few lists per core are in memory.
     """
@@ -221,8 +213,7 @@ def encoded(pool, encode, read, assign, first):
         rest = documents[max(0, first - end):]
         end += len(documents)
         if rest:
-            splits = assign(rest, end - len(rest))
-            jobs.append((pool.submit(encode_splits, encode, splits), end))
+            jobs.append((pool.submit(encode_splits, encode, assign(rest, end - len(rest))), end))
         if len(jobs) == 4 * os.cpu_count():
             job, index = jobs.popleft()
             yield job.result(), index
@@ -231,14 +222,10 @@ def encoded(pool, encode, read, assign, first):
 
 
 def encode_splits(encode, splits):
-    """{split: Encoded} of {split: documents}."""
-    parts = {}
-    for split, documents in splits.items():
-        part = encode([text for text in documents if text and not isinstance(text, LeftOut)])
-        reasons = Counter(text.reason if text else "empty" for text in documents
-                          if not text or isinstance(text, LeftOut))
-        parts[split] = part._replace(counts=part.counts | reasons)
-    return parts
+    """{split: [(words, counters)]} of {split: documents}."""
+    return {split: [(None, {document.reason: 1}) if isinstance(document, LeftOut)
+                    else encode(document) for document in documents]
+            for split, documents in splits.items()}
 
 
 # ---- the manifest

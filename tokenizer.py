@@ -43,8 +43,10 @@ def load(name, folder=None):
 
     folder: holds the files of a tokenizer whose name is the hash of its tokenizer.json.
     """
-    if name == "bytes":
-        return Tiktoken(byte_encoding())
+    if name == "bytes":  # a byte is a token, and 256 is end-of-text
+        return Tiktoken(tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
+            mergeable_ranks={bytes([i]): i for i in range(256)}))
     if name.startswith("tokenizer.json:"):
         tok = Json(folder)
         need(tok.name == name, f"{folder}/tokenizer.json is {tok.name}, expected {name}: the file "
@@ -61,13 +63,6 @@ def load(name, folder=None):
         raise UserError(f"tokenizer {name} could not be downloaded ({type(error).__name__}): run "
                         "once with a network, or set TIKTOKEN_CACHE_DIR to a tiktoken cache that "
                         "holds it") from None
-
-
-def byte_encoding():
-    """tiktoken's encoding in which a byte is a token, and 256 is end-of-text."""
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}",
-                             mergeable_ranks={bytes([i]): i for i in range(256)},
-                             special_tokens={"<|endoftext|>": 256})
 
 
 def without_surrogates(text):

@@ -36,9 +36,8 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 
 def sample(tok, row, **options):
     """(ids, which are learned) of one row."""
-    part = sft.encode(tok, [row], sft.row_format([row], "here"), **options)
-    words, = part.documents
-    assert part.counts["longest"] == len(words)
+    words, counts = sft.encode(tok, row, sft.row_format([row], "here"), **options)
+    assert counts["longest"] == len(words)
     assert (words[:1] & sft.FIRST).all() and not (words[1:] & sft.FIRST).any()
     return (words & (sft.FIRST - 1)).tolist(), (words >= sft.LEARNED).tolist()
 
@@ -176,17 +175,23 @@ def test_a_template_without_end_of_text_gets_one_at_the_end(tmp_path):
 def test_long_samples_are_dropped_or_cut_and_counted():
     sizes = (1, 4, 5, 7, 9, 10)  # samples of 7, 10, 11, 13, 15 and 16 tokens
     rows = [{"prompt": "p" * size, "response": "r" * 4} for size in sizes]
-    dropped = sft.encode(BYTES, rows, "prompt", seq_len=10)
-    assert dropped.counts == {"learned": 10, "longest": 10, "dropped": 4, "truncated": 0,
-                              "refused": 0}
-    assert [len(words) for words in dropped.documents] == [7, 10]
-    cut = sft.encode(BYTES, rows, "prompt", seq_len=10, too_long="truncate")
-    assert cut.counts == {"learned": 10 + 4 + 2, "longest": 10, "dropped": 2, "truncated": 2,
-                          "refused": 0}
-    assert [len(words) for words in cut.documents] == [7, 10, 10, 10]
-    last = cut.documents[-1][-1]  # no end-of-text where the response did not end
+    dropped = {"dropped": 1}
+
+    def encode(too_long):
+        return list(zip(*(sft.encode(BYTES, row, "prompt", 10, too_long) for row in rows),
+                        strict=True))
+
+    words, counts = encode("drop")
+    assert [*map(len, words[:2])] == [7, 10] and words[2:] == (None,) * 4
+    assert counts == tuple({"bytes": 4, "learned": 5, "longest": len(w), "truncated": 0}
+                           for w in words[:2]) + (dropped,) * 4
+    words, counts = encode("truncate")
+    assert [*map(len, words[:4])] == [7, 10, 10, 10] and words[4:] == (None, None)
+    assert counts[2:] == tuple({"bytes": 4, "learned": learned, "longest": 10, "truncated": 1}
+                               for learned in (4, 2)) + (dropped,) * 2
+    last = words[3][-1]  # no end-of-text where the response did not end
     assert last & 0xff == ord("r") and last >= sft.LEARNED
-    assert sft.encode(BYTES, [{"messages": CHAT[:1]}], "messages").counts["dropped"] == 1
+    assert sft.encode(BYTES, {"messages": CHAT[:1]}, "messages") == (None, dropped)
 
 
 def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch, capsys):
