@@ -281,8 +281,8 @@ def check(args):
 
 def folder_name(word):
     """An argparse type: the name of a folder inside data/."""
-    if Path(word).name != word or word.startswith((".", "-")):
-        raise argparse.ArgumentTypeError(f"must be a name inside data/, got {word!r}")
+    need(Path(word).name == word and word[:1] not in ".-",
+         f"must be a name inside data/, got {word!r}")
     return word
 
 

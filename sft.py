@@ -58,10 +58,7 @@ class RefusedChat(UserError):
 
 
 def row_format(rows, where):
-    """The name of the format of the first row that has the keys of one. Raises UserError.
-
-    where: the file, for the message.
-    """
+    """The name of the format of the first row that has the keys of one. where: the file."""
     for row in rows:
         for name, (prompt_key, response_key, _) in ROW_FORMATS.items():
             if row.get(prompt_key) is not None and row.get(response_key) is not None:
@@ -148,57 +145,13 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
 def encode_row(tok, row, format_name):
     """(ids with the flag LEARNED, bytes of the responses) of a row.
 
-    A chat follows the tokenizer's template if it has one, Tulu's otherwise. Messages after the last
-    answer are left out.
+    A chat follows the tokenizer's template if it has one, Tulu's otherwise. A response ends with
+    end-of-text, which is learned. A chat template writes end-of-text itself; if it does not, only
+    the last answer gets one. Text that the template writes after end-of-text (a line break) is not
+    learned, and what follows the last learned token is left out.
     """
-    if format_name == "messages" and tok.chat_template:
-        return join_turns(tok, template_turns(tok, row["messages"]), by_template=True)
-    if format_name == "messages":
-        return join_turns(tok, tulu_turns(row["messages"]))
-    prompt_key, response_key, template = ROW_FORMATS[format_name]
-    task_input = row.get("input") if format_name == "alpaca" else None
-    template = ALPACA_INPUT if task_input else template
-    prompt = template.format(instruction=row[prompt_key], input=task_input)
-    return join_turns(tok, [(prompt, False), (row[response_key], True)])
-
-
-def tulu_turns(messages):
-    """[(text, is it an answer?)] of a chat in Tulu's format."""
-    turns, prompt = [], ""
-    for message in messages:
-        if message["role"] == "assistant":
-            turns += [(f"{prompt}<|assistant|>\n", False), (message["content"], True)]
-            prompt = "\n"
-        else:
-            prompt += f"<|{message['role']}|>\n{message['content']}\n"
-    return turns
-
-
-def template_turns(tok, messages):
-    """[(text, is it an answer?)] of a chat by the tokenizer's chat template.
-
-    An answer is what the template adds to the messages before it and the generation prompt.
-    """
-    turns, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
-            need(before.startswith(done) and after.startswith(before), "the chat template of "
-                 f"{tok.folder} writes a message differently when others follow, so that answers "
-                 "cannot be told from prompts: remove the template from a copy of the folder, and "
-                 f"Tulu's format is used. Seen at {message['content']!r:.100}")
-            turns += [(before[len(done):], False), (after[len(before):], True)]
-            done = after
-    return turns
-
-
-def join_turns(tok, turns, by_template=False):
-    """(ids with the flag LEARNED, bytes of the answers) of [(text, is it an answer?)].
-
-    An answer ends with end-of-text, which is learned. A chat template writes end-of-text itself; if
-    it does not, only the last answer gets one. Text that the template writes after end-of-text (a
-    line break) is not learned, and what follows the last learned token is left out.
-    """
+    by_template = format_name == "messages" and tok.chat_template
+    turns = turns_of(tok, row, format_name)
     encode_turn = tok.encode_template if by_template else tok.encode_part
     words = [] if by_template else list(tok.bos_ids)
     for i, (text, is_answer) in enumerate(turns, 1):
@@ -213,6 +166,44 @@ def join_turns(tok, turns, by_template=False):
         words.pop()
     answers = "".join(text for text, is_answer in turns if is_answer)
     return words, len(answers.encode("utf-8", "replace"))
+
+
+def turns_of(tok, row, format_name):
+    """[(text, is it an answer?)] of a row."""
+    if format_name == "messages":
+        messages = row["messages"]
+        return template_turns(tok, messages) if tok.chat_template else tulu_turns(messages)
+    prompt_key, response_key, template = ROW_FORMATS[format_name]
+    task_input = row.get("input") if format_name == "alpaca" else None
+    template = ALPACA_INPUT if task_input else template
+    prompt = template.format(instruction=row[prompt_key], input=task_input)
+    return [(prompt, False), (row[response_key], True)]
+
+
+def tulu_turns(messages):
+    turns, prompt = [], ""
+    for message in messages:
+        if message["role"] == "assistant":
+            turns += [(f"{prompt}<|assistant|>\n", False), (message["content"], True)]
+            prompt = "\n"
+        else:
+            prompt += f"<|{message['role']}|>\n{message['content']}\n"
+    return turns
+
+
+def template_turns(tok, messages):
+    """An answer is what the template adds to the messages before it and the generation prompt."""
+    turns, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
+            need(before.startswith(done) and after.startswith(before), "the chat template of "
+                 f"{tok.folder} writes a message differently when others follow, so that answers "
+                 "cannot be told from prompts: remove the template from a copy of the folder, and "
+                 f"Tulu's format is used. Seen at {message['content']!r:.100}")
+            turns += [(before[len(done):], False), (after[len(before):], True)]
+            done = after
+    return turns
 
 
 # ---- chat templates: programs in jinja2, written by others

@@ -367,16 +367,12 @@ class Samples(Tokens):
     def __init__(self, folder, split, verify=True):
         super().__init__(folder, split, verify)
         self.format = self.manifest["format"]
-        sample_starts, learned_counts = [], []
-        for shard, shard_start in zip(self.shards, self.shard_starts[:-1], strict=True):
-            offsets = np.flatnonzero(shard & FIRST)
-            learned = shard >= LEARNED
-            learned[offsets] = False  # nothing predicts a first token
-            learned_counts.append(np.add.reduceat(learned, offsets, dtype=np.int64))
-            sample_starts.append(offsets + shard_start)
-        self.sample_starts = np.concatenate([*sample_starts, [len(self)]])
-        self.learned = np.concatenate(learned_counts)
-        self.lengths = np.diff(self.sample_starts)
+        starts = [np.flatnonzero(shard & FIRST) for shard in self.shards]
+        # nothing predicts a first token, so it does not count as learned
+        learned = [np.add.reduceat(shard & (FIRST | LEARNED) == LEARNED, first, dtype=np.int64)
+                   for shard, first in zip(self.shards, starts, strict=True)]
+        self.sample_starts = np.concatenate([*map(np.add, starts, self.shard_starts), [len(self)]])
+        self.learned, self.lengths = np.concatenate(learned), np.diff(self.sample_starts)
 
     def sample(self, i):
         """(ids int64, which of them are learned) of sample i."""
