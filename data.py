@@ -31,9 +31,8 @@ from config import (  # before torch: Ctrl-C; isort: skip
 
 import sft
 import tokenizer
-from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, summary
+from shards import CHUNK_DOCUMENTS, LeftOut, open_split, prepare, read_manifest, summary
 
-CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
 CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
 CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
 
@@ -95,7 +94,7 @@ def described(error):
     return f"{type(error).__name__}: {one_line(error)}"[:300]
 
 
-# ---- documents: generators of lists of them, in an order that is always the same
+# ---- documents, in an order that is always the same
 
 def stdlib_texts():
     """The files of the running Python's standard library without its tests, in order of name."""
@@ -103,11 +102,11 @@ def stdlib_texts():
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
         if not left_out & set(path.relative_to(root).parts):
-            yield [path.read_text(encoding="utf-8", errors="replace")]
+            yield path.read_text(encoding="utf-8", errors="replace")
 
 
 def documents(sources, make, skip_bad=None):
-    """Lists of make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
+    """Yield make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
     that yields rows)].
 
     skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
@@ -115,19 +114,17 @@ def documents(sources, make, skip_bad=None):
     """
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
     for where, advice, read in sources:
-        rows = numbered(where, read(), advice)
-        while batch := list(islice(rows, CHUNK_DOCUMENTS)):
-            chunk = [make(row) if isinstance(row, dict) else row for _, row in batch]
-            for (number, _), document in zip(batch, chunk, strict=True):
-                if isinstance(document, LeftOut):
-                    message = f"{where}, row {number}: {document.message}"
-                    need(document.reason != "bad" or skip_bad is not None,
-                         f"{message} (--skip_bad=PERCENT leaves such rows out)")
-                    first, unusable = first or message, unusable + 1
-            count += len(chunk)
-            if count >= CHECKED_ROWS:
-                check_share(unusable, count, percent, first)
-            yield chunk
+        for number, row in numbered(where, read(), advice):
+            document = make(row) if isinstance(row, dict) else row
+            count += 1
+            if isinstance(document, LeftOut):
+                message = f"{where}, row {number}: {document.message}"
+                need(document.reason != "bad" or skip_bad is not None,
+                     f"{message} (--skip_bad=PERCENT leaves such rows out)")
+                first, unusable = first or message, unusable + 1
+                if count >= CHECKED_ROWS:
+                    check_share(unusable, count, percent, first)
+            yield document
     check_share(unusable, count, percent, first)
 
 
@@ -158,17 +155,16 @@ def text_of(row, key="text"):
     return sft.left_out(row, [key], ": choose one with --key") or row[key]
 
 
-# ---- stages: (a function that yields lists of documents, their assignment to splits)
+# ---- stages: (a function that yields documents, their assignment to splits)
 
-def every_100th(documents, first):
-    """Documents number first, first + 1, ... to the splits: every 100th is validation."""
-    train = [document for i, document in enumerate(documents, first) if i % 100 != 99]
-    return {"train": train, "val": documents[(99 - first) % 100::100]}
+def every_100th(index):
+    """The splits of a document: every 100th is validation."""
+    return ["val" if index % 100 == 99 else "train"]
 
 
 def all_to(*splits):
     """An assignment of all documents to these splits."""
-    return lambda documents, first: dict.fromkeys(splits, documents)
+    return lambda index: splits
 
 
 def hub_stage(name, words, make, assign, skip_bad=None, **options):
@@ -243,8 +239,8 @@ def prepare_text(args):
 def prepare_sft(args):
     check_files(args, *[ending for ending in READERS if ending != ".txt"])
     files = args.files + args.val
-    first_rows = next(documents(file_sources(files), dict, args.skip_bad))
-    format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], files[0])
+    rows = islice(documents(file_sources(files), dict, args.skip_bad), CHUNK_DOCUMENTS)
+    format_name = sft.row_format([row for row in rows if isinstance(row, dict)], files[0])
     request, stages = file_stages(args, partial(sft.usable, format_name=format_name))
     return sft.prepare(f"data/{args.name}", args.tokenizer, request, stages, format_name,
                        args.seq_len, args.long)
@@ -272,8 +268,8 @@ def check(args):
     for split, totals in manifest["splits"].items():
         if totals["tokens"]:
             tokens = open_split(folder, split)
-            for position in range(0, len(tokens), SHARD_TOKENS):
-                tokens.read(position, min(SHARD_TOKENS, len(tokens) - position))
+            for position, shard in zip(tokens.shard_starts, tokens.shards, strict=False):
+                tokens.read(position, len(shard))
     print(f"{folder} is complete: {summary(manifest)}")
 
 

@@ -109,14 +109,14 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 
 
 def uuid_pairs(count, seed):
-    """Lists of rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
+    """Yield rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
     generator = random.Random(seed)
 
     def draw():
         return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
-    for first in range(0, count, 256):
-        yield [{"prompt": draw() + "\n", "response": draw()} for _ in range(first, count)[:256]]
+    for _ in range(count):
+        yield {"prompt": draw() + "\n", "response": draw()}
 
 
 # ---- rows -> samples

@@ -18,6 +18,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from config import lock, need, read_json, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of one shard
+CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
 ALIGNED = 8             # rows of samples are padded to a multiple of it
@@ -68,10 +70,10 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     A preparation of the same request that was killed is continued, a finished one is not repeated.
 
     tok: see tokenizer.load. request: a dict that names the corpus, of values that JSON can hold;
-    equal requests give equal shards. stages: [(read, assign)]: read() yields lists of documents,
-    and assign(documents, index of the first one) returns {split: documents}. limits:
-    {split: tokens}, 0: no limit. encode(tok, document) returns (words uint32, counters), words None
-    if the document is left out. facts: more keys of a manifest of samples.
+    equal requests give equal shards. stages: [(read, assign)]: read() yields documents, in an order
+    that is always the same, and assign(index) names the splits of one. limits: {split: tokens}, 0:
+    no limit. encode(tok, document) returns (words uint32, counters), words None if the document is
+    left out. facts: more keys of a manifest of samples.
 
     Raises UserError for a folder that holds another corpus, and for a corpus without a token.
     """
@@ -163,10 +165,9 @@ def write_corpus(folder, manifest, encode, stages, limits):
                disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for stage, (read, assign) in list(enumerate(stages))[progress["stage"]:]:
-            for parts, end in encoded(pool, encode, read, assign, progress["documents"]):
-                for split, part in parts.items():
-                    for words, counts in part:
-                        writers[split].add(words, counts)
+            for chunk, end in encoded(pool, encode, read, assign, progress["documents"]):
+                for split, words, counts in chunk:
+                    writers[split].add(words, counts)
                 bar.update(total(splits, "bytes") - bar.n)
                 if any(writer.waiting >= SHARD_TOKENS for writer in writers.values()):
                     for writer in writers.values():
@@ -174,7 +175,7 @@ def write_corpus(folder, manifest, encode, stages, limits):
                     # all that is counted is on disk now
                     progress |= {"stage": stage, "documents": end, "seconds": time.time() - started}
                     write_json(progress_file, progress)
-                if all(writers[split].full() for split in parts):
+                if all(writers[split].full() for split, _, _ in chunk):
                     break
             progress["documents"] = 0  # of the next stage
     for writer in writers.values():
@@ -204,28 +205,27 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, assign, first):
-    """Yield ({split: [(words, counters)]}, index after them) of each list of documents, in order.
+    """Yield what encode_chunk returns of a stage's documents from the first on, in order.
 
-    first: the index of the first document that is needed. A few lists per core are in memory.
+    A few chunks per core are in memory.
     """
-    jobs, end = deque(), 0
-    for documents in read():
-        rest = documents[max(0, first - end):]
-        end += len(documents)
-        if rest:
-            jobs.append((pool.submit(encode_splits, encode, assign(rest, end - len(rest))), end))
+    documents, jobs = islice(enumerate(read()), first, None), deque()
+    while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
+        jobs.append(pool.submit(encode_chunk, encode, assign, chunk))
         if len(jobs) == 4 * os.cpu_count():
-            job, index = jobs.popleft()
-            yield job.result(), index
-    for job, index in jobs:
-        yield job.result(), index
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
 
 
-def encode_splits(encode, splits):
-    """{split: [(words, counters)]} of {split: documents}."""
-    return {split: [(None, {document.reason: 1}) if isinstance(document, LeftOut)
-                    else encode(document) for document in documents]
-            for split, documents in splits.items()}
+def encode_chunk(encode, assign, chunk):
+    """([(split, words, counters)], index after them) of [(index, document)]."""
+    parts = []
+    for index, document in chunk:
+        left_out = isinstance(document, LeftOut)
+        words, counts = (None, {document.reason: 1}) if left_out else encode(document)
+        parts += [(split, words, counts) for split in assign(index)]
+    return parts, chunk[-1][0] + 1
 
 
 # ---- the manifest

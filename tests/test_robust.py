@@ -350,7 +350,7 @@ def test_two_preparations_of_one_folder_do_not_mix(tmp_path):
     def read():
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
             data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, [])
-        yield ["text"] * 200
+        yield from ["text"] * 200
 
     stages = [(read, data.every_100th)]
     manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, stages)

@@ -67,10 +67,6 @@ def chat_folder(folder, template=CHATML):
     return tokenizer.load(str(folder))
 
 
-def all_train(rows, first):
-    return {"train": rows}
-
-
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -150,7 +146,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
 
     def prepare(name, rows):
         return sft.prepare(tmp_path / name, str(tmp_path / "chat"), {"source": "test"},
-                           [(lambda: [rows], all_train)], "messages")
+                           [(lambda: rows, data.all_to("train"))], "messages")
 
     with pytest.warns(UserWarning, match="refuses a chat: no system message"):
         totals = prepare("data", [{"messages": turns}, refused] * 3)["splits"]["train"]
@@ -281,7 +277,7 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
     assert len(set(words)) == 600
     assert all(uuid.UUID(text).version == 4 and re.fullmatch("[0-9a-f-]{36}", text)
                for text in words)
-    first = next(sft.uuid_pairs(300, 0))[0]
+    first = next(sft.uuid_pairs(300, 0))
     assert first == {"prompt": texts[0][0] + "\n", "response": texts[0][1]}
     assert list(sft.uuid_pairs(300, 0)) == list(sft.uuid_pairs(300, 0))
     assert list(sft.uuid_pairs(300, 0)) != list(sft.uuid_pairs(300, 1))
