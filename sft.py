@@ -243,7 +243,14 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **options)
 
     def call_binop(self, context, operator, left, right):
-        limit(result_length(operator, left, right), TEMPLATE_LENGTH, "characters")
+        """Limits the result's length before it is computed; a number is as long as its digits."""
+        sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
+        numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
+        widths = re.findall(r"\d+", left) if isinstance(left, str) else []  # "%9999999d" % 1
+        length = {"+": sum(sizes), "*": max(sizes) * max(numbers),
+                  "**": numbers[1] * max(1, numbers[0].bit_length()),
+                  "%": sum(sizes) + max(map(int, widths), default=0)}[operator]
+        limit(length, TEMPLATE_LENGTH, "characters")
         return super().call_binop(context, operator, left, right)
 
     @staticmethod
@@ -259,19 +266,6 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
 def limit(amount, most, what):
     if amount > most:
         raise SecurityError(f"it takes more than {most:,} {what}")
-
-
-def result_length(operator, left, right):
-    """A bound on the length of a template's `left operator right`; of a number: its digits."""
-    sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
-    numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
-    if operator == "*":
-        return max(sizes) * max(numbers)
-    if operator == "**":
-        return numbers[1] * max(1, numbers[0].bit_length())
-    if operator == "%" and isinstance(left, str):  # "%9999999d" % 1
-        return max(map(int, re.findall(r"\d+", left)), default=0) + sum(sizes)
-    return sum(sizes)
 
 
 @lru_cache

@@ -67,20 +67,18 @@ def encode_text(tok, text):
 def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None):
     """Write a corpus as shards and a manifest, and return the manifest.
 
-    A preparation of the same request that was killed is continued, a finished one is not repeated.
+    A killed preparation of the same request is continued, a finished one is not repeated. Raises
+    UserError for a folder that holds another corpus, and for a corpus without a token.
 
-    tok: see tokenizer.load. request: a dict that names the corpus, of values that JSON can hold;
-    equal requests give equal shards. stages: [(read, assign)]: read() yields documents, in an order
-    that is always the same, and assign(index) names the splits of one. limits: {split: tokens}, 0:
-    no limit. encode(tok, document) returns (words uint32, counters), words None if the document is
-    left out. facts: more keys of a manifest of samples.
-
-    Raises UserError for a folder that holds another corpus, and for a corpus without a token.
+    tok: see tokenizer.load. request: a JSON object that names the corpus; equal requests give equal
+    shards. stages: [(read, assign)]: read() yields documents, in an order that is always the same,
+    and assign(index) names the splits of one. limits: {split: tokens}, 0: no limit. encode(tok,
+    document) returns (words uint32, counters), words None if the document is left out. facts: more
+    keys of a manifest of samples.
     """
-    folder, small = Path(folder), tok.vocab_size <= 2 ** 16 and not facts
+    folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
-                "tokenizer": tok.name, "vocab_size": tok.vocab_size,
-                "dtype": "uint16" if small else "uint32"}
+                "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder, "data preparation"):
         if (folder / "manifest.json").exists():
@@ -205,10 +203,7 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, assign, first):
-    """Yield what encode_chunk returns of a stage's documents from the first on, in order.
-
-    A few chunks per core are in memory.
-    """
+    """Yield encode_chunk's results for a stage's documents, in order; a few are in memory."""
     documents, jobs = islice(enumerate(read()), first, None), deque()
     while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
         jobs.append(pool.submit(encode_chunk, encode, assign, chunk))
@@ -270,7 +265,7 @@ def intact(condition, path, reason):
 
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
-    documents, clauses = {"text": "documents", "samples": "samples"}[manifest["kind"]], []
+    documents, clauses = "documents" if manifest["kind"] == "text" else "samples", []
     for split, totals in manifest["splits"].items():
         if any(totals.values()):
             counts = "".join(f", {totals[counter]:,} {name}" for counter, name in COUNTERS.items()
@@ -296,7 +291,7 @@ def fingerprint(folder):
 
 def open_split(folder, split, verify=True):
     """One split of a prepared folder, as Samples or as Tokens."""
-    reader = {"text": Tokens, "samples": Samples}[read_manifest(folder)["kind"]]
+    reader = Samples if read_manifest(folder)["kind"] == "samples" else Tokens
     return reader(folder, split, verify)
 
 
@@ -333,10 +328,9 @@ class Tokens:
         tok: the model's tokenizer, None if unknown. where: the path of the model, for the message.
         """
         if tok:
-            choice = where if tok.folder else tok.name
-            need(tok.name == self.tokenizer,
-                 f"{where} has the tokenizer {tok.name}, {self.folder} was prepared with "
-                 f"{self.tokenizer}: prepare it again with --tokenizer={choice}")
+            advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
+            need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "
+                 f"was prepared with {self.tokenizer}: {advice}")
         need(self.vocab_size <= model.cfg.vocab_size, f"{self.folder} has a vocabulary of "
              f"{self.vocab_size} tokens, {where} has {model.cfg.vocab_size}")
 
@@ -394,10 +388,8 @@ class Samples(Tokens):
         return inputs, targets
 
     def padded(self, longest, seq_len):
-        """The length of rows whose longest sample has so many tokens, for numbers and arrays.
-
-        Inputs lack a sample's last token, so this is longest - 1, rounded up, and at most seq_len.
-        """
+        """The length of rows whose longest sample has so many tokens, for numbers and arrays."""
+        # inputs lack a sample's last token
         return np.minimum(-(-(longest - 1) // ALIGNED) * ALIGNED, seq_len)
 
     def must_fit(self, seq_len):
