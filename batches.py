@@ -17,10 +17,8 @@ SORTED_STEPS = 32  # the samples of this many steps are sorted by length togethe
 
 
 class Prefetcher:
-    """batches(step) returns self.load(step); a thread loads the next step meanwhile.
-
-    reader: Tokens or Samples. rank, world: this process's number, and the number of processes.
-    """
+    """batches(step) returns self.load(step), of this process, number rank of world; a thread loads
+    the next step meanwhile."""
 
     def __init__(self, reader, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
                  world=1):
@@ -47,10 +45,8 @@ class Prefetcher:
 
 
 class Batches(Prefetcher):
-    """Training batches of text: in every epoch all windows, each once, shuffled.
-
-    Window i is tokens[i * seq_len : (i + 1) * seq_len]; its targets are one token further.
-    """
+    """Training batches of text: in every epoch all windows of seq_len tokens, each once, shuffled.
+    The targets are one token further."""
 
     def __init__(self, tokens, *settings, **options):
         super().__init__(tokens, *settings, **options)
@@ -126,9 +122,8 @@ class SampleBatches(Prefetcher):
         """(inputs, targets, weights) of this process: lists with one entry per micro-batch.
 
         Inputs and targets are (micro_batch, padded length) int64. A weight is the micro-batch's
-        number of learned tokens, divided by the mean over the step's micro-batches. So the mean of
-        the weighted losses, over micro-batches and processes, is the mean loss of the global
-        batch's learned tokens, whatever the split into micro-batches.
+        number of learned tokens, divided by the mean over the step's micro-batches: so the mean
+        weighted loss is that of the global batch's learned tokens, whatever the micro-batches.
         """
         every, learned = self.samples_of(step), self.reader.learned
         own = self.own_rows(every)

@@ -55,7 +55,8 @@ def parsed(line):
     try:
         return as_object(json.loads(line.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
-        return LeftOut("bad", f"the line is not JSON in UTF-8 ({described(error)})")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return LeftOut("bad", f"the line is not JSON in UTF-8 ({reason})")
 
 
 def as_object(row):
@@ -78,20 +79,8 @@ def text_rows(path):
         yield content
 
 
-def hub_rows(name, config=None, split="train"):
-    """The rows of a dataset on the hub, streamed."""
-    from datasets import load_dataset  # slow to import, and only preparing needs it
-    stream = load_dataset(name, config, split=split, streaming=True)
-    for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
-        yield from table.to_pylist()
-
-
 READERS = dict.fromkeys((".json", ".json.gz", ".jsonl", ".jsonl.gz"), json_rows) | {
     ".parquet": parquet_rows, ".txt": text_rows}
-
-
-def described(error):
-    return f"{type(error).__name__}: {one_line(error)}"[:300]
 
 
 # ---- documents, in an order that is always the same
@@ -113,6 +102,11 @@ def documents(sources, make, skip_bad=None):
     that holds something else than text raises UserError at once.
     """
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
+
+    def check_share():
+        need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, "
+             f"more than {percent:g} %; the first is {first}; --skip_bad=PERCENT allows more")
+
     for where, advice, read in sources:
         for number, row in numbered(where, read(), advice):
             document = make(row) if isinstance(row, dict) else row
@@ -123,9 +117,9 @@ def documents(sources, make, skip_bad=None):
                      f"{message} (--skip_bad=PERCENT leaves such rows out)")
                 first, unusable = first or message, unusable + 1
                 if count >= CHECKED_ROWS:
-                    check_share(unusable, count, percent, first)
+                    check_share()
             yield document
-    check_share(unusable, count, percent, first)
+    check_share()
 
 
 def numbered(where, rows, advice):
@@ -139,15 +133,9 @@ def numbered(where, rows, advice):
     except UserError:
         raise
     except Exception as error:  # gzip, zlib, pyarrow and datasets raise many types
-        raise UserError(f"{where}, row {number + 1} cannot be read ({described(error)}): "
-                        f"{advice}") from None
+        raise UserError(f"{where}, row {number + 1} cannot be read ({type(error).__name__}: "
+                        f"{one_line(error):.300}): {advice}") from None
     need(has_rows, f"{where} is empty: it holds no row")
-
-
-def check_share(unusable, count, percent, first):
-    """Raise UserError if more than this percentage of the rows so far is unusable."""
-    need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, more "
-         f"than {percent:g} %; the first is {first}; --skip_bad=PERCENT allows more")
 
 
 def text_of(row, key="text"):
@@ -167,12 +155,17 @@ def all_to(*splits):
     return lambda index: splits
 
 
-def hub_stage(name, words, make, assign, skip_bad=None, **options):
-    """The stage of a dataset on the hub. words: of a command that reads its files."""
+def hub_stage(name, words, make, assign, skip_bad=None, config=None, split="train"):
+    """The stage of a dataset on the hub, streamed. words: of a command that reads its files."""
+    def rows():
+        from datasets import load_dataset  # slow to import, and only preparing needs it
+        stream = load_dataset(name, config, split=split, streaming=True)
+        for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
+            yield from table.to_pylist()
+
     advice = ("check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python "
               f"data.py {words}")
-    sources = [(name, advice, partial(hub_rows, name, **options))]
-    return partial(documents, sources, make, skip_bad), assign
+    return partial(documents, [(name, advice, rows)], make, skip_bad), assign
 
 
 def file_sources(paths):
@@ -296,8 +289,7 @@ OPTIONS = {
                            "than 10,000 steps x 1024 x 512; 0: all"),
     "--val_tokens": dict(type=TOKENS, default=10_000_000, help="default 1e7; 0: all"),
     "--seq_len": dict(type=at_least(0), default=0, help="of the longest sample; default 0: any"),
-    "--long": dict(default="drop", choices=("drop", "truncate"),
-                   help="drop or truncate samples of more than seq_len tokens; default: drop"),
+    "--long": dict(default="drop", choices=("drop", "truncate"), help="longer ones; default: drop"),
     "--pairs": dict(type=at_least(1), default=10_000, help="default 10,000"),
     "--seed": dict(type=at_least(0), default=0, help="of the random UUIDs"),
 }

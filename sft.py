@@ -39,9 +39,8 @@ ALPACA = ("Below is an instruction that describes a task. "
 ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-TULU = "<|role|>\ncontent\n"  # of every message; an answer ends with end-of-text
 ROW_FORMATS = {  # name: (key of the prompt, key of the response, template of the prompt)
-    "messages": ("messages", "messages", TULU),
+    "messages": ("messages", "messages", "<|role|>\ncontent\n"),  # Tulu's, of every message
     "alpaca": ("instruction", "output", ALPACA),
     "question": ("question", "answer", ALPACA),
     "query": ("query", "response", ALPACA),
@@ -99,9 +98,9 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 
     format_name: of ROW_FORMATS. seq_len, too_long: see encode.
     """
-    tok, template = tokenizer.load(tokenizer_name), ROW_FORMATS[format_name][2]
-    if format_name == "messages" and tok.chat_template:
-        template = tok.chat_template
+    tok = tokenizer.load(tokenizer_name)
+    own_template = format_name == "messages" and tok.chat_template
+    template = own_template or ROW_FORMATS[format_name][2]
     facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
     return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": too_long}, stages,

@@ -203,24 +203,23 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, assign, first):
-    """Yield encode_chunk's results for a stage's documents, in order; a few are in memory."""
+    """Yield ([(split, words, counters)], index after them) of chunks of a stage's documents, in
+    order; a few are in memory. first: the index of the first document."""
+    def encode_chunk(chunk):
+        parts = []
+        for index, document in chunk:
+            left_out = isinstance(document, LeftOut)
+            words, counts = (None, {document.reason: 1}) if left_out else encode(document)
+            parts += [(split, words, counts) for split in assign(index)]
+        return parts, index + 1
+
     documents, jobs = islice(enumerate(read()), first, None), deque()
     while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
-        jobs.append(pool.submit(encode_chunk, encode, assign, chunk))
+        jobs.append(pool.submit(encode_chunk, chunk))
         if len(jobs) == 4 * os.cpu_count():
             yield jobs.popleft().result()
     while jobs:
         yield jobs.popleft().result()
-
-
-def encode_chunk(encode, assign, chunk):
-    """([(split, words, counters)], index after them) of [(index, document)]."""
-    parts = []
-    for index, document in chunk:
-        left_out = isinstance(document, LeftOut)
-        words, counts = (None, {document.reason: 1}) if left_out else encode(document)
-        parts += [(split, words, counts) for split in assign(index)]
-    return parts, chunk[-1][0] + 1
 
 
 # ---- the manifest
@@ -301,23 +300,23 @@ class Tokens:
 
     def __init__(self, folder, split, verify=True):
         """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
-        self.folder, self.split, self.manifest = Path(folder), split, read_manifest(folder)
+        self.folder, self.split, self.verify = Path(folder), split, verify
+        self.manifest = read_manifest(folder)
         self.vocab_size, self.tokenizer = self.manifest["vocab_size"], self.manifest["tokenizer"]
         self.totals = self.manifest["splits"][split]
         need(self.totals["shards"], f"{folder} has no {split} documents: prepare it again with "
              "more text, or with --val FILES")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            map_shard = partial(self._map_shard, verify=verify)
-            self.shards = list(pool.map(map_shard, self.totals["shards"]))
+            self.shards = list(pool.map(self._map_shard, self.totals["shards"]))
         self.shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
-    def _map_shard(self, shard, verify):
+    def _map_shard(self, shard):
         path, dtype = self.folder / shard["file"], np.dtype(self.manifest["dtype"])
         size = path.stat().st_size if path.exists() else 0
         expected = shard["tokens"] * dtype.itemsize
         intact(size == expected, path, f"it should hold {expected} bytes and holds {size}")
         words = np.memmap(path, dtype, mode="r")
-        checksum = zlib.crc32(words) if verify else shard["crc32"]
+        checksum = zlib.crc32(words) if self.verify else shard["crc32"]
         intact(checksum == shard["crc32"], path,
                f"its checksum is {checksum}, expected {shard['crc32']}")
         return words
@@ -354,8 +353,7 @@ class Tokens:
 
 
 class Samples(Tokens):
-    """One split of samples, with one number per sample in the arrays sample_starts (and the end of
-    the last one), lengths (tokens) and learned (tokens)."""
+    """One split of samples. sample_starts (and the end), lengths, learned: tokens per sample."""
     id_bits = FIRST - 1
 
     def __init__(self, folder, split, verify=True):

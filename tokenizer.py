@@ -6,19 +6,17 @@
 
 A tokenizer has these attributes and methods:
 
-    name                   equal names give equal ids
-    vocab_size, eos_id     all ids are below the first; the second is end-of-text
-    bos_ids                the ids that open a document
+    name, vocab_size       equal names give equal ids; all are below vocab_size
+    eos_id, bos_ids        end-of-text; the ids that open a document
     folder                 its directory; None: the name is enough to load it
-    chat_template          as text, or None
-    special_tokens         {"bos_token": text, "eos_token": text}, for the chat template
+    chat_template          as text, or None; special_tokens: {"bos_token", "eos_token"} for it
     encode(text)           the ids of a document; names of special tokens are text
     encode_part(text)      the ids of a text inside a document
     encode_template(text)  the same; the names of special tokens in the text become these tokens
     decode(ids)            the text
     decoder()              a streaming decoder, a function id -> text; buffers incomplete UTF-8
-    copy_files(folder)     copy the files that load(name, folder) needs
-    export_files(folder)   write the files that transformers and vLLM read
+    copy_files(folder)     copies the files that load(name, folder) needs
+    export_files(folder)   writes the files that transformers and vLLM read
 """
 import codecs
 import hashlib
