@@ -11,10 +11,9 @@ The keys of the first complete row decide the format of all rows:
     query, response               MetaMath: Alpaca's template without input
     prompt, response              both as they are
 
-A sample holds the tokens that open a document, the prompt, the response and end-of-text. The
-response and end-of-text are learned. Prompt and response are encoded separately, so that generation
-starts from exactly the tokens of training. Samples of more than --seq_len tokens are dropped, or
-cut with --long=truncate.
+A sample holds the tokens that open a document, the prompt, the response and end-of-text. The last
+two are learned. Prompt and response are encoded separately, so that generation starts from exactly
+the tokens of training.
 """
 import io
 import random

@@ -280,10 +280,9 @@ def summary(manifest):
 def fingerprint(folder):
     """A short checksum of a prepared corpus: equal for equal tokens in equal order."""
     manifest = read_manifest(folder)
-    facts = {key: manifest[key] for key in ("tokenizer", "vocab_size", "dtype")}
-    shards = {split: totals["shards"] for split, totals in manifest["splits"].items()}
-    text = json.dumps([manifest["kind"], facts, shards], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    facts = [manifest["kind"], {key: manifest[key] for key in ("tokenizer", "vocab_size", "dtype")},
+             {split: totals["shards"] for split, totals in manifest["splits"].items()}]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- reading
@@ -339,8 +338,9 @@ class Tokens:
     def read(self, position, count):
         """Token ids (count,) int64 from a position on. Raises UserError for an invalid id."""
         ids = self.words(position, count).astype(np.int64) & self.id_bits
-        intact(ids.max() < self.vocab_size, self.folder / "manifest.json", f"token id {ids.max()} "
-               f"lies outside the vocabulary of {self.vocab_size}")
+        largest = ids.max()
+        intact(largest < self.vocab_size, self.folder / "manifest.json",
+               f"token id {largest} lies outside the vocabulary of {self.vocab_size}")
         return ids
 
     def words(self, position, count):

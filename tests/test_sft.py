@@ -171,23 +171,20 @@ def test_a_template_without_end_of_text_gets_one_at_the_end(tmp_path):
 def test_long_samples_are_dropped_or_cut_and_counted():
     sizes = (1, 4, 5, 7, 9, 10)  # samples of 7, 10, 11, 13, 15 and 16 tokens
     rows = [{"prompt": "p" * size, "response": "r" * 4} for size in sizes]
-    dropped = {"dropped": 1}
-
-    def encode(too_long):
-        return list(zip(*(sft.encode(BYTES, row, "prompt", 10, too_long) for row in rows),
-                        strict=True))
-
-    words, counts = encode("drop")
-    assert [*map(len, words[:2])] == [7, 10] and words[2:] == (None,) * 4
-    assert counts == tuple({"bytes": 4, "learned": 5, "longest": len(w), "truncated": 0}
-                           for w in words[:2]) + (dropped,) * 4
-    words, counts = encode("truncate")
-    assert [*map(len, words[:4])] == [7, 10, 10, 10] and words[4:] == (None, None)
-    assert counts[2:] == tuple({"bytes": 4, "learned": learned, "longest": 10, "truncated": 1}
-                               for learned in (4, 2)) + (dropped,) * 2
-    last = words[3][-1]  # no end-of-text where the response did not end
+    for too_long, lengths, learned, truncated in (
+            ("drop", [7, 10], [5, 5], [0, 0]),
+            ("truncate", [7, 10, 10, 10], [5, 5, 4, 2], [0, 0, 1, 1])):
+        encoded = [sft.encode(BYTES, row, "prompt", 10, too_long) for row in rows]
+        kept = [(words, counts) for words, counts in encoded if words is not None]
+        assert [len(words) for words, _ in kept] == lengths
+        assert [counts for _, counts in kept] == [
+            {"bytes": 4, "learned": learned[i], "longest": lengths[i], "truncated": truncated[i]}
+            for i in range(len(kept))]
+        dropped = [counts for words, counts in encoded if words is None]
+        assert dropped == [{"dropped": 1}] * (6 - len(kept))
+    last = kept[-1][0][-1]  # no end-of-text where the response did not end
     assert last & 0xff == ord("r") and last >= sft.LEARNED
-    assert sft.encode(BYTES, {"messages": CHAT[:1]}, "messages") == (None, dropped)
+    assert sft.encode(BYTES, {"messages": CHAT[:1]}, "messages") == (None, {"dropped": 1})
 
 
 def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch, capsys):
