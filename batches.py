@@ -79,11 +79,9 @@ class Batches(Prefetcher):
 
 class SampleBatches(Prefetcher):
     """Training batches of whole samples, each sample at most once per epoch.
-
     An epoch is shuffled. Its last, incomplete batch is left out, a different one each epoch. The
     samples of every SORTED_STEPS steps are sorted by length and cut into batches, and these are
-    shuffled again. So the micro-batches of a step hold samples of similar length.
-    """
+    shuffled again. So the micro-batches of a step hold samples of similar length."""
 
     def __init__(self, samples, *settings, **options):
         super().__init__(samples, *settings, **options)
@@ -120,11 +118,9 @@ class SampleBatches(Prefetcher):
 
     def load(self, step):
         """(inputs, targets, weights) of this process: lists with one entry per micro-batch.
-
         Inputs and targets are (micro_batch, padded length) int64. A weight is the micro-batch's
         number of learned tokens, divided by the mean over the step's micro-batches: so the mean
-        weighted loss is that of the global batch's learned tokens, whatever the micro-batches.
-        """
+        weighted loss is that of the global batch's learned tokens, whatever the micro-batches."""
         every, learned = self.samples_of(step), self.reader.learned
         own = self.own_rows(every)
         mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
@@ -135,10 +131,8 @@ class SampleBatches(Prefetcher):
 
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split in order, each (batch, seq_len) int64.
-
     Every token but the first is a target once. Shapes never change: what lies past the end has the
-    target -100. Processes take turns. limit: stop after this number of tokens; 0: no limit.
-    """
+    target -100. Processes take turns. limit: stop after this number of tokens; 0: no limit."""
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
     for index in range(rank * batch, len(windows), world * batch):
@@ -151,14 +145,11 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split, each (batch, padded length) int64, shortest first.
-
     Processes take turns. limit: only the first samples of the split, up to this number of tokens;
-    0: no limit.
-    """
+    0: no limit."""
     samples.must_fit(seq_len)
-    count = len(samples.lengths)
-    if limit:
-        count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit, "right")))
+    whole = np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")
+    count = max(1, int(whole))
     order = np.argsort(samples.lengths[:count], kind="stable")
     for index in range(rank * batch, count, world * batch):
         yield samples.rows(order[index:index + batch], seq_len, batch)

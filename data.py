@@ -41,9 +41,7 @@ CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
 
 def json_rows(path):
     """The rows of JSON lines, or of one JSON array, which is read at once; None for a blank line.
-
-    Python's own parser reads each row by itself, so that no row changes how another one is read.
-    """
+    Python's own parser reads each row by itself, so that no row changes how another one is read."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
             yield from (None if line.isspace() else parsed(line) for line in file)
@@ -97,10 +95,8 @@ def stdlib_texts():
 def documents(sources, make, skip_bad=None):
     """Yield make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
     that yields rows)].
-
     skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
-    that holds something else than text raises UserError at once.
-    """
+    that holds something else than text raises UserError at once."""
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
 
     def check_share():
@@ -130,8 +126,6 @@ def numbered(where, rows, advice):
             if row is not None:
                 has_rows = True
                 yield number, row
-    except UserError:
-        raise
     except Exception as error:  # gzip, zlib, pyarrow and datasets raise many types
         raise UserError(f"{where}, row {number + 1} cannot be read ({type(error).__name__}: "
                         f"{one_line(error):.300}): {advice}") from None
@@ -183,9 +177,7 @@ def check_files(args, *endings):
 
 def file_stages(args, make):
     """(the part of the request that names the files, their stages); make(row) gives a document.
-
-    The request is {"source": names and sizes, "content": checksums} of each split.
-    """
+    The request is {"source": names and sizes, "content": checksums} of each split."""
     files = {"train": args.files, "val": args.val}
     assign = {"train": all_to("train") if args.val else every_100th, "val": all_to("val")}
     request = {"source": {split: [[path.name, path.stat().st_size] for path in paths]

@@ -99,7 +99,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
 def prepared_already(folder, request):
     """The manifest of a finished corpus; raises UserError if it is another one."""
     manifest = read_manifest(folder)
-    changed = "; ".join(changes(manifest["request"], request))
+    changed = changes(manifest["request"], request)
     need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take another NAME")
     if "content" in request.keys() - manifest["request"]:
         print(f"note: {folder} has no checksums of its files; their names and sizes agree")
@@ -108,17 +108,15 @@ def prepared_already(folder, request):
 
 
 def changes(before, now):
-    """["key was a, now b"] of two requests. Old requests lack "content", checksums of files."""
-    return [f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
-            if before.get(key) != now.get(key) and (key in before or key != "content")]
+    """"key was a, now b; ..." of two requests. Old requests lack "content", checksums of files."""
+    return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
+                     if before.get(key) != now.get(key) and (key in before or key != "content"))
 
 
 class SplitWriter:
     """Counts the documents of one split and writes their words as shards.
-
     totals: counters, and "shards": [{"file", "tokens", "crc32"}] of those on disk. limit: stop with
-    the document that reaches this number of tokens; 0: no limit.
-    """
+    the document that reaches this number of tokens; 0: no limit."""
 
     def __init__(self, folder, split, dtype, totals, limit):
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
@@ -240,10 +238,8 @@ def read_manifest(folder):
 
 def check_value(value, example, path, where=""):
     """Raise UserError unless a value of a JSON file is of the type of an example.
-
     A dict needs the keys of the example; the entries of a list are compared with its first entry.
-    where: the place of the value in the file.
-    """
+    where: the place of the value in the file."""
     kinds = (int, float) if isinstance(example, float) else type(example)
     intact(isinstance(value, kinds), path,
            f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
@@ -322,9 +318,7 @@ class Tokens:
 
     def must_suit(self, model, tok, where):
         """Raise UserError if a model cannot be used with these tokens.
-
-        tok: the model's tokenizer, None if unknown. where: the path of the model, for the message.
-        """
+        tok: the model's tokenizer, None if unknown. where: the path of the model."""
         if tok:
             advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
             need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "
@@ -373,9 +367,7 @@ class Samples(Tokens):
 
     def rows(self, which, seq_len, count=0):
         """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
-
-        Targets are -100 where they are not learned, in the padding, and in rows without a sample.
-        """
+        Targets are -100 where nothing is learned, in the padding, and in rows without a sample."""
         length = self.padded(self.lengths[which].max(), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)

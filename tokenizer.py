@@ -38,9 +38,7 @@ LETTERS = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161),
 @lru_cache
 def load(name, folder=None):
     """A tokenizer by its name, or by the path of its directory. Raises UserError.
-
-    folder: holds the files of a tokenizer whose name is the hash of its tokenizer.json.
-    """
+    folder: holds the files of a tokenizer whose name is the hash of its tokenizer.json."""
     if name == "bytes":  # a byte is a token, and 256 is end-of-text
         return Tiktoken(tiktoken.Encoding(
             "bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
@@ -91,9 +89,7 @@ class Tiktoken:
 
     def export_files(self, folder):
         """Write a tokenizer.json with the same ids.
-
-        One difference remains: transformers takes the name of a special token for the token.
-        """
+        One difference remains: transformers takes the name of a special token for the token."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
         vocabulary = {in_letters(token): rank for token, rank in ranks.items()}
