@@ -108,7 +108,7 @@ def prepared_already(folder, request):
 
 
 def changes(before, now):
-    """"key was a, now b; ..." of two requests. Old requests lack "content", checksums of files."""
+    """A text, "key was a, now b; ...". Old requests lack "content", the checksums of files."""
     return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
                      if before.get(key) != now.get(key) and (key in before or key != "content"))
 
