@@ -132,10 +132,10 @@ class SampleBatches(Prefetcher):
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split in order, each (batch, seq_len) int64.
     Every token but the first is a target once. Shapes never change: what lies past the end has the
-    target -100. Processes take turns. limit: stop after this number of tokens; 0: no limit."""
+    target -100. Processes take turns, with equally many. limit: of tokens; 0: no limit."""
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
-    for index in range(rank * batch, len(windows), world * batch):
+    for index in range(rank * batch, len(windows) + rank * batch, world * batch):
         ids = torch.full((batch, seq_len + 1), -100)
         for row, position in enumerate(windows[index:index + batch]):
             count = min(seq_len, total - position) + 1
@@ -145,11 +145,11 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split, each (batch, padded length) int64, shortest first.
-    Processes take turns. limit: only the first samples of the split, up to this number of tokens;
-    0: no limit."""
+    Processes take turns, with equally many. limit: take the first samples, up to this number of
+    tokens; 0: no limit."""
     samples.must_fit(seq_len)
     whole = np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")
     count = max(1, int(whole))
     order = np.argsort(samples.lengths[:count], kind="stable")
-    for index in range(rank * batch, count, world * batch):
+    for index in range(rank * batch, count + rank * batch, world * batch):
         yield samples.rows(order[index:index + batch], seq_len, batch)

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -26,7 +27,7 @@ import mora
 import tokenizer
 from adapters import read_tensors
 from config import TINY, Config, UserError, heads_fit, need, number, one_line, read_json, write_json
-from model import Llama, LlamaConfig, fp8_scales
+from model import Llama, LlamaConfig, fp8_scales, load_fp8_scales
 from shards import fingerprint
 
 BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
@@ -160,9 +161,12 @@ def load_weights(model, weights, where, assign=False):
     if model.cfg.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
-    own = {name: value for name, value in model.state_dict().items() if not torch.is_tensor(value)}
+    own = model.state_dict()
+    extra = {name: value for name, value in own.items()
+             if not torch.is_tensor(value) or value.dtype == torch.float8_e4m3fn}  # see save
+    weights = {name: mora.as_sharded(weight, own.get(name)) for name, weight in weights.items()}
     try:
-        model.load_state_dict(weights | own, assign=assign)
+        model.load_state_dict(weights | extra, assign=assign)
     except RuntimeError as error:
         reason = one_line(error)[:400]
         raise UserError(f"{where}: the weights do not fit the model: {reason}") from None
@@ -171,32 +175,52 @@ def load_weights(model, weights, where, assign=False):
 # ---- checkpoints of a run: writing
 
 def collect(model, optimizer):
-    """({name: weight}, state dict of the optimizer): the tensors that save writes."""
+    """({name: weight}, state dict of the optimizer): the tensors that save writes.
+
+    Sharded ones (FSDP) are gathered on the CPU of rank 0, None elsewhere; every rank must call it.
+    """
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    return weights, optimizer.state_dict()
+    return gather(weights), gather(optimizer.state_dict())
+
+
+def gather(values):
+    """Nested dicts of tensors with the sharded ones whole, see collect."""
+    if isinstance(values, dict):
+        return {key: gather(value) for key, value in values.items()}
+    whole = mora.whole(values)
+    if whole is not values:
+        whole = whole.cpu() if dist.get_rank() == 0 else None
+    return whole
 
 
 def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none).
 
     val_loss: the validation loss of these weights, or None. keep_best: the step of the lowest
-    val_loss stays too. Raises UserError, and leaves no trace, if a weight is not finite or the disk
-    refuses.
+    val_loss stays too. Every rank must call it; rank 0 writes. Raises UserError, and leaves no
+    trace, if a weight is not finite or the disk refuses.
     """
     out, final = Path(cfg.out), Path(cfg.out) / f"step-{step:08d}"
     val_loss = val_loss if math.isfinite(val_loss or 0) else None  # JSON has no nan
     weights, optimizer_state = collect(model, optimizer)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     must_be_finite(weights, step, cfg)
     remove_leftovers(out, ".*ing-step-*")
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = temporary(final, "writing")
     try:
-        write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
+        if cfg.base_dtype == "float8":  # W itself is in init_from alone
+            beside.mkdir(parents=True)
+            (beside / "base").symlink_to(Path(cfg.init_from).resolve())
+        else:
+            write_hugging_face(beside / "base", weights, model, tok, cfg.seq_len)
         if updates:
             config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        files = sorted(path for folder in (beside, beside / "base") for path in folder.rglob("*"))
+        files = sorted({path for path in files if path.is_file()})
         names = [path.relative_to(beside).as_posix() for path in files]
         with ThreadPoolExecutor() as pool:
             records = dict(zip(names, pool.map(file_record, files), strict=True))
@@ -219,8 +243,11 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
 def must_be_finite(weights, step, cfg):
     """Raise UserError if a tensor of {name: tensor} holds nan or inf. Synchronizes once."""
     # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
-    names = [name for name, weight in weights.items() if torch.is_tensor(weight) and weight.numel()]
-    extremes = torch.stack([torch.stack(weights[name].aminmax()).float() for name in names])
+    own = {name: weight.to_local() if hasattr(weight, "to_local") else weight
+           for name, weight in weights.items()}  # of a sharded weight, this rank's part
+    names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()
+             and weight.dtype != torch.float8_e4m3fn]
+    extremes = torch.stack([torch.stack(own[name].aminmax()).float() for name in names])
     finite = extremes.isfinite().all(dim=1).tolist()
     if not all(finite):
         raise UserError(f"step {step}: {names[finite.index(False)]} is not finite, so nothing was "
@@ -342,7 +369,8 @@ def read_step(step, optimizer=True):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
-            return weights, torch.load(file, map_location="cpu", weights_only=True)
+            # mapped, so that the processes of one machine do not hold a copy each
+            return weights, torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file raises almost anything
         # torch's own text is left out: it recommends weights_only=False, which would run the file
         raise UserError(f"{file} cannot be loaded ({type(error).__name__}): it is no state of an "
@@ -358,6 +386,11 @@ def resume(path, model, optimizer):
     load_weights(model, weights, path)
     file = path / "optimizer.pt"
     try:
+        numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in zip(numbers, parameters, strict=True):
+            values = optimizer_state["state"].get(i, {})
+            values.update({k: mora.as_sharded(v, p) for k, v in values.items() if v.ndim})
         optimizer.load_state_dict(optimizer_state)
     except Exception as error:  # a file of another form raises almost anything
         raise UserError(f"{file} does not fit the optimizer: {one_line(error)}") from None
@@ -365,7 +398,9 @@ def resume(path, model, optimizer):
         for key, value in values.items():
             need(not torch.is_tensor(value) or value.shape in ((), parameter.shape),
                  f"{file}: {key} does not fit a parameter of shape {tuple(parameter.shape)}")
-    return read_state(path)
+    state = read_state(path)
+    load_fp8_scales(model, state.get("fp8_scales", {}))
+    return state
 
 
 def load(path, base=None, best=False):

@@ -131,8 +131,12 @@ class Config:
                       group="machine")
     dtype: str = key("auto", "dtype of the computation; auto: bfloat16 on cuda, else float32",
                      ("auto", "float32", "bfloat16"))
-    base_dtype: str = key("float32", "dtype of the frozen weights", ("float32", "bfloat16"))
+    base_dtype: str = key("float32", "dtype of the frozen weights; float8: with FP8 products",
+                          ("float32", "bfloat16", "float8"))
     matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
+    shard: bool = key(False, "a part of the weights, gradients and optimizer state per GPU (FSDP)")
+    checkpoint_blocks: bool = key(False, "keep the inputs of blocks alone, compute blocks again: "
+                                  "less memory, more time")
     compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))
 
     def cycle(self, step):
@@ -325,7 +329,7 @@ def heads_fit(hidden_size, heads, kv_heads, where=""):
 def conflicts(cfg):
     """Yield (whether some keys contradict each other, the line that explains it)."""
     method, adapts, muon = cfg.method, cfg.method in ADAPTERS, cfg.optimizer == "muon"
-    half, fp8 = cfg.base_dtype == "bfloat16", cfg.matmul == "fp8"
+    half, fp8 = cfg.base_dtype != "float32", cfg.matmul == "fp8"
     restarts, listed = cfg.restart_every or cfg.restart_steps, list(cfg.restart_steps)
     given = f"restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}"
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
@@ -338,15 +342,24 @@ def conflicts(cfg):
     yield cfg.restart_every and cfg.restart_steps, f"{given}: give one of them"
     yield (listed != sorted({step for step in listed if step > 0}),
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    yield restarts and half, "restarts merge small updates, which base_dtype bfloat16 rounds away"
+    yield (restarts and half,
+           f"restarts merge small updates, which base_dtype {cfg.base_dtype} rounds away")
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
            f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
     yield (muon and cfg.restart_keep,
            f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
-    yield half and cfg.dora, "dora rescales rows by a little, which base_dtype bfloat16 rounds away"
-    yield half and fp8, "matmul fp8 needs float32 weights to round from, got base_dtype bfloat16"
+    yield (half and cfg.dora,
+           f"dora rescales rows by a little, which base_dtype {cfg.base_dtype} rounds away")
+    yield (half and fp8,
+           f"matmul fp8 needs float32 weights to round from, got base_dtype {cfg.base_dtype}")
+    yield ((fp8 or cfg.base_dtype == "float8") and cfg.shard,
+           "shard has no FP8 products: use matmul bf16 and no base_dtype float8")
+    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not (
+           Path(cfg.init_from) / "config.json").exists() or not cfg.init_from),
+           "base_dtype float8 keeps no whole weights, so it needs train_rest False and init_from a "
+           f"Hugging Face directory, got {cfg.init_from!r}")
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "
            f"{cfg.dropout:g} computes them apart: use dropout 0 or matmul bf16")
 

@@ -46,7 +46,7 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     for inputs, targets in batches(tokens, seq_len, batch, rank, world, limit):
         count = (targets != -100).sum().to(totals)
         loss = model(inputs.to(device), targets.to(device))
-        totals += torch.stack((loss.to(totals) * count, count))
+        totals += torch.stack((torch.where(count > 0, loss.to(totals) * count, 0), count))
     model.train(was_training)
     if world > 1:
         dist.all_reduce(totals)

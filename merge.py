@@ -113,6 +113,8 @@ def main(argv):
         print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
               f"relative error of an update at most {made['error']:.2g}")
     else:
+        if (folder / "base").is_symlink():
+            print(f"W is that of {(folder / 'base').resolve()}, not its float8 copy of training")
         print(f"merged into {target}: a Hugging Face directory; "
               f"largest difference of the logits {difference:.2g}")
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
 LARGEST = 448.0  # number of e4m3
-ROOM = 8.0       # LARGEST * scale over the largest weight when an FP8 scale is set;
-TIGHT = 2.0      # a scale is renewed when less room than this is left
+ROOM = 32.0      # LARGEST * scale over the largest weight when an FP8 scale is set;
+TIGHT = 4.0      # a scale is renewed when less room than this is left
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
+        self.checkpoint_blocks = False  # True: keep a block's input alone, compute the rest again
         self.model = Body(cfg)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is None:
@@ -198,7 +200,10 @@ class Llama(nn.Module):
         cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, cache[i] if cache is not None else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache[i] if cache is not None else None)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -306,7 +311,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
 # Gradients of weights stay in the computation's dtype, evaluation and checkpoints in float32.
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
-# fit_scales(model, only_if_tight=True), every few steps, renews scales long before that.
+# fit_scales(model, only_if_tight=True), every ten steps, renews scales long before that.
 
 
 class Float8Products(nn.Module):

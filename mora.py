@@ -18,6 +18,7 @@ Merging and restarting do not change the function.
 
 Letters: k in_features, d out_features, r^ (r_hat) the width of M, m the blocks that share M.
 """
+import contextlib
 import functools
 import math
 import re
@@ -499,7 +500,8 @@ def start_cycle(layers, seed, cycle):
     """Start the updates of [(name, AdaptedLinear)]: dW = 0, with the draws of this seed and cycle,
     functions of seed, cycle and names: the same on every rank and after a resume."""
     for name, layer in layers:
-        layer.update.start_cycle(cycle, seeded_generator(seed, cycle, name))
+        with whole_parameters(layer):
+            layer.update.start_cycle(cycle, seeded_generator(seed, cycle, name))
         for square in layer.update.modules():
             if isinstance(square, Square):  # layers that share an input's fold get the same draw
                 square.seed, square.cycle = seed, cycle
@@ -574,8 +576,10 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
-    layers = adapted_layers(model)
-    squared_norms = [layer.merge_() for _, layer in layers]
+    layers, squared_norms = adapted_layers(model), []
+    for _, layer in layers:
+        with whole_parameters(layer):
+            squared_norms.append(layer.merge_())
     norm = torch.stack(squared_norms).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
@@ -591,7 +595,40 @@ def prune_(first_moment, part):
 
     The second moment stays: with zeros there too, Adam's next step would be 3.16 times too large.
     """
-    kept = max(1, round(part * first_moment.numel()))
-    magnitudes = first_moment.abs().flatten()
+    moment = whole(first_moment)
+    kept = max(1, round(part * moment.numel()))
+    magnitudes = moment.abs().flatten()
     smallest = magnitudes.topk(len(magnitudes) - kept, largest=False).indices
-    first_moment.view(-1)[smallest] = 0
+    moment.view(-1)[smallest] = 0
+    first_moment.copy_(as_sharded(moment, first_moment))
+
+
+# ------------------------------------------------------------
+# models that torch's fully_shard (FSDP2) cut: each rank has a part of every parameter. In forward
+# and backward its hooks make them whole; elsewhere all ranks must call these functions together.
+
+def whole(tensor):
+    """The tensor, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def as_sharded(tensor, other):
+    """The tensor cut as `other` is, this rank's part; the tensor itself if `other` is whole."""
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    part = distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return part.clone()  # the part alone: a view would keep the whole tensor
+
+
+@contextlib.contextmanager
+def whole_parameters(module):
+    """Make a module's parameters whole in a `with` block; each rank then keeps its part of them."""
+    sharded = [(owner, key, parameter) for owner in module.modules()
+               for key, parameter in owner._parameters.items() if hasattr(parameter, "full_tensor")]
+    for owner, key, parameter in sharded:
+        owner._parameters[key] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    yield
+    for owner, key, parameter in sharded:
+        parameter.detach().copy_(as_sharded(owner._parameters[key].detach(), parameter))
+        owner._parameters[key] = parameter

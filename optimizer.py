@@ -14,8 +14,7 @@ from torch.nn import functional as F
 import mora
 
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, and its number of steps:
-NEWTON_SCHULZ_STEPS = 5                    # Keller Jordan's Muon, and torch.optim.Muon's defaults
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic, torch.optim.Muon's default
 BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at once
 
 
@@ -24,21 +23,15 @@ def learning_rate(step, cfg):
 
     A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's schedule).
     """
-    _, restarted = cfg.cycle(step)
+    (_, restarted), rise = cfg.cycle(step), 1.0
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if restarted and step - restarted < cfg.restart_warmup:
-        height = long_schedule(restarted + cfg.restart_warmup, cfg)
-        return cfg.lr * height * (step - restarted + 1) / cfg.restart_warmup
-    return cfg.lr * long_schedule(step, cfg)
-
-
-def long_schedule(step, cfg):
-    """Return the part of lr that a run without restarts has at a step, from 1 to min_lr_ratio."""
+        rise = (step - restarted + 1) / cfg.restart_warmup
+        step = restarted + cfg.restart_warmup
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    if cfg.schedule == "linear":
-        return 1 - (1 - cfg.min_lr_ratio) * progress
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress))
+    curve = 1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return cfg.lr * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * curve)
 
 
 def build_optimizer(cfg, model, device):
@@ -53,20 +46,19 @@ def parameter_groups(cfg, model):
     Weight decay acts on matrices only. Parameters that learn alike are in one group.
     """
     updates = {parameter for _, parameter in mora.adapter_parameters(model)}
-    groups = {}
+    groups, uses_muon = {}, cfg.optimizer == "muon"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_vector, is_update = parameter.ndim < 2, parameter in updates
         is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
-        muon = cfg.optimizer == "muon" and not is_rest and not is_vector
         ratio = cfg.lora_plus_ratio if is_b else 1.0
         if is_rest and cfg.rest_lr:
             ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
-                    "muon": muon}
-        key = (is_vector, is_b, is_rest and (ratio != 1 or cfg.optimizer == "muon"))
+                    "muon": uses_muon and not is_rest and not is_vector}
+        key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
@@ -76,8 +68,8 @@ class AdamWMuon(torch.optim.AdamW):
 
     Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
     scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
-    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw;
-    matrices of one shape are orthogonalized in one batch, which launches far fewer kernels.
+    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw,
+    but orthogonalizes the matrices of one shape in one batch: far fewer kernels.
     """
 
     @torch.no_grad()
@@ -92,18 +84,21 @@ class AdamWMuon(torch.optim.AdamW):
 
     def muon_step(self, group):
         parameters = [p for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momenta = [self.state[p]["momentum"] for p in parameters]
         gradients = [p.grad for p in parameters]
+        momenta = []
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta.append(self.state[p]["momentum"])
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
-        directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
+        torch._foreach_lerp_(gradients, momenta, MUON_MOMENTUM)  # now the steps' directions
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for batch in same_shapes(parameters):
-            updates = orthogonalize([directions[i] for i in batch])
-            scale = 0.2 * max(parameters[batch[0]].shape) ** 0.5
-            torch._foreach_add_([parameters[i] for i in batch], updates, alpha=-group["lr"] * scale)
+            matrices = [parameters[i] for i in batch]
+            updates = orthogonalize([mora.whole(gradients[i]) for i in batch])
+            updates = [mora.as_sharded(u, p) for u, p in zip(updates, matrices, strict=True)]
+            scale = 0.2 * max(matrices[0].shape) ** 0.5
+            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
 
     def __setstate__(self, state):
         """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
@@ -111,22 +106,18 @@ class AdamWMuon(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict):
         """Take the state of the parameters alone: rates, decay and betas are those of this run."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, settings, strict=True):
-            group.update(own)
+        super().load_state_dict(state_dict | {"param_groups": self.state_dict()["param_groups"]})
 
 
 def same_shapes(parameters):
-    """Return lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
+    """Yield lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
     shapes = {}
     for i, parameter in enumerate(parameters):
         shapes.setdefault(parameter.shape, []).append(i)
-    batches = []
     for shape, indices in shapes.items():
         count = max(1, BATCH_ELEMENTS // shape.numel())
-        batches += [indices[first:first + count] for first in range(0, len(indices), count)]
-    return batches
+        for first in range(0, len(indices), count):
+            yield indices[first:first + count]
 
 
 def orthogonalize(matrices):
@@ -139,16 +130,14 @@ def orthogonalize(matrices):
     x = torch.stack(matrices)
     x = x.bfloat16() if x.is_cuda else x
     x = F.pad(x, (0, -columns % 8, 0, -rows % 8))
-    if rows > columns:
-        x = x.mT
+    x = x.mT if rows > columns else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    if rows > columns:
-        x = x.mT
+    x = x.mT if rows > columns else x
     return list(x[:, :rows, :columns].to(matrices[0].dtype))
 
 
@@ -160,7 +149,7 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
     """
     loss = accumulate_gradients(model, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    norm = mora.whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
@@ -172,7 +161,7 @@ def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
 
     A micro-batch's weight corrects for unequal token counts. DDP all-reduces the gradients once,
-    in the last micro-batch.
+    in the last micro-batch. FSDP scatters those of each: their sum would be whole on every rank.
     """
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):

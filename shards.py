@@ -368,7 +368,7 @@ class Samples(Tokens):
     def rows(self, which, seq_len, count=0):
         """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
         Targets are -100 where nothing is learned, in the padding, and in rows without a sample."""
-        length = self.padded(self.lengths[which].max(), seq_len)
+        length = self.padded(self.lengths[which].max(initial=2), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)
         for row, i in enumerate(which):

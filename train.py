@@ -7,34 +7,26 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py configs/1.3b_mora.py                              16 GPUs of two machines
 
-`--resume` continues from the newest checkpoint of the run. `--help` lists the keys, `--configs`
+`--resume` continues from the newest checkpoint of the run. `--shard` cuts a model that is too large
+for one GPU into a part per GPU; its checkpoints are the same. `--help` lists the keys, `--configs`
 the experiments.
 """
 import contextlib
 import dataclasses
-import inspect
+import datetime
 import json
 import math
 import os
 import platform
 import signal
-import threading
 import time
 from pathlib import Path
 
-from config import (  # first, so that Ctrl-C ends imports; isort: skip
-    UserError,
-    accumulation,
-    command_line,
-    differences,
-    load,
-    lock,
-    schedule_warnings,
-    write_json,
-)
+import config  # first, so that Ctrl-C ends imports; isort: skip
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -42,17 +34,9 @@ import data
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
+from config import UserError
 from evaluate import perplexity
-from model import (
-    Llama,
-    LlamaConfig,
-    block_linears,
-    fit_scales,
-    fp8_layers,
-    keep_in_fp8,
-    load_fp8_scales,
-    use_fp8,
-)
+from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
@@ -64,34 +48,30 @@ FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restar
 def train(cfg):
     """Run one experiment, or what is left of it; return the model."""
     rank, world, device = join_processes(cfg)
-    micro_batch, accumulate = accumulation(cfg, world)
     tokens, val_tokens = open_data(cfg, rank, world)
     tok = tokenizer.load(tokens.tokenizer, tokens.folder)
-    make_batches = SampleBatches if isinstance(tokens, Samples) else Batches
-    batches = make_batches(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device,
-                           rank, world)
-    cfg = resolve_steps(cfg, batches, rank)
+    cfg, batches = make_batches(cfg, tokens, device, rank, world)
 
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest = check_run_folder(cfg, rank)
     cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
     optimizer = prepare_model(cfg, model, device, cycle)
-    first_step = resume(newest, model, optimizer) if newest else 0
-    parallel = data_parallel(model, device) if world > 1 else model
-    log = Log(cfg, rank, header(cfg, model, device, world, micro_batch, accumulate, first_step,
-                                batches))
-    window, stop_requested, stopping = Window(world), stop_on_signal(), False
+    first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
+    parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
+    log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
+    signals, stopping = stop_on_signal(), False
+    numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
         last, pause, scores = step == cfg.steps, time.time(), {}
         if (step % cfg.eval_every == 0 or last) and not stopping:
             checkpoint.must_be_finite(model.state_dict(), step, cfg)
-            scores = perplexity(model, val_tokens, cfg.seq_len, micro_batch, rank, world,
+            scores = perplexity(model, val_tokens, cfg.seq_len, batches.micro_batch, rank, world,
                                 cfg.eval_tokens)
             log.scores(step, scores)
-        if step > first_step and rank == 0 and (step % cfg.save_every == 0 or last or stopping):
+        if step > first_step and (step % cfg.save_every == 0 or last or stopping):
             checkpoint.save(cfg, step, cycle, model, optimizer, tok, scores.get("loss"),
                             cfg.keep_best)
         if last or stopping:
@@ -103,49 +83,45 @@ def train(cfg):
             log.restart(step, cycle, mora.restart(model, optimizer, cycle, cfg.seed,
                                                   cfg.restart_keep))
             fit_scales(model)
-        window.clock += time.time() - pause
+        clock += time.time() - pause
 
         # one step at this step's learning rate
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
-        window.add(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
+        numbers.append(optimizer_step(parallel, optimizer, batches(step), rate, cfg.grad_clip))
+        if done % 10 == 0:  # long before a weight outgrows its FP8 scale
+            fit_scales(model, only_if_tight=True)
 
         # read the numbers now and then, and always before weights are saved; all ranks read the
         # same and stop together
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
-                or world == 1 and stop_requested.is_set()):
-            losses, norms, stopping = window.agree(stop_requested.is_set())
+                or world == 1 and signals):
+            losses, norms, stopping = agree(numbers, bool(signals), world)
             stop_if_not_finite(losses, norms, done, cfg)
-            fit_scales(model, only_if_tight=True)
-            log.steps(done, losses, norms, rate, window.restart(), batches)
+            log.steps(done, losses, norms, rate, time.time() - clock, batches)
+            numbers, clock = [], time.time()
     log.close(step, stopping, tokens.manifest.get("kind"))
     return model
 
 
 def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device_type = cfg.device
-    if device_type == "auto":
-        device_type = "cpu"
-        if torch.cuda.is_available():
-            device_type = "cuda"
-        elif torch.backends.mps.is_available() and world == 1:
-            device_type = "mps"
-    if device_type != "cuda":
-        if world > 1:
-            dist.init_process_group("gloo")
-        return int(os.environ.get("RANK", 0)), world, torch.device(device_type)
-    if local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU, it has "
-                        f"{torch.cuda.device_count()}: lower --nproc_per_node, or take "
-                        "--device=cpu")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind, gpus, device = cfg.device, torch.cuda.device_count(), None
+    if kind == "auto":
+        usable = {"cuda": gpus, "mps": torch.backends.mps.is_available() and world == 1}
+        kind = next((name for name in usable if usable[name]), "cpu")
+    if kind == "cuda":
+        if local >= gpus:
+            raise UserError(f"process {local} of this machine has no GPU, it has {gpus}: lower "
+                            "--nproc_per_node, or take --device=cpu")
+        device = torch.device(kind, local)
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl", device_id=device)
-    return int(os.environ.get("RANK", 0)), world, device
+        dist.init_process_group("nccl" if device else "gloo", device_id=device)
+    return rank, world, device or torch.device(kind)
 
 
 def open_data(cfg, rank, world):
@@ -158,14 +134,16 @@ def open_data(cfg, rank, world):
     return [open_split(folder, split, verify=rank == 0) for split in ("train", "val")]
 
 
-def resolve_steps(cfg, batches, rank):
-    """Return cfg with epochs turned into steps; print what is odd about its schedule."""
+def make_batches(cfg, tokens, device, rank, world):
+    """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
+    micro_batch, _ = config.accumulation(cfg, world)
+    kind = SampleBatches if isinstance(tokens, Samples) else Batches
+    batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-    for note in schedule_warnings(cfg):
-        if rank == 0:
-            print(f"note: {note}")
-    return cfg
+    for note in config.schedule_warnings(cfg) if rank == 0 else ():
+        print(f"note: {note}")
+    return cfg, batches
 
 
 def build_model(cfg, tokens):
@@ -187,10 +165,7 @@ def build_model(cfg, tokens):
 
 
 def check_run_folder(cfg, rank):
-    """Return the checkpoint to continue from, or None.
-
-    Raises UserError rather than mix two runs in a folder, or change one half way.
-    """
+    """Return the checkpoint to continue from, or None; refuse to mix two runs in a folder."""
     newest = (checkpoint.steps_of(cfg.out) or [None])[-1]
     if newest and not cfg.resume:
         raise UserError(f"{cfg.out} holds a run that reached {newest.name}: continue it with "
@@ -202,8 +177,7 @@ def check_run_folder(cfg, rank):
     if rank == 0:
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
-    before = state["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
     fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
     changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)
                if before[key] != now[key]]
@@ -224,129 +198,97 @@ def prepare_model(cfg, model, device, cycle):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
         except ValueError as error:
             raise UserError(error) from None
+    if cfg.base_dtype == "float8" or cfg.matmul == "fp8":
+        must_have_fp8(device)
     if cfg.base_dtype == "float8":
-        must_have_fp8(device)
         keep_in_fp8(model)
-    if cfg.base_dtype != "float32":
-        updates = {parameter for _, parameter in mora.adapter_parameters(model)}  # also a frozen A
-        for parameter in model.parameters():
-            frozen = not parameter.requires_grad and parameter not in updates
-            if frozen and parameter.dtype == torch.float32:
-                parameter.data = parameter.data.bfloat16()
+    for name, parameter in model.named_parameters():
+        is_base = not parameter.requires_grad and ".update." not in name  # A may be frozen too
+        if is_base and cfg.base_dtype != "float32" and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+    if cfg.shard and dist.is_initialized():
+        shard(model, device)
     model.to(device)
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
+    model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.matmul == "fp8":
-        must_have_fp8(device)
         use_fp8(model)
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+    if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
         model.compile_parts()
     return build_optimizer(cfg, model, device)
 
 
 def must_have_fp8(device):
     """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
-    name = device.type
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 9):
-            return
-        name = torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        raise UserError(f"matmul fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
-                        f"this is {name}: take --matmul=bf16")
+    on_gpu = device.type == "cuda"
+    if device.type == "mps" or on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("FP8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
+                        f"{device} has less: leave out --matmul and --base_dtype")
 
 
-def resume(newest, model, optimizer):
-    """Load a checkpoint in place; return its step."""
-    state = checkpoint.resume(newest, model, optimizer)
-    load_fp8_scales(model, state.get("fp8_scales", {}))
-    return state["step"]
+def shard(model, device):
+    """Leave a part of every parameter on each rank (FSDP), in place; gradients and states follow.
+
+    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's.
+    """
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def data_parallel(model, device):
-    """Wrap a model in DDP without its broadcast of buffers.
-
-    Buffers are equal on all ranks, and a broadcast in forward would make an evaluation hang.
-    """
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    key = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang."""
+    buffers = [name for name, _ in model.named_buffers()]  # they are equal on all ranks
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **{key: False})
+    return DistributedDataParallel(model, device_ids=device_ids)
 
 
 def stop_if_not_finite(losses, norms, step, cfg):
-    """Raise UserError at the first of the steps up to `step` whose loss or gradient norm is not
-    finite."""
+    """Raise UserError if one of the steps up to `step` has a loss or norm that is not finite."""
     for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
-        if math.isfinite(loss) and math.isfinite(norm):
-            continue
-        advice = f"a lower --lr (now {cfg.lr:g}), a longer --warmup ({cfg.warmup}) or a smaller " \
-                 f"--grad_clip ({cfg.grad_clip:g})"
-        saved = checkpoint.steps_of(cfg.out)
-        where = f"the last good checkpoint is {saved[-1]}: continue from it with --resume and " \
-            if saved else "nothing was saved: start again with "
-        raise UserError(f"step {i}: loss {loss}, gradient norm {norm}. Stopped; {where}{advice}")
+        if not math.isfinite(loss + norm):
+            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}; "
+                            f"{checkpoint.last_good(cfg.out)}; lower --lr (now {cfg.lr:g}), "
+                            f"lengthen --warmup ({cfg.warmup}) or lower --grad_clip "
+                            f"({cfg.grad_clip:g})")
 
 
-class Window:
-    """The losses and gradient norms of the steps since the last log line, and when they began."""
-
-    def __init__(self, world):
-        self.world, self.numbers, self.clock = world, [], time.time()
-
-    def add(self, loss_and_norm):
-        self.numbers.append(loss_and_norm)
-
-    def agree(self, stop_requested):
-        """Return (losses, norms, stop?): means over the ranks; stop if any rank was asked to.
-
-        All ranks get the same.
-        """
-        count = len(self.numbers)
-        flag = torch.full_like(self.numbers[0][:1], float(stop_requested))
-        numbers = torch.cat((torch.stack(self.numbers).T.flatten(), flag))
-        if self.world > 1:
-            dist.all_reduce(numbers)
-        *numbers, stopping = (numbers / self.world).tolist()
-        return numbers[:count], numbers[count:], stopping > 0
-
-    def restart(self):
-        """Return the seconds that these steps took, without pauses, and start the next window."""
-        seconds = time.time() - self.clock
-        self.numbers, self.clock = [], time.time()
-        return seconds
+def agree(numbers, stop_requested, world):
+    """Return (losses, norms, stop?) of [tensor (loss, norm)]: means of all ranks, equal on all."""
+    flag = torch.full_like(numbers[0][:1], float(stop_requested))
+    both = torch.cat((torch.stack(numbers).T.flatten(), flag))
+    if world > 1:
+        dist.all_reduce(both)
+    *both, stopping = (both / world).tolist()
+    return both[:len(numbers)], both[len(numbers):], stopping > 0
 
 
 def stop_on_signal():
-    """Return an event that Ctrl-C or SIGTERM sets: the loop saves and stops. A second one kills."""
-    event = threading.Event()
+    """Return a list that Ctrl-C or SIGTERM fills: the loop saves and stops. A second one kills."""
+    received = []
 
     def handle(number, _):
-        event.set()
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-    return event
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
 
 
-def duration(seconds):
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def header(cfg, model, device, world, micro_batch, accumulate, first_step, batches):
+def header(cfg, model, device, world, first_step, batches):
     """Return the first record of a run in log.jsonl: what ran where."""
-    name = f"{device.type}, {torch.get_num_threads()} threads"
+    name, parameters = f"{device.type}, {torch.get_num_threads()} threads", [*model.parameters()]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    parameters = list(model.parameters())
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
-            "python": platform.python_version(), "processes": world, "micro_batch": micro_batch,
-            "accumulate": accumulate, "device": name,
+            "python": platform.python_version(), "processes": world, "device": name,
+            "micro_batch": batches.micro_batch,
+            "accumulate": cfg.batch_size // (world * batches.micro_batch),
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
@@ -361,16 +303,16 @@ class Log:
     """
 
     def __init__(self, cfg, rank, head):
-        self.cfg, self.is_open, self.send = cfg, rank == 0, None
+        self.cfg, self.is_open = cfg, rank == 0
         if not self.is_open:
             return
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", head["config"])
+        config.write_json(out / "config.json", head["config"])
         self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
-        settings = ", ".join(f"{key}={value}" for key, value in differences(cfg).items())
-        print(f"{cfg.out}: {settings}")
+        changed = config.differences(cfg)
+        print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in changed.items())}")
         print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on "
               f"{head['processes']} x {head['device']}, {head['dtype']}; a step is "
               f"{head['step_is']} in {head['accumulate']} x {head['micro_batch']} sequences per "
@@ -378,13 +320,11 @@ class Log:
         if cfg.matmul == "fp8":
             print(f"{head['fp8_layers']} of {head['linear_layers']} linear layers of the blocks "
                   "run in FP8")
-        if cfg.log_to:
-            self.send = tracker(cfg, head["config"])
+        self.send = tracker(cfg, head["config"]) if cfg.log_to else None
 
     def __call__(self, step, line, **values):
         if self.is_open:
-            width = len(str(self.cfg.steps))
-            print(f"{step:>{width}}/{self.cfg.steps}   {line}", flush=True)
+            print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             if self.send:
                 self.send(values, step=step)
@@ -402,10 +342,10 @@ class Log:
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
         speed = sum(batches.count_tokens(done - 1 - i) for i in range(len(losses))) / seconds
-        left = (self.cfg.steps - done) * seconds / len(losses)
+        left = datetime.timedelta(seconds=int((self.cfg.steps - done) * seconds / len(losses)))
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
-             f"{speed:,.0f} tokens/s   {duration(left)} left",
+             f"{speed:,.0f} tokens/s   {left} left",
              loss=mean, lr=rate, grad_norm=norms[-1], tokens_per_s=speed)
 
     def close(self, step, stopped, data_kind):
@@ -419,8 +359,8 @@ class Log:
         print("\ndone; next:")
         model = self.cfg.out
         if self.cfg.method in ("lora", "mora"):
-            print(f"  python merge.py {self.cfg.out}")
-            model = f"{self.cfg.out}/merged"
+            print(f"  python merge.py {model}")
+            model += "/merged"
         if data_kind == "samples":
             print(f"  python evaluate.py {model} {self.cfg.data} --answers")
         else:
@@ -447,34 +387,25 @@ def tracker(cfg, settings):
     return send
 
 
-@contextlib.contextmanager
-def run_folder(cfg):
-    """Make the run's folder and lock it, on rank 0: a second run in it gets one line of error.
-
-    A run that leaves nothing in its folder removes it.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(out, "the run"):
-            yield
-    finally:
-        if not any(out.iterdir()):
-            out.rmdir()
-
-
 def main(argv):
-    cfg = load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    out, is_first = Path(cfg.out), os.environ.get("RANK", "0") == "0"
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
     try:
-        with run_folder(cfg):
+        with config.lock(out, "the run") if is_first else contextlib.nullcontext():
             train(cfg)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError("another process of the run has ended, its own output says why; "
+                        f"{checkpoint.last_good(out)}") from error
     finally:
+        if is_first and not any(out.iterdir()):
+            out.rmdir()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    command_line(main)
+    config.command_line(main)

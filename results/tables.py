@@ -35,6 +35,17 @@ TABLES = {
         Column("singular values of ΔW above 0.1", "{}.singular_above_0.1", "{:.0f}"),
         Column("rank of ΔW", "{}.rank", "{:.0f}"),
     )),
+    "pretrain_60m": ({
+        "full rank": "full", "LoRA": "lora", "ReLoRA": "relora", "MoRA, share": "mora_share",
+        "ReMoRA, alternate": "remora_alternate", "ReMoRA, permute": "remora_permute",
+    }, (
+        Column("Muon: wiki perplexity", "{}.muon.wiki_ppl_mean", "{:.1f}"),
+        Column("c4", "{}.muon.c4_ppl_mean", "{:.0f}"),
+        Column("lr", "{}.muon.lr", "rate"), Column("rest_lr", "{}.muon.rest_lr", "rate"),
+        Column("AdamW: wiki perplexity", "{}.adamw.wiki_ppl_mean", "{:.1f}", missing="not run"),
+        Column("lr", "{}.adamw.lr", "rate", missing="-"),
+        Column("rest_lr", "{}.adamw.rest_lr", "rate", missing="-"),
+    )),
     "throughput_h200": ({
         "full rank": "full", "frozen (embeddings, norms, head alone)": "frozen",
         "LoRA": "lora", "**MoRA**": "mora",
@@ -56,6 +67,8 @@ TABLES = {
         Column("/ full, bf16", "1.3b.{}.over_full", "{:.2f}"),
         Column("peak GiB", "1.3b.{}.peak_gib", "{:.1f}"),
         Column("/ full, bf16", "1.3b.{}.peak_over_full", "{:.2f}"),
+        Column("250m tokens/s", "250m.{}.tokens_per_s", "{:,.0f}"),
+        Column("/ full, bf16", "250m.{}.over_full", "{:.2f}"),
     )),
     "uuid": ({
         "full fine-tuning": "fft", "LoRA, r = 8": "lora_r8", "MoRA, r = 8": "mora_r8",

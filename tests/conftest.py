@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +70,14 @@ def run(config):
         signal.signal(name, handler)
 
 
-def train_in_group(words, output, environment):
-    """Run train.py as one process of a group, with its output in a file."""
+def train_in_group(words, output, environment, kill_after):
+    """Run train.py as one process of a group, with its output in a file; see group."""
     import config
     import train
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     os.environ |= environment
+    signal.setitimer(signal.ITIMER_REAL, kill_after)  # SIGALRM ends the process, 0: never
     sys.argv[1:] = words
     config.command_line(train.main)
 
@@ -85,23 +87,26 @@ def group(config, monkeypatch):
     """group(world, "--key=value", ...) starts that many processes of train.py and returns them.
 
     Each has .output, the file of what it prints. They are forked from a server that has imported
-    torch, so that a start takes milliseconds.
+    torch, so that a start takes milliseconds. kill_after: seconds until a signal kills them.
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS.parent, TESTS))))
     server, started = multiprocessing.get_context("forkserver"), []
-    server.set_forkserver_preload(["train", "conftest"])
+    # torch imports _dynamo in the first step of an optimizer, which takes a second
+    server.set_forkserver_preload(["train", "conftest", "torch._dynamo"])
 
-    def start(world, *overrides):
+    def start(world, *overrides, kill_after=0.0):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for rank in range(world):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             environment = {name: str(value) for name, value in names.items()}
+            environment["MASTER_ADDR"] = "127.0.0.1"
             output = config.parent / f"output{len(started)}"
             process = server.Process(target=train_in_group, args=(
-                [str(config), *overrides], output, environment | {"MASTER_ADDR": "127.0.0.1"}))
+                [str(config), *overrides], output, environment, kill_after))
             process.output = output
+            output.write_text("")
             process.start()
             started.append(process)
         return started[-world:]
@@ -110,6 +115,13 @@ def group(config, monkeypatch):
     for process in started:
         process.kill()
         process.join()
+
+
+def wait_for(process, done):
+    """Wait until done() is true while a process of a group runs."""
+    while not done():
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.002)
 
 
 def finish(processes):

@@ -175,7 +175,7 @@ def test_a_state_of_another_form_is_named(copy):
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
 def test_save_refuses_one_bad_number(trained, bad, tmp_path):
     model, tok, step = checkpoint.load(trained / "run")
-    cfg = train.load([str(trained / "tiny.py"), f"--out={tmp_path}"], default=None)
+    cfg = train.config.load([str(trained / "tiny.py"), f"--out={tmp_path}"], default=None)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values())
     checkpoint.save(cfg, 1, 0, model, optimizer, tok)
@@ -325,7 +325,7 @@ def test_seq_len_of_another_kind_is_named(directory, corpus):
 def save_steps(trained, out, losses, **options):
     """Save steps 1, 2, ... with these validation losses; returns the names of what is kept."""
     model, tok, _ = checkpoint.load(trained / "run")
-    cfg = train.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2"], default=None)
+    cfg = train.config.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2"], default=None)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, loss in enumerate(losses, 1):
         checkpoint.save(cfg, step, 0, model, optimizer, tok, loss, **options)

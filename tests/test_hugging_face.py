@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import evaluate
+import mora
 import tokenizer
 from config import UserError
 
@@ -93,3 +94,18 @@ def test_adapters_train_on_such_a_directory_and_nothing_else_moves(run, tmp_path
     after = load_file(checkpoint.steps_of(out)[-1] / "base" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    ids, gradients = torch.arange(40).view(2, 20), []
+    for checkpointing in (False, True):
+        model = mora.adapt(small_llama(97), rank=4, operator="rotate", train_rest=True).train()
+        for _, parameter in mora.adapter_parameters(model):
+            torch.nn.init.constant_(parameter, 0.01)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -120,7 +120,8 @@ def test_rates_are_written_in_full():
         assert tables.cell(column, "mora", {"mora.lr": value}, "metrics.json") == text
 
 
-def test_floors_prints_the_published_table(capsys):
-    folder = ROOT / "results" / "throughput_h200"
+@pytest.mark.parametrize("name", ("throughput_h200", "fp8"))
+def test_floors_prints_the_published_table(name, capsys):
+    folder = ROOT / "results" / name
     runpy.run_path(str(folder / "floors.py"), run_name="__main__")
     assert capsys.readouterr().out == (folder / "floors.txt").read_text()

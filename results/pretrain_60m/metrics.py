@@ -13,11 +13,17 @@ GRID_SEED = 1337
 
 
 def groups(records):
-    """Return {(method, optimizer, matmul): [records]}; a run's name starts with its method."""
+    """Return {(method, optimizer, matmul): [records]}.
+
+    A run's name is method-optimizer-lr-rest_lr-seed, and then the options that the method lacks in
+    plan.py: other restarts, say, which make it another method here.
+    """
     result = {}
     for record in records:
-        config = record["config"]
-        key = (record["name"].split("-")[0], config["optimizer"], config["matmul"])
+        config, (method, *_, last) = record["config"], record["name"].split("-")
+        if not last.startswith("s") and "matmul" not in last:
+            method = f"{method}.{last}"
+        key = (method, config["optimizer"], config["matmul"])
         result.setdefault(key, []).append(record)
     return result
 
