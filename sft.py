@@ -150,9 +150,8 @@ def encode_row(tok, row, format_name):
         part = encode_turn(text).tolist()
         if is_answer and (not by_template or i == len(turns) and tok.eos_id not in part):
             part.append(tok.eos_id)
-        learned = len(part) if is_answer else 0
-        if is_answer and tok.eos_id in part:
-            learned -= part[::-1].index(tok.eos_id)
+        after_end = part[::-1].index(tok.eos_id) if tok.eos_id in part else 0
+        learned = len(part) - after_end if is_answer else 0
         words += [token | LEARNED for token in part[:learned]] + part[learned:]
     while words and words[-1] < LEARNED:
         words.pop()

@@ -15,12 +15,11 @@ import math
 import os
 import time
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,11 +46,8 @@ MANIFEST = {"kind": "", "request": {}, "tokenizer": "", "vocab_size": 0, "dtype"
             "splits": SPLITS}
 PROGRESS = {"request": {}, "stage": 0, "documents": 0, "seconds": 0.0, "splits": SPLITS}
 
-
-class LeftOut(NamedTuple):
-    """Stands among the documents for a row that gives none."""
-    reason: str    # the counter: missing or bad
-    message: str   # where the row is, and what is wrong
+# stands among the documents for a row that gives none; reason: its counter, "missing" or "bad"
+LeftOut = namedtuple("LeftOut", "reason message")
 
 
 def encode_text(tok, text):

@@ -138,9 +138,8 @@ class Json:
         need(self.eos_id is not None,
              f"{self.config_file}: eos_token {end!r} is no token of tokenizer.json")
         self.bos_ids = self.tokenizer.encode("").ids or [self.eos_id]
-        self.chat_template = self._text("chat_template")
-        if template_file.exists():
-            self.chat_template = read_text(template_file)
+        own_file = template_file.exists()
+        self.chat_template = read_text(template_file) if own_file else self._text("chat_template")
 
     def _text(self, key):
         """A text of tokenizer_config.json, or None: some files hold {"content": text}, or a list
