@@ -227,7 +227,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4).add_(torch.randn(parameter.shape) * 0.1)
-    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(11)]
+    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(23)]
 
     def alone(**options):
         return [list(sample.generate(model, prompt, 250, 40, temperature=0.0, **options))
@@ -240,7 +240,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     wanted = alone(stop=stop)
     lengths = [len(answer) for answer in wanted]
     assert len(set(lengths)) > 3 and max(lengths) == 40 and min(lengths) < 12
-    for batch in (1, 4, 11):
+    for batch in (1, 7, 23):
         assert sample.greedy(model, many, 250, 40, stop, batch) == wanted
     model.compile_parts()  # as in a run on a GPU: generating compiles nothing
     torch._dynamo.utils.counters.clear()
