@@ -5,14 +5,9 @@
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
                                 .mora_M.weight, .lora_magnitude_vector (DoRA)
 
-The tensors say which layers are adapted; the config says how. For any torch model that mora.adapt
-adapted:
-
-    adapters.save(model, folder)      write the adapter folder; peft loads it if it is LoRA or DoRA
-    adapters.load(model, folder)      adapt a plain model with a folder, of peft too
-    adapters.as_lora(model, folder)   write a MoRA adapter as a LoRA that peft and others load
+The tensors say which layers are adapted; the config says how. `save`, `load` and `as_lora` are for
+any torch model.
 """
-import contextlib
 import json
 import math
 import os
@@ -27,14 +22,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import mora
-from config import UserError, need, one_line, read_json, write_json
+from config import UserError, as_user_error, need, read_json, write_json
 from lora import LowRank, Rescaled
 
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
 PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
         "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
-AUTHORS_TYPES = (1, 2, 3, 4, 6)
+# {mora_type of the fork of MoRA's authors: (groups of the inputs, of the outputs)}; 6 is rotate
+AUTHORS_TYPES = {1: ("strided", "strided"), 2: ("contiguous", "contiguous"),
+                 3: ("contiguous", "strided"), 4: ("strided", "contiguous"),
+                 6: ("strided", "strided")}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -63,38 +61,30 @@ CHECKS = {key: check for keys, *check in (
     ("lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
      "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config", ".*"),
 ) for key in keys.split()}
-AUTHORS_CHECKS = {"peft_type": ['"LORA"'], "use_dora": ["false"]}  # with use_mora
+AUTHORS_CHECKS = CHECKS | {"peft_type": ['"LORA"'], "use_dora": ["false"]}  # with use_mora
 NOT_IMPLEMENTED = r'false|0|""|\[\]|{}', "left out: it is not implemented"
 NEEDED = {"LORA": ("peft_type", "r", "lora_alpha"),
           "MORA": ("r", "operator", "groups", "seed", "cycle")}  # the others may be null or missing
 LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
 
 
-@contextlib.contextmanager
-def as_user_error(where, *errors):
-    """Turn these errors of a `with` block into a UserError: one line that begins with `where`."""
-    try:
-        yield
-    except errors as error:
-        raise UserError(f"{where}: {one_line(error)}") from error
-
-
 def read_config(folder):
     """The adapter_config.json of a folder. Raises UserError that names a wrong key and value."""
     file = folder / "adapter_config.json"
     config = read_json(file, dict)
-    checks = CHECKS | AUTHORS_CHECKS if config.get("use_mora") else CHECKS
+    checks = AUTHORS_CHECKS if config.get("use_mora") else CHECKS
     needed = NEEDED["MORA" if config.get("peft_type") == "MORA" else "LORA"]
     for key in (*needed, *config):
         text, (form, *words) = json.dumps(config.get(key)), checks.get(key, NOT_IMPLEMENTED)
-        if not re.fullmatch(form, text) and (text != "null" or key in needed):
-            must_be = words[0] if words else form.replace("|", " or ")
-            raise UserError(f"{file}: {key} must be {must_be}, got {text[:80]}")
+        must_be = words[0] if words else form.replace("|", " or ")
+        need(re.fullmatch(form, text) or text == "null" and key not in needed,
+             f"{file}: {key} must be {must_be}, got {text[:80]}")
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
-        for text in [config[key]] if isinstance(config.get(key), str) else config.get(key) or ():
+        texts = config.get(key) or ()
+        for text in [texts] if isinstance(texts, str) else texts:
             with as_user_error(f"{file}: {key} holds {text!r:.80}, which is no regular expression",
                                re.error, OverflowError, RecursionError):
-                re.compile(LAST_PARTS.format(text) if isinstance(config[key], dict) else text)
+                re.compile(LAST_PARTS.format(text) if key.endswith("pattern") else text)
     return config
 
 
@@ -109,10 +99,8 @@ def save(model, folder, base=None):
     config, updates = config_of(model, base), dict(mora.adapter_parameters(model))
     rest = [name for name, parameter in model.named_parameters()
             if parameter.requires_grad and name not in updates]
-    if rest:
-        raise UserError(f"{len(rest)} parameters train beside the updates (first {rest[0]}), and "
-                        "an adapter folder does not hold them: merge the model and save all of it, "
-                        "or freeze them")
+    need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
+         "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
     write(Path(folder), config, updates)
 
 
@@ -155,15 +143,15 @@ def options_of(name, layer):
     """The keys of adapter_config.json that one adapted layer fixes."""
     dora = isinstance(layer.update, Rescaled)
     update = layer.update.inner if dora else layer.update
-    options = {"use_dora": dora, "lora_dropout": layer.dropout, "fan_in_fan_out": layer.transposed}
+    need(isinstance(update, mora.Square | LowRank), f"{name}: an update of the kind "
+         f"{type(update).__name__} has no adapter format: merge the model and save all of it")
+    options = {"r": update.rank, "use_dora": dora, "lora_dropout": layer.dropout,
+               "fan_in_fan_out": layer.transposed}
     if isinstance(update, mora.Square):
-        return options | {"peft_type": "MORA", "r": update.rank, **layer.get_extra_state()}
-    if isinstance(update, LowRank):
-        alpha = update.alpha or update.rank  # alpha 0 is scale 1
-        return options | {"peft_type": "LORA", "r": update.rank, "use_rslora": update.rslora,
-                          "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-    raise UserError(f"{name}: an update of the kind {type(update).__name__} has no adapter format: "
-                    "merge the model and save all of it")
+        return options | {"peft_type": "MORA", **layer.get_extra_state()}
+    alpha = update.alpha or update.rank  # alpha 0 is scale 1
+    return options | {"peft_type": "LORA", "use_rslora": update.rslora,
+                      "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
 
 
 # ---- read
@@ -175,19 +163,16 @@ def read_tensors(file):
 
 
 def read(folder):
-    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS.
-
-    Raises UserError for a file that cannot be read and for what is not implemented or not finite.
-    """
+    """(config, {layer: {"A": tensor, ...}}) of an adapter folder, with the keys of KEYS. Raises
+    UserError for a file that cannot be read and for what is not implemented or not finite."""
     config, file = read_config(folder), folder / "adapter_model.safetensors"
     need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
          "adapter_model.bin, which is not read: save with safe_serialization=True")
     layers, tensors = {}, read_tensors(file)
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
-        if not key or not name.startswith(PREFIX):
-            raise UserError(f"{file}: {name} is no part of an adapter of linear layers "
-                            f"({', '.join(KEYS.values())})")
+        need(key and name.startswith(PREFIX), f"{file}: {name} is no part of an adapter of linear "
+             f"layers ({', '.join(KEYS.values())})")
         need(tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
@@ -220,11 +205,8 @@ def weights(folder):
 
 
 def base_of(folder, base=None):
-    """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names.
-
-    The name is looked up from the folder, then (but not BESIDE, which may be another model there)
-    from the working directory.
-    """
+    """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names,
+    from the folder or (but not BESIDE, which may be another model there) the working directory."""
     named = read_config(folder).get("base_model_name_or_path")
     places = [Path(base)] if base else [folder / named, Path(named)] if named else []
     for place in places[:1] if named == BESIDE else places:
@@ -256,17 +238,16 @@ def attach(model, folder, exclude=("lm_head",)):
     for name in layers:
         need(name in linears and name not in exclude, f"{folder} adapts {name}, which is no linear "
              "layer of the base model's blocks: is it of another base model?")
-    linears = {name: linears[name] for name in layers}
     with as_user_error(folder, ValueError):
-        mora.refuse_unfit(model, linears)
+        mora.refuse_unfit(model, {name: linears[name] for name in layers})
     for name, tensors in layers.items():
-        with as_user_error(f"{folder}: {name}", ValueError):
+        with as_user_error(f"{folder}: {name}", ValueError), linears[name].weight.device:
             update = update_of(config, name, linears[name])
         layer = mora.AdaptedLinear(linears[name], update, dora=bool(config.get("use_dora")))
         if config["peft_type"] == "MORA":  # the groups of its cycle
             mora.start_cycle([(name, layer)], config["seed"], config["cycle"])
-        if config.get("from_lora"):
-            tensors["M"] = restored(update, tensors.pop("A"), tensors.pop("B"))
+        if "from_lora" in config:
+            restore(update, tensors)
         parameters = {key.removeprefix("inner."): parameter
                       for key, parameter in layer.update.named_parameters()}
         given, needed = ({key: list(tensor.shape) for key, tensor in sorted(each.items())}
@@ -282,19 +263,17 @@ def attach(model, folder, exclude=("lm_head",)):
 
 def update_of(config, name, linear):
     """The update that a config describes for one layer, to be filled; DoRA's inner one."""
-    def value_of(key, pattern):
-        """The value of the first of peft's patterns that matches the layer, else the default."""
+    def value_of(key, pattern):  # of the first of peft's patterns that matches, else the default
         matching = (value for text, value in (config.get(pattern) or {}).items()
                     if re.fullmatch(LAST_PARTS.format(text), name))
         return next(matching, config[key])
 
-    shape = mora.update_shape(linear) | {"rank": value_of("r", "rank_pattern")}
+    shape = *mora.features_of(linear), value_of("r", "rank_pattern")
     if config.get("use_mora"):
-        return AuthorsSquare(**shape, mora_type=config.get("mora_type") or 1)
+        return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        return mora.Square(**shape, operator=config["operator"], groups=config["groups"])
-    return LowRank(**shape, alpha=value_of("lora_alpha", "alpha_pattern"),
-                   rslora=bool(config.get("use_rslora")))
+        return mora.Square(*shape, config["operator"], config["groups"])
+    return LowRank(*shape, value_of("lora_alpha", "alpha_pattern"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA
@@ -313,7 +292,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     Returns {"rank": of the LoRA, "bytes": of its file, "error": the largest relative Frobenius
     error of a layer's dW}. Raises UserError if the model has no MoRA, or no exact LoRA.
     """
-    config, error = config_of(model, base), 0.0
+    folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(layer.update, "inner", layer.update)
                for name, layer in mora.adapted_layers(model)}
@@ -321,9 +300,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     width = rank or max(len(square.M) for square in squares.values())
     for name, square in squares.items():
         dW = square.delta()
-        need(rank or square.fold_in.blocks == 1,
-             f"{name}: {square.operator} makes a dW of rank up to {min(dW.shape)}: no LoRA of rank "
-             "r^ equals it; name a rank to cut it to, or merge it")
+        need(rank or square.fold_in.blocks == 1, f"{name}: {square.operator} makes a dW of rank up "
+             f"to {min(dW.shape)}: no LoRA of rank r^ equals it; name a rank, or merge it")
         if rank:
             U, S, Vh = torch.linalg.svd(dW.double(), full_matrices=False)
             A, B = S[:rank].sqrt()[:, None] * Vh[:rank], U[:, :rank] * S[:rank].sqrt()
@@ -337,23 +315,22 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
     metadata = {} if rank else {"mora": text, "crc32": checksum(text, updates.values())}
-    for key in NEEDED["MORA"]:
-        del config[key]
+    config = {key: value for key, value in config.items() if key not in NEEDED["MORA"]}
     config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
-    write(Path(folder), config, updates, metadata)
-    size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    write(folder, config, updates, metadata)
+    size = (folder / "adapter_model.safetensors").stat().st_size
     return {"rank": width, "bytes": size, "error": error}
 
 
-def restored(square, A, B):
-    """The M (r^, r^) of a Square of which as_lora made A and B; B if it has other features."""
-    if (A.shape[1], len(B)) != (square.fold_in.features, square.fold_out.features):
-        return B
-    rows = torch.arange(1.0, len(square.M) + 1, device=square.M.device)
-    row_of_output = square.fold_out.adjoint(rows[None]).long().cpu()  # 0: none
-    M = B.new_zeros(len(rows) + 1, len(rows))
-    M[row_of_output] = B[:, :len(rows)]
-    return M[1:]
+def restore(square, tensors):
+    """Replace the A and B that as_lora made of a Square by its M, unless the features differ."""
+    if (tensors["A"].shape[1], len(tensors["B"])) == (square.fold_in.features,
+                                                      square.fold_out.features):
+        rows = torch.arange(1.0, len(square.M) + 1, device=square.M.device)
+        row_of_output = square.fold_out.adjoint(rows[None])  # 0: of none
+        first_output = (row_of_output == rows[:, None]).int().argmax(1).cpu()
+        tensors["M"] = tensors.pop("B")[first_output, :len(rows)]
+        del tensors["A"]
 
 
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
@@ -361,9 +338,6 @@ def restored(square, A, B):
 # Its folders have peft_type LORA, use_mora true, a mora_type, and M under the name lora_A, with a
 # second copy as lora_B. Its maps differ from mora.py's where r^ does not divide the features: the
 # last piece of the inputs is filled with the first inputs again, where mora.py pads with zeros.
-#
-#     mora_type   1: share; 2: share, groups of neighbours; 3: the inputs alone in groups of
-#                 neighbours; 4: the outputs alone; 6: rotate
 
 def authors_r_hat(rank, in_features, out_features, mora_type):
     """Their width: sqrt(rank (in + out)) rounded to nearest; even for type 6."""
@@ -371,46 +345,33 @@ def authors_r_hat(rank, in_features, out_features, mora_type):
     return width - width % 2 if mora_type == 6 else width
 
 
-def neighbour_groups(features, width, device):
-    """(features,): groups of neighbours; the first features mod width groups are one larger."""
-    groups = torch.arange(width, device=device)
-    return groups.repeat_interleave(features // width + (groups < features % width))
-
-
 class AuthorsSquare(nn.Module):
-    """An update of theirs; raises ValueError for a width on which their forward fails.
+    """An update of theirs: M (r^, r^), under their name `A`, between mora.py's folds. Raises
+    ValueError for a width on which their forward fails."""
 
-    `A` (r^, r^) is M, under the name that their files have for it.
-    """
-
-    def __init__(self, in_features, out_features, rank, mora_type, device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()
-        self.mora_type, self.features = mora_type, (in_features, out_features)
+        (groups_in, groups_out), rotates = AUTHORS_TYPES[mora_type], mora_type == 6
         width = authors_r_hat(rank, in_features, out_features, mora_type)
-        if mora_type not in (2, 3) and width > 2 * in_features:
-            raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once and "
-                             f"cannot fill r^ = {width} of them")
-        self.A = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
+        pieces_in, pieces_out = -(-in_features // width), -(-out_features // width)
+        self.in_features, filled = in_features, in_features
+        if groups_in == "strided":
+            filled = pieces_in * width
+            if filled > 2 * in_features:
+                raise ValueError(f"mora_type {mora_type} wraps {in_features} inputs around once "
+                                 f"and cannot fill r^ = {width} of them")
+        self.A = nn.Parameter(torch.zeros(width, width))
+        blocks = pieces_in if rotates else 1
+        self.fold_in = mora.Fold(filled, width, blocks, pieces_in, rotates, groups_in)
+        self.fold_out = mora.Fold(out_features, width, blocks, pieces_out, False, groups_out)
+        for fold in (self.fold_in, self.fold_out):
+            fold.move(cycle=0, seed=0)
 
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""
-        width, (in_features, out_features) = len(self.A), self.features
-        if self.mora_type in (2, 3):
-            groups = neighbour_groups(in_features, width, x.device)
-            pieces = x.new_zeros(*x.shape[:-1], 1, width).index_add(-1, groups, x[..., None, :])
-        else:
-            filled = torch.arange(-(-in_features // width) * width, device=x.device) % in_features
-            pieces = x[..., filled].unflatten(-1, (-1, width))
-            if self.mora_type == 6:  # rotate the pairs (j, j + r^/2)
-                cos, sin = mora.rotations(width, pieces.shape[-2]).to(x)
-                pieces = pieces * cos + pieces.roll(width // 2, -1) * sin
-            else:
-                pieces = pieces.sum(-2, keepdim=True)
-        y = F.linear(pieces, self.A.to(x.dtype)).flatten(-2)
-        if self.mora_type in (2, 4):
-            return y[..., neighbour_groups(out_features, width, x.device)]
-        return y[..., torch.arange(out_features, device=x.device) % y.shape[-1]]
+        filled = torch.arange(self.fold_in.features, device=x.device) % self.in_features
+        return self.fold_out.adjoint(F.linear(self.fold_in(x[..., filled]), self.A.to(x.dtype)))
 
     def delta(self):
         """dW, (out, in)."""
-        return self(torch.eye(self.features[0], dtype=self.A.dtype, device=self.A.device)).T
+        return self(torch.eye(self.in_features, dtype=self.A.dtype, device=self.A.device)).T

@@ -1,89 +1,66 @@
-"""Measure and draw runs and schedules.
+"""Measure and draw runs, schedules and updates.
 
     python analyze.py spectra out/250m_mora out/250m_remora   spectra of dW since the first weights
     python analyze.py spectra CHECKPOINT --since=CHECKPOINT   spectra of dW between two checkpoints
     python analyze.py losses out/250m_lora out/250m_mora      loss curves from log.jsonl
     python analyze.py losses RUN... --x=seconds               the same over training time, or tokens
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
+    python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (matplotlib). `spectra` also prints a table. dW is the
-change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130) are loss curves
-and spectra.
+Every command writes a picture, --png=FILE (docs/figures.py, matplotlib). `spectra` also prints a
+table. dW is the change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130)
+are loss curves and spectra.
 """
-import argparse
-import contextlib
-import dataclasses
 import json
+import runpy
 from pathlib import Path
 from statistics import fmean
 
-from config import Arguments, Config, UserError, command_line, load  # before torch; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    PROJECTIONS, ROOT, Arguments, Config, command_line, need)
 
 import numpy as np
 import torch
 
 import checkpoint
 import mora
-from batches import Batches, SampleBatches
 from model import Llama, LlamaConfig
-from optimizer import learning_rate
-from shards import Samples, open_split
-
-# the order of Figure 5
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
-AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def weights(path):
-    """Return ({name: W + dW, float32} of a checkpoint's projections, the folder that holds them).
-
-    path: a run, one of its steps, or a Hugging Face directory.
-    """
+    """({name: W + dW} of the projections of what checkpoint.load takes, the folder it found)."""
     model, _, folder = checkpoint.load(path)
-    return _projections(mora.merged_weights(model)), folder
+    return projections(mora.merged_weights(model)), folder
 
 
 def first_weights(step):
-    """Return the projections at step 0 of the run that wrote the checkpoint `step`.
-
-    They are drawn again from the run's seed, or read from its `init_from`.
-    """
-    if not (step / "state.json").exists():
-        raise UserError(f"{step} is no checkpoint of a run, so its first weights are unknown: "
-                        "set --since to the checkpoint to compare with")
-    cfg = Config(**checkpoint.read_json(step / "state.json")["config"])
+    """The projections at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or
+    drawn again from its seed."""
+    need((step / "state.json").exists(), f"{step} is no checkpoint of a run, so its first weights "
+         "are unknown: set --since to the checkpoint to compare with")
+    cfg = Config(**checkpoint.read_state(step)["config"])
     if cfg.init_from:
         return weights(cfg.init_from)[0]
     vocab_size = checkpoint.read_json(step / "base" / "config.json")["vocab_size"]
     shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())
-    return _projections(Llama(shape, cfg.seed, cfg.residual_init).state_dict())
+    return projections(Llama(shape, cfg.seed, cfg.residual_init).state_dict())
 
 
-def _projections(state):
-    return {name: weight for name, weight in state.items() if name.split(".")[-2] in KINDS}
+def projections(state):
+    return {name: weight for name, weight in state.items() if name.split(".")[-2] in PROJECTIONS}
 
 
 def spectra(after, before):
-    """Return {name: singular values of dW, descending}, dW = after - before.
-
-    after, before: {name: weight}. The computation runs on the GPU if there is one.
-    """
+    """{name: singular values of dW, descending}, dW = after - before, of two {name: weight}."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = {}
     for name, weight in after.items():
-        if name not in before or before[name].shape != weight.shape:
-            raise UserError(f"{name}, {tuple(weight.shape)}, is missing or has another shape in "
-                            "the checkpoint to compare with")
+        need(name in before and before[name].shape == weight.shape, f"{name}, "
+             f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
         delta = weight.to(device) - before[name].to(device)
         tall = max(delta, delta.T, key=len)  # LAPACK needs half the time for it
         values[name] = torch.linalg.svdvals(tall).cpu()
     return values
-
-
-def energy(values):
-    """Return the share of the sum of squares that the first 1, 2, ... singular values hold."""
-    squares = values.square().cumsum(0)
-    return squares / squares[-1].clamp(min=1e-30)
 
 
 def measures(values):
@@ -94,181 +71,99 @@ def measures(values):
     largest hold 90 % of the sum of squares; largest: the spectral norm.
     """
     squares, largest = values.square(), values[0].item()
+    total = squares.sum()
     return {"singular_above_0.1": int((values > 0.1).sum()),
             "rank": int((values > 1e-3 * largest).sum()),
-            "stable_rank": float(squares.sum() / squares[0].clamp(min=1e-30)),
-            "energy_90": int((energy(values) < 0.9).sum()) + 1, "largest": largest}
+            "stable_rank": float(total / squares[0].clamp(min=1e-30)),
+            "energy_90": int((squares.cumsum(0) < 0.9 * total).sum()) + 1, "largest": largest}
 
 
 def mean_measures(values_by_name):
-    """Return {kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
+    """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
-    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in KINDS}
+    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in PROJECTIONS}
     layers["all"] = list(rows.values())
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
             for kind, part in layers.items()}
 
 
-def print_measures(label, means):
-    print(f"{label}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
+def print_spectra(path, since=None):
+    """Print and return mean_measures of what a run trained, or of the change since a checkpoint."""
+    after, folder = weights(path)
+    before = weights(since)[0] if since else first_weights(folder)
+    means = mean_measures(spectra(after, before))
+    print(f"{path}\n{'':10}", *(f"{key.replace('_', ' '):>18}" for key in means["all"]))
     for kind, row in means.items():
         print(f"{kind:10}", *(f"{value:18.3f}" for value in row.values()))
-
-
-def plot_spectra(named, file):
-    """Draw {label: spectra}: left the bars of Figure 5, right the energy of the mean spectrum."""
-    places, width = np.arange(len(KINDS)), 0.8 / len(named)
-    with picture(file, 1, 2, figsize=(12, 4)) as ((bars, curves),):
-        for i, (label, spectra_of_run) in enumerate(named.items()):
-            means = mean_measures(spectra_of_run)
-            heights = [means[kind]["singular_above_0.1"] for kind in KINDS]
-            bars.bar(places + i * width, heights, width, label=label)
-            length = min(map(len, spectra_of_run.values()))
-            energies = [energy(values)[:length].numpy() for values in spectra_of_run.values()]
-            curves.plot(range(1, length + 1), np.mean(energies, axis=0), label=label)
-        bars.set_xticks(places + 0.4 - width / 2, [kind.removesuffix("_proj") for kind in KINDS])
-        bars.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
-        curves.set(title="energy of ΔW in its largest singular values", xlabel="singular values",
-                   xscale="log", ylim=(0, 1))
+    return means
 
 
 def read_records(path):
-    """Return the records of a log.jsonl, a list of dicts.
-
-    A killed run can leave an incomplete last line. A damaged line elsewhere raises UserError.
-    """
+    """The records of a log.jsonl, a list of dicts, without the incomplete last line of a killed
+    run. A damaged line elsewhere raises UserError."""
     lines, records = path.read_text(errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             records.append({**json.loads(line)})
         except (ValueError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is not a JSON object: {line[:40]!r}; "
-                                "repair or remove this line") from None
+            need(number == len(lines), f"{path}, line {number} is not a JSON object: "
+                 f"{line[:40]!r}; repair or remove this line")
             print(f"note: {path}, line {number} is incomplete and was left out")
     return records
 
 
 def read_log(run, x="step"):
-    """Read the loss curves of a run: {"loss": [(x, value)], "val_loss": [(x, value)]}.
+    """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
 
-    run: a run folder, or a log.jsonl. x: "step", "tokens", or "seconds" (see axis_of). A resumed
-    run repeats some steps: the later line of a step replaces the earlier one.
+    run: a run folder, or a log.jsonl. A resumed run repeats some steps: the later line replaces the
+    earlier one. x: what a place is. "step"; "tokens": step * tokens_per_step of the header, a mean
+    for samples of several lengths; "seconds": the sum of tokens / tokens_per_s over the intervals
+    between log lines, of which the first contains compilation, none evaluation or saving.
     """
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
-    curves = {key: {record["step"]: record[key] for record in records if key in record}
-              for key in ("loss", "val_loss")}
-    if not curves["loss"]:
-        raise UserError(f"{path} has no training loss yet: a run writes one per log_every steps")
-    steps, places = axis_of(records, path, x)
-    return {key: [(float(np.interp(step, steps, places)), value)
-                  for step, value in sorted(points.items())] for key, points in curves.items()}
-
-
-def axis_of(records, path, x):
-    """Return (steps, their places on the x axis), to be interpolated.
-
-    tokens: step * tokens_per_step of the header, which is a mean for samples of several lengths.
-    seconds: the sum of steps * tokens_per_step / tokens_per_s over the intervals between log
-    lines. The first interval contains compilation; none contains evaluation or saving.
-    """
-    speeds = {record["step"]: record.get("tokens_per_s") for record in records if "loss" in record}
-    logged = sorted(speeds)
-    # a validation can follow the last logged loss: it is placed at the last speed
-    steps = np.array([0, *logged, max(record.get("step", 0) for record in records) + 1])
-    if x == "step":
-        return steps, steps
+    lines = {key: {record["step"]: record for record in records if key in record}
+             for key in ("loss", "val_loss")}
+    logged = sorted(lines["loss"])
+    need(logged, f"{path} has no training loss yet: a run writes one per log_every steps")
     headers = [record for record in records if "tokens_per_step" in record]
-    if not headers or (x == "seconds" and not all(speeds.values())):
-        raise UserError(f"{path} lacks tokens_per_step or a tokens_per_s: use --x=step, not {x}")
-    tokens = steps * headers[-1]["tokens_per_step"]
-    if x == "tokens":
-        return steps, tokens
-    speed = np.array([speeds[step] for step in [*logged, logged[-1]]])
-    return steps, np.cumsum([0, *np.diff(tokens) / speed])
-
-
-def plot_losses(named, file, x="step"):
-    """Draw {label: read_log(run, x)}: lines are training losses, dots validation losses."""
-    with picture(file, figsize=(8, 5)) as ((axis,),):
-        for label, curves in named.items():
-            (line,) = axis.plot(*zip(*curves["loss"], strict=True), label=label, linewidth=1)
-            if curves["val_loss"]:
-                axis.plot(*zip(*curves["val_loss"], strict=True), "o", color=line.get_color(),
-                          markersize=4)
-        axis.set(xlabel=AXES[x], ylabel="loss, nats per token (dots: validation)")
-
-
-def with_steps(cfg):
-    """Return the config with the number of steps that train.py derives from `epochs`."""
-    if not cfg.epochs:
-        return cfg
-    if not (Path(cfg.data) / "manifest.json").exists():
-        raise UserError(f"epochs = {cfg.epochs:g} over {cfg.data}, which is not prepared, so the "
-                        "number of steps is unknown: set it with --steps=N")
-    split = open_split(cfg.data, "train", verify=False)
-    make_batches = SampleBatches if isinstance(split, Samples) else Batches
-    batches = make_batches(split, cfg.seed, cfg.seq_len, cfg.batch_size, cfg.batch_size)
-    return dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-
-
-def plot_schedule(cfg, file):
-    """Draw the learning rate of every step of a run."""
-    rates = [learning_rate(step, cfg) for step in range(cfg.steps)]
-    with picture(file, figsize=(8, 3)) as ((axis,),):
-        axis.plot(rates, linewidth=1, label=f"restarts: {cfg.cycle(cfg.steps - 1)[0]}")
-        axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-
-
-@contextlib.contextmanager
-def picture(file, rows=1, columns=1, **options):
-    """Give the axes (rows, columns) of a figure; after the `with` block write it to `file`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")  # write files, open no window
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(rows, columns, squeeze=False, **options)
-    yield axes
-    for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.grid(alpha=0.3)
-            axis.legend()
-    figure.tight_layout()
-    try:
-        figure.savefig(file, dpi=120)
-    except ValueError as error:  # an ending that names no format
-        raise UserError(f"--png={file} cannot be written: {error}") from error
-    print(f"wrote {file}")
+    speeds = [lines["loss"][step].get("tokens_per_s") for step in logged]
+    need(x == "step" or headers and (x == "tokens" or all(speeds)),
+         f"{path} lacks tokens_per_step or a tokens_per_s: use --x=step, not {x}")
+    # a validation can follow the last logged loss: it is placed at the last speed
+    places = steps = np.array([0, *logged, max([logged[-1], *lines["val_loss"]]) + 1])
+    if x != "step":
+        places = steps * headers[-1]["tokens_per_step"]
+    if x == "seconds":
+        places = np.cumsum([0, *np.diff(places) / np.array([*speeds, speeds[-1]])])
+    return {key: [(float(np.interp(step, steps, places)), line[key])
+                  for step, line in sorted(part.items())] for key, part in lines.items()}
 
 
 def main(argv):
-    parser = Arguments(description=__doc__, allow_abbrev=False,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("spectra", "losses", "schedule"))
-    parser.add_argument("paths", nargs="+", help="runs, their steps, or Hugging Face directories; "
-                        "runs or log.jsonl files; a config file and more words as for train.py")
-    parser.add_argument("--png", help="file of the picture; default: COMMAND.png")
-    parser.add_argument("--since", help="of spectra: the weights to subtract; default: each run's "
-                        "first weights")
-    parser.add_argument("--x", choices=AXES, default="step", help="of losses; default: step")
+    parser = Arguments(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("command", choices=("spectra", "losses", "schedule", "operators"))
+    add("paths", nargs="*", help="runs, their steps, or Hugging Face directories; runs or "
+        "log.jsonl files; a config file and more words as for train.py; none for operators")
+    add("--png", help="file of the picture; default: COMMAND.png")
+    add("--since", help="of spectra: the weights to subtract; default: each run's first weights")
+    add("--x", choices=("step", "tokens", "seconds"), default="step", help="of losses")
     args, rest = parser.parse_known_args(argv)
     png = args.png or f"{args.command}.png"
-    if args.command == "schedule":
-        return plot_schedule(with_steps(load([*args.paths, *rest], None)), png)
-    if rest:
+    need(bool(args.paths) == (args.command != "operators"), "operators takes no path, the other "
+         f"commands at least one, got {args.command} {' '.join(args.paths)}")
+    if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if args.command == "losses":
-        return plot_losses({run: read_log(run, args.x) for run in args.paths}, png, args.x)
-    named = {}
-    for path in args.paths:
-        after, folder = weights(path)
-        before = weights(args.since)[0] if args.since else first_weights(folder)
-        named[path] = spectra(after, before)
-        print_measures(path, mean_measures(named[path]))
-    plot_spectra(named, png)
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    if args.command == "operators":
+        figures["draw_operators"](png)
+    elif args.command == "schedule":
+        figures["draw_schedule"](png, [*args.paths, *rest])
+    elif args.command == "losses":
+        figures["draw_losses"](png, {run: read_log(run, args.x) for run in args.paths}, args.x)
+    else:
+        figures["draw_spectra"](png, {path: print_spectra(path, args.since) for path in args.paths})
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / t
 8192-cubed matrix product in the same dtype, measured here on random data).
 """
 import argparse
-import gc
+import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-import timeit
 from pathlib import Path
+from statistics import median
 
 from config import (  # before torch: Ctrl-C; isort: skip
-    Arguments, Config, UserError, at_least, command_line, read_json, write_json)
+    Arguments, Config, at_least, command_line, need, read_json, write_json)
 
 import torch
 
@@ -41,19 +40,13 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32, 32000, 16),
 }
 RANKS = {"7b": 8, "tiny": 16}  # other shapes: 128
-METHODS = {
-    "full": {"method": "full"},
-    "frozen": {"method": "frozen"},
-    "lora": {"method": "lora"},
-    "mora": {"method": "mora"},
-    "mora_two_paths": {"method": "mora"},
-    "mora_rotate_fp8": {"method": "mora", "operator": "rotate", "matmul": "fp8"},
-    "mora_rotate": {"method": "mora", "operator": "rotate"},
-    "remora_permute": {"method": "mora", "groups": "permute"},
-}
-METHODS |= {f"{name}_fp8": {**METHODS[name], "matmul": "fp8"}
-            for name in ("full", "lora", "mora", "remora_permute")}
-METHODS |= {f"{name}_muon": {**METHODS[name], "optimizer": "muon"}
+METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")}
+METHODS |= {"mora_two_paths": {"method": "mora"},
+            "mora_rotate": {"method": "mora", "operator": "rotate"},
+            "remora_permute": {"method": "mora", "groups": "permute"}}
+METHODS |= {f"{name}_fp8": METHODS[name] | {"matmul": "fp8"}
+            for name in ("full", "lora", "mora", "mora_rotate", "remora_permute")}
+METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
             for name in ("full", "lora", "mora")}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
@@ -64,15 +57,10 @@ COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, "
 def settings(shape, name, rank, seq_len, batch):
     """The Config of one method at one shape; rank 0 and batch 0: the defaults of the shape."""
     hidden, ffn, layers, heads, _, sequences = SHAPES[shape]
-    options = dict(METHODS[name])
-    if options["method"] in ("lora", "mora"):
-        options["rank"] = rank or RANKS.get(shape, 128)
-    if options["method"] == "mora":
-        options.setdefault("operator", "rotate" if shape == "7b" else "share")
+    options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
     if shape == "7b":
-        options["train_rest"] = False
-        fp8 = options.pop("matmul", "bf16") == "fp8"
-        frozen_dtype = "float8" if fp8 else "bfloat16"
+        frozen_dtype = "float8" if options.pop("matmul", "") == "fp8" else "bfloat16"
+        options = {"operator": "rotate", "train_rest": False} | options
         options["base_dtype"] = "float32" if options["method"] == "full" else frozen_dtype
     return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
                   num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
@@ -86,15 +74,18 @@ def seconds(work, repeats):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # timeit alone would turn the garbage collector off
-    return timeit.repeat(work, setup=gc.enable, timer=clock, repeat=repeats, number=1)
+    times = [clock()]
+    for _ in range(repeats):
+        work()
+        times.append(clock())
+    return [end - begun for begun, end in itertools.pairwise(times)]
 
 
 def matrix_rate(device, dtype):
     """FLOP/s of a square matrix product on random data: the median of ten, after three."""
     width = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return 2 * width ** 3 / statistics.median(seconds(lambda: a @ b, 13)[3:])
+    return 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
 
 
 def needed_flops(model, cfg):
@@ -123,8 +114,7 @@ def measure(args):
     torch.manual_seed(0)
     with device:
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
-    optimizer = prepare_model(cfg, model, device, cycle=1)
-    layers = mora.adapted_layers(model)
+    optimizer, layers = prepare_model(cfg, model, device, cycle=1), mora.adapted_layers(model)
     for _, layer in layers:
         layer.merges = args.child != "mora_two_paths"
     parallel = data_parallel(model, device) if world > 1 else model
@@ -135,7 +125,7 @@ def measure(args):
         for _ in range(args.steps):
             optimizer_step(parallel, optimizer, ids, cfg.lr, cfg.grad_clip)
 
-    def restart():
+    def restart():  # without the optimizer's states
         for _, layer in layers:
             layer.merge_()
         mora.start_cycle(layers, seed=0, cycle=2)
@@ -144,7 +134,7 @@ def measure(args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = seconds(block, args.repeats)
-    speed = args.steps * cfg.batch_size * cfg.seq_len / statistics.median(times)  # of one process
+    speed = args.steps * cfg.batch_size * cfg.seq_len / median(times)  # of one process
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops_per_s = matrix_rate(device, model.compute_dtype)
     result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
@@ -152,8 +142,8 @@ def measure(args):
               "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    if cfg.method == "mora" and not args.quick:  # without the optimizer's states
-        result["restart_ms"] = 1e3 * statistics.median(seconds(restart, 3))
+    if cfg.method == "mora" and not args.quick:
+        result["restart_ms"] = 1e3 * median(seconds(restart, 3))
     return result
 
 
@@ -165,15 +155,36 @@ def run_child(argv, name, processes):
                           env={"OMP_NUM_THREADS": "8", **os.environ})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    print(f"{name:16} failed: {reason[-1]}")
+    reason = done.stderr.strip() or f"exit status {done.returncode}"
+    print(f"{name:16} failed: {reason.splitlines()[-1]}")
     return None
 
 
-def parse_arguments(argv):
-    gpu = torch.cuda.is_available()
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, at_least(1)
+def compare(args, argv):
+    """Measure the methods one after another; print a table and write --json."""
+    numbers = read_json(args.json, dict) if args.json and args.json.exists() else {}
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
+          f"{args.seq_len} tokens per sequence")
+    print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
+    prefix = f"ddp{args.processes}." if args.processes > 1 else ""
+    speeds = {}
+    for name in args.methods.split(","):
+        row = run_child(argv, name, args.processes)
+        if row is None:
+            continue
+        speeds[name] = row["tokens_per_s"]
+        shown = row | {"to_full": speeds[name] / speeds.get("full", math.nan)}
+        print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
+                              for _, key, width, style in COLUMNS), flush=True)
+        numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
+        if args.json:
+            write_json(args.json, numbers)
+
+
+def main(argv):
+    gpu, parser, count = torch.cuda.is_available(), Arguments(__doc__), at_least(1)
+    add = parser.add_argument
     add("--shape", default="250m" if gpu else "tiny", choices=SHAPES)
     add("--methods", default="full,frozen,lora,mora,mora_two_paths,remora_permute",
         help=f"some of {', '.join(METHODS)}")
@@ -188,36 +199,7 @@ def parse_arguments(argv):
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
-        if name not in METHODS:
-            raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    return args
-
-
-def compare(args, argv):
-    """Measure the methods one after another; print a table and write --json."""
-    numbers = read_json(args.json, dict) if args.json and args.json.exists() else {}
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
-          f"{args.seq_len} tokens per sequence")
-    print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    prefix = f"ddp{args.processes}." if args.processes > 1 else ""
-    full = math.nan  # tokens/s of full rank, if it was measured
-    for name in args.methods.split(","):
-        row = run_child(argv, name, args.processes)
-        if row is None:
-            continue
-        if name == "full":
-            full = row["tokens_per_s"]
-        shown = {**row, "to_full": row["tokens_per_s"] / full}
-        print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
-                              for _, key, width, style in COLUMNS), flush=True)
-        numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
-        if args.json:
-            write_json(args.json, numbers)
-
-
-def main(argv):
-    args = parse_arguments(argv)
+        need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     if not args.child:
         return compare(args, argv)
     try:

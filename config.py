@@ -307,6 +307,15 @@ def need(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def as_user_error(where, *errors):
+    """Turn these errors of a `with` block into a UserError: one line that begins with `where`."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{where}: {one_line(error)}") from error
+
+
 def check(cfg):
     """Raise UserError, with the numbers, for a config that cannot run."""
     for name, field in FIELDS.items():
@@ -486,7 +495,11 @@ def _interrupt(number, frame):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose description is a script's docstring and whose errors are one line."""
+
+    def __init__(self, doc=None, **options):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the options)")
@@ -503,10 +516,8 @@ def at_least(minimum, kind=int, largest=LARGEST):
 
 def read_json(path, kind=object):
     """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
-    try:
+    with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     need(isinstance(value, kind), f"{path} must hold a JSON object, got {value!r:.80}")
     return value
 

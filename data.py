@@ -299,8 +299,7 @@ COMMANDS = {  # (function, its options)
 
 
 def parse_arguments(argv):
-    parser = Arguments(prog="data.py", description=__doc__,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (function, options) in COMMANDS.items():
         command = commands.add_parser(name)

@@ -8,7 +8,6 @@ The validation split is scored. Text: non-overlapping windows; each token is pre
 end-of-text included. Samples: their learned tokens. Answers: whether the texts are equal; of UUIDs
 the share of right digits; where each reference names a number after ####, whether they are equal.
 """
-import argparse
 import json
 import math
 import re
@@ -16,17 +15,15 @@ from contextlib import nullcontext
 from decimal import Decimal
 from statistics import fmean
 
-from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
+from config import Arguments, at_least, command_line, need  # before torch: Ctrl-C; isort: skip
 
 import torch
 import torch.distributed as dist
 
 import checkpoint
-import mora
 import tokenizer
 from batches import every_sample_once, every_token_once
-from model import Llama
-from sample import greedy
+from sample import greedy, merge_for_reading
 from shards import Samples, open_split
 
 
@@ -58,67 +55,44 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
             "tokens": int(count)}
 
 
-@torch.no_grad()
-def merged_copy(model):
-    """A plain Llama of merged matrices in compute_dtype: the fewest kernels per token."""
-    weights = {name: weight.to(model.compute_dtype) if weight.ndim > 1 else weight
-               for name, weight in mora.merged_weights(model).items()}
-    with torch.device("meta"):
-        copy = Llama(model.cfg)
-    copy.load_state_dict(weights, assign=True)
-    copy.compute_dtype = model.compute_dtype
-    return copy.eval()
-
-
 def prompt_and_reference(samples, i, end):
-    """(prompt ids, reference ids) of sample i, without the end-of-text id `end`.
-
-    The prompt is what precedes the first learned token; the reference is the first learned part.
-    """
+    """(prompt ids, reference ids) of sample i, without the end-of-text id `end`: what precedes the
+    first learned token, and the first learned part."""
     ids, learned = (part.tolist() for part in samples.sample(i))
     first = learned.index(True)
     after = [*learned, False].index(False, first)
     return ids[:first], [token for token in ids[first:after] if token != end]
 
 
-def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0, file=None):
-    """{"answers", "exact", ...}: scores of the model's greedy answers to the prompts of a split.
+def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
+    """[{"question", "answer", "reference"}]: greedy answers to the prompts of a split, as texts.
 
     limit: the first samples, 0 for all. max_new_tokens 0: one more than the longest reference.
-    file: an open file for {"question", "answer", "reference"} as JSON lines. The model is only
-    read, so a training loop may call it between two steps.
     """
+    count = len(samples.lengths)
     prompts, references = zip(*(prompt_and_reference(samples, i, tok.eos_id)
-                                for i in range(len(samples.lengths))[:limit or None]), strict=True)
-    written = greedy(merged_copy(model), prompts, min(tok.vocab_size, model.cfg.vocab_size),
+                                for i in range(min(limit or count, count))), strict=True)
+    written = greedy(model, prompts, min(tok.vocab_size, model.cfg.vocab_size),
                      max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
-    written, references = ([tok.decode(ids) for ids in rows] for rows in (written, references))
-    if file:
-        for prompt, answer, reference in zip(prompts, written, references, strict=True):
-            opening = len(tok.bos_ids) if prompt[:len(tok.bos_ids)] == tok.bos_ids else 0
-            record = {"question": tok.decode(prompt[opening:]), "answer": answer,
-                      "reference": reference}
-            file.write(json.dumps(record) + "\n")
-    return scores(written, references, samples.format)
+    opening = tok.decode(tok.bos_ids)
+    return [{"question": tok.decode(prompt).removeprefix(opening), "answer": tok.decode(answer),
+             "reference": tok.decode(reference)}
+            for prompt, answer, reference in zip(prompts, written, references, strict=True)]
 
 
-def scores(written, references, style):
-    """The numbers of answers(): texts against reference texts. style "uuid" counts digits."""
-    measures = {"exact": same_text}
+def scores(records, style):
+    """{"answers": count, "exact", "digits" (of style "uuid") or "numbers": shares}.
+
+    records: of answers(). style: the format of the samples.
+    """
+    pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
+    result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
     if style == "uuid":
-        measures["digits"] = right_digits
-    elif all("####" in reference for reference in references):
-        measures["numbers"] = same_number
-    return {"answers": len(written)} | {name: fmean(map(measure, written, references))
-                                        for name, measure in measures.items()}
-
-
-def same_text(answer, reference):
-    return answer.strip() == reference.strip()
-
-
-def same_number(answer, reference):
-    return number(reference) is not None and number(answer) == number(reference)
+        result["digits"] = fmean(right_digits(a, b) for a, b in pairs)
+    elif all("####" in b for _, b in pairs):
+        result["numbers"] = fmean(number(b) is not None and number(a) == number(b)
+                                  for a, b in pairs)
+    return result
 
 
 def right_digits(answer, reference):
@@ -132,17 +106,15 @@ def right_digits(answer, reference):
 
 def number(text):
     """The Decimal after the last "####" or, without one, after the last "The answer is:"; or None.
-
-    "1,234", "$1234.00." and "$ 1234" are equal.
-    """
+    "1,234", "$1234.00." and "$ 1234" are equal."""
     mark = "####" if "####" in text else "[Tt]he answer is:?"
     parts = re.findall(mark + r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text)
     sign, digits = parts[-1] if parts else ("", "")
     return Decimal(sign + digits.replace(",", "")) if digits else None
 
 
-def parse_arguments(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Arguments(__doc__)
     add, count = parser.add_argument, {"type": at_least(0), "default": 0}
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     add("data", help="folder of token shards, as data/wiki")
@@ -157,33 +129,29 @@ def parse_arguments(argv):
     add("--tokens", **count, help="stop after this many; default: the whole split")
     add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
-    if args.out and not args.answers:
-        raise UserError("--out keeps answers: add --answers")
-    return args
-
-
-def main(argv):
-    args = parse_arguments(argv)
+    need(args.answers or not args.out, "--out keeps answers: add --answers")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)
     is_samples, on_gpu = isinstance(tokens, Samples), torch.cuda.is_available()
-    if args.answers and not is_samples:
-        raise UserError(f"{args.data} is text: answers need the prompts and responses of "
-                        "`python data.py sft`, tulu, metamath or uuid")
+    need(is_samples or not args.answers, f"{args.data} is text: answers need the prompts and "
+         "responses of `python data.py sft`, tulu, metamath or uuid")
     default = "bfloat16" if args.answers and on_gpu else "float32"
     model.compute_dtype = getattr(torch, args.dtype or default)
-    model.to("cuda" if on_gpu else "cpu")
+    merge_for_reading(model)
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
-            result = answers(model, tok, tokens, args.batch or 512, args.limit,
-                             args.max_new_tokens, file)
+            records = answers(model, tok, tokens, args.batch or 512, args.limit,
+                              args.max_new_tokens)
+            if file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        result = scores(records, tokens.format)
     else:
-        longest = int(tokens.lengths.max()) if is_samples else None
-        window = (args.seq_len or longest or checkpoint.trained_seq_len(folder)
-                  or model.cfg.max_position_embeddings)
-        seq_len = min(window, len(tokens))
+        window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+        if is_samples:
+            window = int(tokens.lengths.max())
+        seq_len = min(args.seq_len or window, len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))

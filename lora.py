@@ -19,19 +19,14 @@ KINDS_OF_A = ("uniform", "orthogonal", "frozen")
 
 
 class LowRank(nn.Module):
-    """LoRA: A (rank, in), B (out, rank). alpha 0 means scale 1. lora_A: "uniform", "orthogonal", or
-    "frozen": orthogonal, not trained."""
+    """LoRA: A (rank, in), B (out, rank). alpha 0: scale 1. lora_A frozen: orthogonal, untrained."""
 
-    def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform",
-                 device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform"):
         super().__init__()
         self.rank, self.alpha, self.rslora, self.lora_A = rank, alpha, rslora, lora_A
-        self.scale = 1.0
-        if alpha:
-            self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype),
-                              requires_grad=lora_A != "frozen")
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank) if alpha else 1.0
+        self.A = nn.Parameter(torch.zeros(rank, in_features), requires_grad=lora_A != "frozen")
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -81,10 +76,8 @@ class Rescaled(nn.Module):
 
     def __init__(self, layer, inner):
         super().__init__()
-        self.layer = (layer,)  # in a tuple: its current weight is read, but it is not a submodule
-        self.inner = inner
-        W, dtype = layer.matrix, torch.promote_types(layer.matrix.dtype, torch.float32)
-        self.magnitude = nn.Parameter(torch.zeros(len(W), device=W.device, dtype=dtype))
+        self.layer, self.inner = (layer,), inner  # a tuple: the layer is read, but no submodule
+        self.magnitude = nn.Parameter(torch.zeros(len(layer.matrix)))
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -108,8 +101,7 @@ class Rescaled(nn.Module):
         return ((scale - 1) * y + scale * self.inner(x)).to(y.dtype)
 
     def compress(self, x):
-        """The gradient of m needs all of x, (tokens, in)."""
-        return x.flatten(0, -2)
+        return x.flatten(0, -2)  # the gradient of m needs all of it
 
     def gradients(self, x, dy):
         """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||, which

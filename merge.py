@@ -10,14 +10,14 @@
 The sum W + dW is computed in float32. Its logits are compared with the adapted model's before
 anything is written.
 """
-import argparse
 import contextlib
 import copy
 import os
 import shutil
 from pathlib import Path
 
-from config import Arguments, at_least, command_line, lock, need  # before torch; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    Arguments, as_user_error, at_least, command_line, lock, need)
 
 import torch
 from safetensors import SafetensorError
@@ -29,10 +29,8 @@ import mora
 
 @torch.no_grad()
 def merged_model(model, folder):
-    """(merged copy of a model, largest absolute difference of their logits of random ids).
-
-    Raises UserError if there is nothing to merge, or if the two differ.
-    """
+    """(merged copy of a model, largest absolute difference of their logits of random ids). Raises
+    UserError if there is nothing to merge, or if the two differ."""
     need(mora.adapted_layers(model), f"{folder} holds no adapters: there is nothing to merge. The "
          "base/ of a checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))
@@ -50,40 +48,33 @@ def merged_model(model, folder):
 
 @contextlib.contextmanager
 def written_whole(target):
-    """A path to write in a `with` block, which then becomes `target`, whole or not at all.
-
-    Raises UserError if target is not free, cannot be written, or is written by another process.
-    """
-    must_be_free(target)
+    """A path to write in a `with` block, which then becomes `target`, whole or not at all. Raises
+    UserError if target is not free, cannot be written, or is written by another process."""
+    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
+         f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
     beside = place.with_name(f".writing-{place.name}")
+    new = beside / "new"
     try:
-        with adapters.as_user_error(f"{target} cannot be written", OSError, SafetensorError):
+        with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
             beside.mkdir(parents=True, exist_ok=True)
             with lock(beside, f"merging into {target}"):
-                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
                 try:
-                    yield beside / "new"
-                    must_be_free(target)
-                    os.replace(beside / "new", place)
+                    shutil.rmtree(new, ignore_errors=True)  # of a killed process
+                    yield new
+                    os.replace(new, place)  # fails if target has been filled meanwhile
                 finally:
-                    shutil.rmtree(beside / "new", ignore_errors=True)
+                    shutil.rmtree(new, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):  # another process works in it
             beside.rmdir()
 
 
-def must_be_free(target):
-    need(not target.exists() or target.is_dir() and not any(target.iterdir()),
-         f"{target} exists and is not empty: remove it, or name another target")
-
-
 def main(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or an adapter folder")
-    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged, in the run's "
-        "folder or beside the adapter folder")
+    add("target", nargs="?", type=Path, help="a new or empty folder; default: merged/ of the run")
     add("--best", action="store_true", help=checkpoint.BEST)
     add("--base", help="base model of the adapter folder; default: the one that it names")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
@@ -93,15 +84,15 @@ def main(argv):
     need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
     need(args.target or not args.as_lora,
          "--as_lora needs a TARGET folder: merge.py CHECKPOINT TARGET --as_lora")
-    if args.target:
-        must_be_free(args.target)  # before anything is loaded
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
     target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
+    base = (folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:
-            beside = (folder / "base").resolve()
-            base = args.base or (str(beside) if beside.is_dir() else None)
-            made = adapters.as_lora(model, new, dtype, args.rank, base)
+            named = args.base or (str(base) if base.is_dir() else None)
+            made = adapters.as_lora(model, new, dtype, args.rank, named)
+            text = (f"a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, relative error of an "
+                    f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
             weights = {name: weight.to(dtype) for name, weight in merged.state_dict().items()}
@@ -109,14 +100,10 @@ def main(argv):
             checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
                 tok.export_files(new)
-    if args.as_lora:
-        print(f"wrote {target}: a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, "
-              f"relative error of an update at most {made['error']:.2g}")
-    else:
-        if (folder / "base").is_symlink():
-            print(f"W is that of {(folder / 'base').resolve()}, not its float8 copy of training")
-        print(f"merged into {target}: a Hugging Face directory; "
-              f"largest difference of the logits {difference:.2g}")
+            text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
+            if (folder / "base").is_symlink():
+                text += f"; W is that of {base}, not its float8 copy of training"
+    print(f"wrote {target}: {text}")
 
 
 if __name__ == "__main__":

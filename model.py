@@ -68,8 +68,7 @@ class Linear(nn.Linear):
 
 
 def rope(first, length, cfg, device):
-    """Return cosines and sines, two (length, Dh) in float32, of the rotary angles of the positions
-    first, first + 1, ..."""
+    """Cosines and sines, (length, Dh), float32, of the angles of positions first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
     frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
     if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
@@ -90,8 +89,7 @@ def rotate(x, cos, sin):
 
 class Past:
     """A layer's keys and values so far, (B, Hk, T, Dh) each."""
-    length, both = 0, None
-    room = 128  # for more tokens: appending one copies that one alone
+    length, both, room = 0, None, 128  # room for more tokens: appending one copies that one alone
 
     def append(self, k, v):
         """All keys and all values, these being the last."""
@@ -157,14 +155,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Body(nn.Module):  # all but the head: the part that Hugging Face calls `model`
-    def __init__(self, cfg):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
         """Draw the weights from N(0, 0.02) with a generator of their own; seed None: torch's draws.
@@ -173,7 +163,13 @@ class Llama(nn.Module):
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
         self.checkpoint_blocks = False  # True: keep a block's input alone, compute the rest again
-        self.model = Body(cfg)
+        weight = torch.empty(cfg.vocab_size, cfg.hidden_size)
+        if not weight.is_meta:  # normal_ of a meta tensor imports torch._dynamo, which takes 1.2 s
+            nn.init.normal_(weight)
+        self.model = nn.ModuleDict({  # Hugging Face's name for all but the head
+            "embed_tokens": nn.Embedding.from_pretrained(weight, freeze=False),
+            "layers": nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers)),
+            "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)})
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         if seed is None:
             return
@@ -185,11 +181,9 @@ class Llama(nn.Module):
                 nn.init.normal_(weight, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
-        """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats.
-
-        targets (B, T): -100 does not count. `cache` (see new_cache) holds what came before ids, and
-        is extended by them: whole sequences while it is empty, one token at a time afterwards.
-        """
+        """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats of
+        targets (B, T), of which -100 does not count. `cache` (see new_cache) holds what came before
+        ids, and is extended by them: whole sequences while it is empty, then single tokens."""
         x = self.hidden(ids, cache)
         if targets is None:
             return self.logits(x)
@@ -237,18 +231,11 @@ class Llama(nn.Module):
 def padded(weight, dtype):
     """(V, D) in dtype, with zero rows up to a multiple of 64, for matrix units (50257 -> 50304)."""
     weight, missing = weight.to(dtype), -len(weight) % 64
-    if missing:  # F.pad copies even when there is nothing to add
-        weight = F.pad(weight, (0, 0, 0, missing))
-    return weight
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight  # F.pad of 0 rows copies too
 
 
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def counted_chunks(targets):
-    """The positions of the targets that count, in chunks. nonzero() synchronizes with the GPU."""
-    return (targets != -100).nonzero()[:, 0].split(CHUNK)
 
 
 def softmax_gradient(logits, targets, vocab_size, scale):
@@ -265,9 +252,8 @@ def softmax_gradient(logits, targets, vocab_size, scale):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, kernel):
-        w, chunks = padded(weight, x.dtype), counted_chunks(targets)
-        loss = at_least_float32(x.new_zeros(()))
+    def forward(ctx, x, weight, targets, chunks, kernel):
+        w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))
         scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
         dx, dw = torch.zeros_like(x), None
         if ctx.needs_input_grad[1]:
@@ -290,15 +276,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has its gradients once: compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         dx, dw = (g if g is None else g.mul_(factor) for g in gradients)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def cross_entropy(x, weight, targets, kernel=softmax_gradient):
     """Return the mean loss in nats, float32: hidden states x (N, D), head (V, D), targets (N,), of
     which -100 does not count. kernel: softmax_gradient, or a compiled one."""
+    chunks = (targets != -100).nonzero()[:, 0].split(CHUNK)  # nonzero() synchronizes with the GPU
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, weight, targets, kernel)
-    w, chunks, total = padded(weight, x.dtype), counted_chunks(targets), 0.0
+        return ChunkedCrossEntropy.apply(x, weight, targets, chunks, kernel)
+    w, total = padded(weight, x.dtype), 0.0
     for positions in chunks:
         logits = at_least_float32((x[positions] @ w.T)[:, :len(weight)])
         total = total + F.cross_entropy(logits, targets[positions], reduction="sum")
@@ -317,9 +304,9 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 class Float8Products(nn.Module):
     """The two large products of one layer. No quantized copy of W is kept between them."""
 
-    def __init__(self, device):
+    def __init__(self, scale):
         super().__init__()
-        self.register_buffer("scale", torch.ones((), device=device), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
@@ -337,10 +324,6 @@ class Float8Products(nn.Module):
 
 class Float8Base(Float8Products):
     """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
-
-    def __init__(self, scale):
-        super().__init__(scale.device)
-        self.scale = scale
 
     def y(self, x, weight):
         return multiply_fp8(x, weight, self.scale)
@@ -365,9 +348,7 @@ def multiply_fp8(x, weight, scale):
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-class Float8Linear(torch.autograd.Function):
-    """y = W x with FP8 products, and dW, if W trains, in x's dtype."""
-
+class Float8Linear(torch.autograd.Function):  # y = W x; dW, if W trains, in x's dtype
     @staticmethod
     def forward(ctx, x, weight, products):
         ctx.products = products
@@ -383,13 +364,13 @@ class Float8Linear(torch.autograd.Function):
 
 
 def block_linears(model):
-    """Return {name: layer} of the linear layers of the blocks, adapted (mora.py) or not."""
+    """{name: layer} of the blocks' linear layers, adapted (mora.py) or not."""
     return {name: module for name, module in model.model.layers.named_modules()
             if hasattr(module, "products")}
 
 
 def fp8_layers(model):
-    """Return {name: layer} of the layers with FP8 products."""
+    """{name: layer} of the layers that use_fp8 gave FP8 products."""
     return {name: layer for name, layer in block_linears(model).items()
             if type(layer.products) is Float8Products}
 
@@ -398,16 +379,14 @@ def use_fp8(model):
     """Give the blocks' linear layers whose sizes are multiples of 16 FP8 products, in place."""
     for layer in block_linears(model).values():
         if all(size % 16 == 0 for size in layer.weight.shape):
-            layer.products = Float8Products(layer.weight.device)
+            layer.products = Float8Products(torch.ones((), device=layer.weight.device))
     fit_scales(model)
 
 
 @torch.no_grad()
 def keep_in_fp8(model):
-    """Round the adapted weights of the blocks to e4m3, in place: a byte each, a scale per row.
-
-    A layer whose sizes are no multiples of 16 keeps its weight.
-    """
+    """Round the blocks' adapted weights to e4m3, with a scale per row, in place: a byte per number.
+    Layers whose sizes are no multiples of 16 keep their weights."""
     for layer in block_linears(model).values():
         if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
             rounded, scale = quantize_rows(layer.weight)
@@ -416,14 +395,15 @@ def keep_in_fp8(model):
 
 @torch.no_grad()
 def fit_scales(model, only_if_tight=False):
-    """Set the FP8 scales from the largest entry of W + dW now; return how many were set. A weight
+    """Set the FP8 scales from the largest entries of W + dW; return how many were set. A weight
     that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
-    layers, renewed = fp8_layers(model).values(), 0
-    weights = (layer.merged() if hasattr(layer, "merged") else layer.weight for layer in layers)
-    largest = [weight.abs().max() for weight in weights]  # all are queued before the first is read
-    for scale, entry in zip((layer.products.scale for layer in layers), largest, strict=True):
-        entry = float(entry)
-        is_tight = entry * TIGHT > LARGEST * float(scale)
+    pairs, renewed = [], 0  # (scale, largest entry), tensors
+    for layer in fp8_layers(model).values():
+        weight = layer.merged() if hasattr(layer, "merged") else layer.weight
+        pairs.append((layer.products.scale, weight.abs().max()))
+    numbers = torch.stack([torch.stack(pair) for pair in pairs]).tolist() if pairs else []
+    for (scale, _), (before, entry) in zip(pairs, numbers, strict=True):  # one synchronization
+        is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
             scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
             renewed += 1
@@ -431,7 +411,7 @@ def fit_scales(model, only_if_tight=False):
 
 
 def fp8_scales(model):
-    """Return {layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
+    """{layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
     return {name: float(layer.products.scale) for name, layer in fp8_layers(model).items()}
 
 

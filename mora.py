@@ -36,7 +36,7 @@ OPERATORS = ("truncate", "share", "decouple", "rotate")
 GROUPS = ("strided", "contiguous", "alternate", "permute")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = ("scale", "operator", "groups", "seed", "cycle")  # what dW depends on beside parameters
-ALIGNED = 8  # bfloat16 numbers in 16 bytes: matrix products are fastest on rows of such multiples
+ALIGNED = 8  # products are fast on rows of such multiples: 16 bytes in bfloat16
 
 
 def r_hat(rank, in_features, out_features, even=False):
@@ -95,28 +95,25 @@ class Permute(torch.autograd.Function):
 
 
 class Fold(nn.Module):
-    """A linear map without parameters from n features to `blocks` blocks of `width`; its adjoint.
+    """A linear map without parameters from n features to `blocks` blocks of `width`, and its
+    adjoint: permute the features, cut them into pieces of `width` (the last padded with zeros),
+    rotate the pieces if asked to, add piece p to block p mod blocks, ignore further features."""
 
-    Permute the features, cut them into pieces of `width` (the last is padded with zeros), rotate
-    the pieces if asked to, add piece p to block p mod blocks. Further features are ignored.
-    """
-
-    def __init__(self, features, width, blocks, pieces, rotates, groups, dtype=torch.float32):
+    def __init__(self, features, width, blocks, pieces, rotates, groups):
         super().__init__()
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        turns = rotations(width, pieces).to(dtype) if rotates else None
-        # int32: a gather with int64 indices costs 4 % of a step at 250M
-        order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", None if order is None else order.clone(), persistent=False)
-        self.register_buffer("turns", turns, persistent=False)
+        order = inverse = None
+        if groups != "strided":  # int32: a gather with int64 indices costs 4 % of a step at 250M
+            order, inverse = (torch.arange(features, dtype=torch.int32) for _ in range(2))
+        turns = rotations(width, pieces).float() if rotates else None
+        for name, buffer in (("order", order), ("inverse", inverse), ("turns", turns)):
+            self.register_buffer(name, buffer, persistent=False)
 
     @torch.no_grad()
     def move(self, cycle, seed):
-        """Take the permutation of this cycle (0, 1, ...) and, for `permute`, this seed. The buffers
-        change in place, so that nothing is compiled again."""
+        """Take this cycle's permutation, for `permute` this seed's, in place: no recompilation."""
         self.cycle, self.seed = cycle, seed
         if self.order is None:
             return
@@ -131,12 +128,11 @@ class Fold(nn.Module):
         self.inverse[order] = identity.int()
 
     def _apply(self, fn, recurse=True):
-        """Fill the buffers again when they leave the meta device: no state dict holds them."""
-        was_meta = any(buffer.is_meta for buffer in self.buffers())
+        """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
         super()._apply(fn, recurse)
-        if was_meta and self.turns is not None:
+        if self.turns is not None:
             self.turns.copy_(rotations(self.width, self.pieces))
-        if was_meta and self.cycle is not None:
+        if self.cycle is not None:
             self.move(self.cycle, self.seed)
         return self
 
@@ -145,9 +141,7 @@ class Fold(nn.Module):
         if self.order is not None:
             x = Permute.apply(x, self.order, self.inverse)
         padded = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used))
-        pieces = padded.unflatten(-1, (self.pieces, self.width))
-        if self.turns is not None:
-            pieces = self.rotate(pieces, 1)
+        pieces = self.rotate(padded.unflatten(-1, (self.pieces, self.width)), 1)
         # padding comes before the sum, so that one kernel does both
         pieces = F.pad(pieces, (0, -self.width % multiple, 0, -self.pieces % self.blocks))
         return pieces.unflatten(-2, (-1, self.blocks)).sum(-3)
@@ -156,31 +150,26 @@ class Fold(nn.Module):
         """(..., blocks, width) -> (..., n): every feature reads the place that it is added to."""
         repeats = -(-self.pieces // self.blocks)
         repeated = blocks.unsqueeze(-3).expand(*blocks.shape[:-2], repeats, *blocks.shape[-2:])
-        pieces = repeated.flatten(-3, -2)[..., :self.pieces, :]
-        if self.turns is not None:
-            pieces = self.rotate(pieces, -1)
+        pieces = self.rotate(repeated.flatten(-3, -2)[..., :self.pieces, :], -1)
         x = F.pad(pieces.flatten(-2)[..., :self.used], (0, self.features - self.used))
         return x if self.order is None else Permute.apply(x, self.inverse, self.order)
 
     def rotate(self, pieces, sign):
-        """Rotate the pairs (j, j + width/2) of (..., pieces, width) by sign * the angles."""
+        """Rotate pairs (j, j + width/2) of (..., pieces, width) by sign * the angles, if any."""
+        if self.turns is None:
+            return pieces
         cos, sin = self.turns.to(torch.promote_types(pieces.dtype, torch.float32))
         partners = pieces.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # fused: no half twice
         return (pieces * cos + partners * (sign * sin)).to(pieces.dtype)
 
 
-# ------------------------------------------------------------ MoRA
-
 class Square(nn.Module):
-    """MoRA: dW = F_out^T kron(I_m, M) F_in, eq. 2, with one square M (r^, r^).
+    """MoRA: dW = F_out^T kron(I_m, M) F_in, eq. 2, with one square M (r^, r^). The operators differ
+    in the folds alone: truncate (eq. 4, 5) keeps the first piece; share (6, 7) adds all pieces into
+    one block; decouple (8) has m = min(pieces in, pieces out) blocks, so that no input is ignored;
+    rotate (9-11) is decouple with the pieces of the input rotated."""
 
-    The operators differ in the folds alone: truncate (eq. 4, 5) keeps the first piece; share (6, 7)
-    adds all pieces into one block; decouple (8) has m = min(pieces in, pieces out) blocks, so that
-    no input is ignored; rotate (9-11) is decouple with the pieces of the input rotated.
-    """
-
-    def __init__(self, in_features, out_features, rank, operator="share", groups="strided",
-                 device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank, operator="share", groups="strided"):
         super().__init__()
         rotates = operator == "rotate"
         width = r_hat(rank, in_features, out_features, even=rotates)
@@ -192,10 +181,9 @@ class Square(nn.Module):
         if operator == "truncate":
             pieces_in = pieces_out = 1
         blocks = 1 if operator == "share" else min(pieces_in, pieces_out)
-        self.M = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
-        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups, self.M.dtype)
+        self.M = nn.Parameter(torch.zeros(width, width))
+        self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups)
         self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups)
-        self.fold_in.to(device), self.fold_out.to(device)
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -232,27 +220,22 @@ class Square(nn.Module):
         return self.fold_out.adjoint(columns).T
 
 
-# ------------------------------------------------------------ the adapted layer
-
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
 
-    W is frozen, so full rank's third product, W's gradient, is left out: adapters are faster. The
-    gradients of the update come from compressed operands. W + dW and update.compress(x) are saved:
-    for MoRA r^ numbers per block and token, never x. products: None, or model.Float8Products, for
-    which W is saved and merged again.
+    Full rank's third product, W's gradient, is left out: adapters are faster. W + dW is saved, and
+    update.compress(x) for the update's gradients: for MoRA r^ numbers per block and token, never x.
+    products: None, or model.Float8Products, for which W is saved and merged again.
     """
 
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
         ctx.update, ctx.products, ctx.parameters = update, products, parameters
         compressed, merged = update.compress(x), weight + update.delta()
-        if products is not None:
-            ctx.save_for_backward(compressed, weight)
-            return products.y(x, merged)
-        merged = merged.to(x.dtype)
-        ctx.save_for_backward(compressed, merged)
-        return F.linear(x, merged)
+        if products is None:
+            weight = merged = merged.to(x.dtype)
+        ctx.save_for_backward(compressed, weight)
+        return F.linear(x, merged) if products is None else products.y(x, merged)
 
     @staticmethod
     def backward(ctx, dy):
@@ -262,10 +245,8 @@ class MergedLinear(torch.autograd.Function):
                                "for create_graph=True or functional_call set layer.merges = False "
                                "for every (name, layer) of mora.adapted_layers(model)")
         compressed, weight = ctx.saved_tensors
-        if ctx.products is None:
-            dx = dy @ weight
-        else:
-            dx = ctx.products.dx(dy, weight + ctx.update.delta())
+        dx = (dy @ weight if ctx.products is None
+              else ctx.products.dx(dy, weight + ctx.update.delta()))
         return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 
 
@@ -285,6 +266,7 @@ class AdaptedLinear(nn.Module):
         self.linear, self.transposed = (linear,), is_transposed(linear)
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
+        self.update.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
         self.dropout, self.products = dropout, None
         self.merges = hasattr(update, "gradients")  # False: two paths always
 
@@ -297,34 +279,32 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        is_wide = self.weight.dtype in (torch.float32, torch.float64)
+        is_wide, W, products = self.weight.dtype.itemsize >= 4, self.matrix, self.products
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
         if not self.merges or not is_wide or self.dropout or in_transform:
-            W, products = self.matrix, self.products
             y = F.linear(x, W.to(x.dtype)) if products is None else products.frozen(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, self.matrix, self.update, self.products,
-                                   *self.update.parameters())
+            y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
         else:
             y = F.linear(x, self.merged().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def delta(self):
-        """dW, (out, in), in float32 or float64."""
-        return self.update.delta()
-
     def merged(self):
         """W + dW, (out, in), in float32 or float64."""
-        delta = self.delta()
+        delta = self.update.delta()
         return self.matrix.to(delta.dtype) + delta
 
     @torch.no_grad()
     def merge_(self):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
-        delta = self.delta()
-        self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
+        with whole_parameters(self):
+            delta = self.update.delta()
+            self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
+
+    def extra_repr(self):
+        return "in_features={1}, out_features={0}".format(*self.matrix.shape)
 
     def get_extra_state(self):
         """The update's settings, so that load_state_dict refuses an update that is another map."""
@@ -332,24 +312,21 @@ class AdaptedLinear(nn.Module):
         return {key: getattr(update, key) for key in SETTINGS if hasattr(update, key)}
 
     def set_extra_state(self, state):
-        own = self.get_extra_state()
-        if state != own:
-            raise RuntimeError(f"the loaded update has {state}, the model's {own}: adapt the model "
-                               "as the saved one was")
+        if state != self.get_extra_state():
+            raise RuntimeError(f"the loaded update has {state}, the model's "
+                               f"{self.get_extra_state()}: adapt the model as the saved one was")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Refuse another W without its update: what dW is added to would change unnoticed."""
         has_update = any(key.startswith(f"{prefix}update.") for key in state_dict)
         if f"{prefix}weight" in state_dict and not has_update and list(self.update.parameters()):
-            raise RuntimeError(f"the state dict has {prefix}weight but no update of it: load it "
-                               "before the model is adapted")
+            raise RuntimeError(f"{prefix}weight but no update of it: load it, then adapt the model")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def adapted_layers(model):
     """[(name, AdaptedLinear)] in the model's order."""
-    return [(name, module) for name, module in model.named_modules()
-            if isinstance(module, AdaptedLinear)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
 
 
 def adapter_parameters(model):
@@ -363,17 +340,16 @@ def adapter_parameters(model):
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
           seed=0, cycle=0):
-    """Replace the linear layers that `targets` names by adapted ones, in place.
+    """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
+    and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
-    method: "mora", "lora", or "frozen" (the layers get no update). operator, groups: MoRA's (see
-    Square, Fold). alpha, rslora, lora_A: LoRA's (see LowRank). dora: for both (see Rescaled).
+    method: "mora", "lora", or "frozen" (no update). operator, groups: MoRA's (see Square, Fold).
+    alpha, rslora, lora_A: LoRA's (see LowRank). dora: either's (see Rescaled).
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
     seed, cycle: of the random numbers (see start_cycle).
-
-    Works on any torch module and returns it. Updates are float32 (float64 if the weight is), on the
-    weight's device. Raises ValueError for options and targets that cannot be adapted.
+    Raises ValueError for options and targets that cannot be adapted.
     """
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if adapted_layers(model):
@@ -386,13 +362,13 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         linear.requires_grad_(False)
         if method == "frozen":
             continue
-        options = update_shape(linear) | {"rank": rank}
-        if method == "lora":
-            update = LowRank(**options, alpha=alpha, rslora=rslora, lora_A=lora_A)
-        else:
-            update = Square(**options, operator=operator, groups=groups)
+        shape = features_of(linear)
+        with linear.weight.device:
+            update = (LowRank(*shape, rank, alpha, rslora, lora_A) if method == "lora"
+                      else Square(*shape, rank, operator, groups))
+        if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
-            siblings = (name.rpartition(".")[0], options["in_features"], options["out_features"])
+            siblings = (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
@@ -437,11 +413,9 @@ def find_linears(model):
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order. Raises
     ValueError for a target without a linear layer and for a layer that cannot be adapted."""
-    linears, chosen, head = find_linears(model), set(), None
+    linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         patterns = {targets: ".*"}
-        if hasattr(model, "get_output_embeddings"):
-            head = model.get_output_embeddings()
     elif isinstance(targets, str):
         patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
     else:
@@ -452,14 +426,15 @@ def find_targets(model, targets):
         except re.error as error:
             raise ValueError(f"target {target!r} is no regular expression: {error}") from None
         if matched.keys().isdisjoint(linears):
-            kinds = ", ".join(sorted({type(module).__name__ for module in matched.values()}))
-            parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            what = f"only {kinds}" if kinds else "no module"
-            raise ValueError(f"target {target!r} matches {what}; the model's linear layers are "
-                             f"named {parts or 'nothing'}")
+            kinds = sorted({type(module).__name__ for module in matched.values()})
+            parts = sorted({name.rpartition(".")[2] for name in linears})
+            raise ValueError(f"target {target!r} matches {', '.join(kinds) or 'no module'}; linear "
+                             f"layers are named {', '.join(parts) or 'nothing'}")
         chosen |= matched.keys()
-    found = {name: linear for name, linear in linears.items()
-             if name in chosen and linear is not head}
+    if targets == "all-linear" and hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        chosen -= {name for name, linear in linears.items() if linear is head}
+    found = {name: linear for name, linear in linears.items() if name in chosen}
     refuse_unfit(model, found)
     return found
 
@@ -467,33 +442,27 @@ def find_targets(model, targets):
 def refuse_unfit(model, linears):
     """Raise ValueError for a layer of {name: linear} whose weight is not a matrix of its own. Its
     update would be merged for every reader of the weight, but this layer alone trains it."""
-    places = {}  # {id of a module or parameter: the names under which it stands}
-    for parent_name, parent in model.named_modules():
-        for key, held in (*parent._modules.items(), *parent._parameters.items()):
-            places.setdefault(id(held), []).append(f"{parent_name}.{key}".lstrip("."))
+    named = list(model.named_parameters(remove_duplicate=False))
     for name, linear in linears.items():
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight, but "
-                             "would pass over the update")
+            raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         if not is_transposed(linear) and (
                 weight is None or not weight.is_floating_point()
                 or weight.shape != (linear.out_features, linear.in_features)):
             raise ValueError(f"{name} is no target: its {type(linear).__name__} holds no (out, in) "
                              "matrix of floating-point numbers to merge into")
-        others = [place for place in places[id(linear)] if place != name]
-        others += [place for place in places[id(weight)] if place != f"{name}.weight"]
+        others = [key for key, held in named if held is weight and key != f"{name}.weight"]
         if others:
             raise ValueError(f"{name} shares its weight with {', '.join(others)}, and an update "
                              "would be merged into both: untie them, or leave it out of targets")
 
 
-def update_shape(linear):
-    """The arguments of an update that a linear layer fixes: its features, device and dtype."""
-    weight = linear.weight.T if is_transposed(linear) else linear.weight
-    return {"in_features": weight.shape[1], "out_features": weight.shape[0],
-            "device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+def features_of(linear):
+    """(in_features, out_features), the first arguments of an update."""
+    shape = linear.weight.shape
+    return tuple(shape if is_transposed(linear) else shape[::-1])
 
 
 def start_cycle(layers, seed, cycle):
@@ -514,7 +483,7 @@ def seeded_generator(seed, cycle, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
 
 
-# ------------------------------------------------------------ merge
+# ------------------------------------------------------------ merge, restart
 
 def merge(model):
     """Add every update to its weight (in float32) and put the plain layers back, in place. Returns
@@ -559,15 +528,12 @@ def _save_merged(model, folder, *, state_dict=None, **options):
     type(model).save_pretrained(model, folder, state_dict=merged_weights(model), **options)
 
 
-# ------------------------------------------------------------ restart
-
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
 
     The function is unchanged. LoRA: A is drawn again, B = 0. MoRA: M = 0, the groups move. DoRA: m
     stays. The optimizer forgets the states of the adapters and no others, Adam's step count
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
-
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
     was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained.
     """
@@ -576,11 +542,8 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
-    layers, squared_norms = adapted_layers(model), []
-    for _, layer in layers:
-        with whole_parameters(layer):
-            squared_norms.append(layer.merge_())
-    norm = torch.stack(squared_norms).sum().sqrt().item()
+    layers = adapted_layers(model)
+    norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
         if keep:
@@ -591,21 +554,18 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
 
 
 def prune_(first_moment, part):
-    """Set all but the largest entries to zero, in place.
-
-    The second moment stays: with zeros there too, Adam's next step would be 3.16 times too large.
-    """
+    """Set all but the largest entries to zero, in place. The second moment stays: with zeros there
+    too, Adam's next step would be 3.16 times too large."""
     moment = whole(first_moment)
     kept = max(1, round(part * moment.numel()))
-    magnitudes = moment.abs().flatten()
-    smallest = magnitudes.topk(len(magnitudes) - kept, largest=False).indices
+    smallest = moment.abs().flatten().topk(moment.numel() - kept, largest=False).indices
     moment.view(-1)[smallest] = 0
     first_moment.copy_(as_sharded(moment, first_moment))
 
 
-# ------------------------------------------------------------
-# models that torch's fully_shard (FSDP2) cut: each rank has a part of every parameter. In forward
-# and backward its hooks make them whole; elsewhere all ranks must call these functions together.
+# ------------------------------------------------------------ models that fully_shard (FSDP2) cut
+# Each rank has a part of every parameter. torch's hooks make them whole in forward and backward;
+# elsewhere all ranks must call these functions together.
 
 def whole(tensor):
     """The tensor, gathered from all ranks if it is sharded."""

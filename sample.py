@@ -7,11 +7,12 @@
 A chat has the format of the model's chat template, or of Tulu where it has none, as in training.
 Ctrl-D ends it. evaluate.py uses greedy(), which answers many prompts at once.
 """
-import argparse
+import contextlib
 import sys
 import time
 
-from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    Arguments, as_user_error, at_least, command_line, need)
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +25,16 @@ import tokenizer
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHECK_EVERY = 16  # positions; reading which rows have ended synchronizes with the GPU
+
+
+def merge_for_reading(model):
+    """Merge a model that no longer trains, store its matrices in compute_dtype, take a GPU."""
+    if mora.adapted_layers(model):
+        mora.merge(model)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.to(model.compute_dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.no_grad()
@@ -53,17 +64,13 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
 
 
 def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
-    """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`.
-
-    Prompts of similar length share a batch.
-    """
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
     answers = {}
     for first in range(0, len(prompts), batch):
-        indices = by_length[first:first + batch]
-        together = [prompts[i] for i in indices]
-        written = greedy_batch(model, together, vocab_size, max_new_tokens, stop)
-        answers.update(zip(indices, written, strict=True))
+        rows = order[first:first + batch]
+        answers |= zip(rows, greedy_batch(model, [prompts[i] for i in rows], vocab_size,
+                                          max_new_tokens, stop), strict=True)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -75,13 +82,12 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     one position. At a position inside its prompt a row takes the prompt's token, after it the
     likeliest token. Once at least half of the rows have ended, these leave the batch.
     """
-    device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
     ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],
-                       device=device)
-    prompt_ends = torch.tensor(lengths, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the rows of ids that are still in the batch
+                       device=next(model.parameters()).device)
+    prompt_ends = torch.tensor(lengths, device=ids.device)
+    rows = torch.arange(len(ids), device=ids.device)  # the rows of ids still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
     cache, inputs = model.new_cache(), ids[:, :min(lengths)]
     # eager, because compiled blocks would be compiled again for each length of the cache
@@ -118,8 +124,7 @@ def chat_ids(tok, messages):
         words, _ = sft.encode_row(tok, {"messages": [*messages, empty_answer]}, "messages")
         return [word & (sft.FIRST - 1) for word in words[:-1]]
     ids = tok.encode_template(sft.render(tok, messages, True)).tolist()
-    if not ids:
-        raise UserError(f"the chat template of {tok.folder} writes nothing")
+    need(ids, f"the chat template of {tok.folder} writes nothing")
     return ids
 
 
@@ -127,23 +132,19 @@ def chat(write, tok, system):
     """Answer the lines of standard input. write(ids) prints a continuation and returns its ids."""
     messages = [{"role": "system", "content": system}] if system else []
     prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
+    not_text = as_user_error("standard input is no text", UnicodeDecodeError)
+    with contextlib.suppress(EOFError), not_text:
+        while True:
             line = input(prompt)
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is no text: {error}") from None
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        answer = write(chat_ids(tok, messages))
-        print()
-        messages.append({"role": "assistant", "content": tok.decode(answer)})
+            if line.strip():
+                messages.append({"role": "user", "content": line})
+                answer = write(chat_ids(tok, messages))
+                print()
+                messages.append({"role": "assistant", "content": tok.decode(answer)})
 
 
-def parse_arguments(argv):
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Arguments(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run, one of its steps, or a Hugging Face directory")
     add("--best", action="store_true", help=checkpoint.BEST)
@@ -156,30 +157,20 @@ def parse_arguments(argv):
     add("--seed", type=at_least(0), default=0)
     add("--tokenizer", help="an encoding of tiktoken, bytes, or a folder with a tokenizer.json")
     args = parser.parse_args(argv)
-    if args.chat and args.prompt:
-        raise UserError("--chat reads messages from standard input: leave out --prompt")
-    if args.system and not args.chat:
-        raise UserError("--system is the first message of a chat: add --chat")
-    return args
-
-
-def main(argv):
-    args = parse_arguments(argv)
+    need(not (args.chat and args.prompt),
+         "--chat reads messages from standard input: leave out --prompt")
+    need(args.chat or not args.system, "--system is the first message of a chat: add --chat")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else tok
-    if not tok:
-        raise UserError(f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another "
-                        "encoding of tiktoken, bytes, or a folder with a tokenizer.json)")
-    if mora.adapted_layers(model):
-        mora.merge(model)  # the sum W + dW is computed once, not for each token
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    need(tok, f"{folder} does not name its tokenizer: add --tokenizer=gpt2 (or another encoding of "
+         "tiktoken, bytes, or a folder with a tokenizer.json)")
+    merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
 
     def write(ids):
         """Print a continuation of ids as it is generated; returns its ids."""
-        if max(ids) >= model.cfg.vocab_size:
-            raise UserError(f"the tokenizer {tok.name} gives the id {max(ids)}, the model has "
-                            f"{model.cfg.vocab_size} tokens: is it the model's tokenizer?")
+        need(max(ids) < model.cfg.vocab_size, f"the tokenizer {tok.name} gives the id {max(ids)}, "
+             f"the model has {model.cfg.vocab_size} tokens: is it the model's tokenizer?")
         decode, written = tok.decoder(), []
         for token in generate(model, ids, tok.vocab_size, args.max_new_tokens, args.temperature,
                               args.top_k, tok.eos_id, generator):

@@ -44,7 +44,7 @@ def test_measures_of_a_known_spectrum():
 def layers(out_features, in_features, delta=0.0):
     """One weight per kind of layer, all equal to delta."""
     return {f"model.layers.0.{kind}.weight": torch.full((out_features, in_features), delta)
-            for kind in analyze.KINDS}
+            for kind in analyze.PROJECTIONS}
 
 
 def test_spectra_compare_weights_of_the_same_shape(tmp_path):
@@ -66,7 +66,7 @@ def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     out = run("--method=lora", "--lr=0.03", *restarts)
     before = analyze.first_weights(checkpoint.steps_of(out)[-1])
     values = analyze.spectra(analyze.weights(out)[0], before)
-    assert len(values) == 2 * len(analyze.KINDS)
+    assert len(values) == 2 * len(analyze.PROJECTIONS)
     means = analyze.mean_measures(values)
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
 
@@ -173,22 +173,23 @@ def test_the_schedule_of_epochs_has_the_steps_that_training_takes(run, config, p
 
 def test_the_schedule_of_epochs_without_data_asks_for_steps(config, tmp_path, drawn_steps):
     words = [str(config), "--epochs=3", f"--data={tmp_path / 'absent'}"]
-    with pytest.raises(UserError, match=r"epochs = 3 over .*absent.*--steps=N") as caught:
+    with pytest.raises(UserError, match=r"epochs = 3 need.*--steps=N: no .*absent") as caught:
         drawn_steps(*words)
     assert "\n" not in str(caught.value)
     assert drawn_steps(*words, "--steps=50") == 50
 
 
-def test_schedule_passes_all_other_words_to_config(config, monkeypatch):
+def test_schedule_passes_all_other_words_to_config(config, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     words = []
 
     def remember(argv, default):
         words.extend(argv)
         return load([str(config)], default)
 
-    monkeypatch.setattr(analyze, "load", remember)
-    monkeypatch.setattr(analyze, "plot_schedule", lambda cfg, file: None)
-    analyze.main(["schedule", "configs/task.py", "mora_r8", "--png=x.png", "--lr=1e-3"])
+    monkeypatch.setattr("config.load", remember)
+    analyze.main(["schedule", "configs/task.py", "mora_r8", f"--png={tmp_path / 'x.png'}",
+                  "--lr=1e-3"])
     assert words == ["configs/task.py", "mora_r8", "--lr=1e-3"]
 
 
@@ -201,7 +202,7 @@ def test_every_command_draws_and_a_checkpoint_equals_itself(run, config, log, tm
     (step,) = checkpoint.steps_of(out)
     for words in (["spectra", str(out), str(step / "base"), f"--since={out}"],
                   ["losses", str(out), str(log), "--x=seconds"],
-                  ["schedule", str(config), "--restart_every=5"]):
+                  ["schedule", str(config), "--restart_every=5"], ["operators"]):
         png = tmp_path / f"{words[0]}.png"
         analyze.main([*words, f"--png={png}"])
         assert png.read_bytes()[:4] == b"\x89PNG"
@@ -218,12 +219,15 @@ def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_pa
         analyze.main(["losses", str(log), f"--png={tmp_path / 'absent' / 'x.png'}"])
     with pytest.raises(UserError, match="--png=x.tex cannot be written"):
         analyze.main(["losses", str(log), "--png=x.tex"])
-    with pytest.raises(UserError, match="unknown arguments: --nonsense"):
-        analyze.main(["losses", str(log), "--nonsense"])
+    for words, line in ((["losses", "x", "--nonsense"], "unknown arguments: --nonsense"),
+                        (["losses"], "at least one, got losses"),
+                        (["operators", "x"], "operators takes no path, .* got operators x")):
+        with pytest.raises(UserError, match=line):
+            analyze.main(words)
 
 
 def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
-    figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "operators.py")
+    figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "figures.py")
     square, wide, merged = figure["operator_panels"]()
 
     def ranks(panels):

@@ -66,8 +66,8 @@ SHAPES = [(70, 50, 12), (50, 130, 12), (24, 24, 6), (24, 48, 8), (48, 24, 16), (
 def test_delta_is_their_forward(kind, shape):
     k, d, r = shape
     M = torch.randn(r, r, dtype=torch.float64)
-    update = adapters.AuthorsSquare(k, d, 1, kind)
-    update.A = torch.nn.Parameter(M)
+    update = adapters.AuthorsSquare(k, d, r * r / (k + d), kind).double()
+    update.A.data.copy_(M)
     torch.testing.assert_close(update.delta(), their_delta(kind, M, k, d), rtol=1e-12, atol=1e-12)
 
 

@@ -53,7 +53,7 @@ def test_the_example_has_the_update_of_mora():
     model = adapted(4, 4)
     assert model["layer"].update.M.shape == matrix("text M").shape
     set_matrix(model, matrix("text M"))
-    assert torch.equal(model["layer"].delta(), matrix("text dW"))
+    assert torch.equal(model["layer"].update.delta(), matrix("text dW"))
     folded = model["layer"].update.fold_in(torch.eye(4)).flatten(1).T
     assert torch.equal(folded, matrix("text F_in"))
 
@@ -88,7 +88,7 @@ def test_the_restart_of_the_example_is_that_of_mora():
     mora.restart(model, optimizer, cycle=1)
     torch.testing.assert_close(layer(x), output)
     set_matrix(model, torch.tensor([[LETTERS["e"], LETTERS["f"]], [LETTERS["g"], LETTERS["h"]]]))
-    assert torch.equal(layer.delta(), matrix("text dW after the restart"))
+    assert torch.equal(layer.update.delta(), matrix("text dW after the restart"))
     torch.testing.assert_close(layer.merged() - before, matrix("text sum"))
 
 
@@ -98,7 +98,7 @@ def test_parameters_and_ranks_of_the_example():
     with torch.no_grad():
         model["layer"].update.B.fill_(1.0)
     parameters = sum(parameter.numel() for _, parameter in mora.adapter_parameters(model))
-    assert [int(cell) for cell in lora[1:]] == [parameters, rank(model["layer"].delta())]
+    assert [int(cell) for cell in lora[1:]] == [parameters, rank(model["layer"].update.delta())]
     parameters = adapted(4, 4)["layer"].update.M.numel()
     assert [int(cell) for cell in first[1:]] == [parameters, rank(matrix("text dW"))]
     assert [int(cell) for cell in restarted[1:]] == [parameters, rank(matrix("text sum"))]
@@ -127,7 +127,7 @@ def test_the_pictures_of_the_operators_are_their_matrices(operator, side):
 
     rows = [torch.cat([torch.zeros(width, width) if name == "0" else expected(name)
                        for name in row], dim=1) for row in squares]
-    torch.testing.assert_close(model["layer"].delta(), torch.cat(rows), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model["layer"].update.delta(), torch.cat(rows), rtol=1e-5, atol=1e-6)
 
 
 def rotation(piece, width):
@@ -160,7 +160,7 @@ def test_the_ranks_of_merged_cycles_are_those_of_the_page(side, groups, ranks):
     for cycle, expected in enumerate(ranks):
         model = adapted(side, side, groups=groups, cycle=cycle)
         set_matrix(model, torch.randn(8, 8))
-        total += model["layer"].delta().detach()
+        total += model["layer"].update.delta().detach()
         assert rank(total) == expected
 
 

@@ -111,11 +111,11 @@ def test_a_bfloat16_base_lets_small_updates_through():
     adapted.weight.data = adapted.weight.data.bfloat16()
     x = torch.rand(512, 512).bfloat16()
     weight_alone = x.float() @ adapted.weight.float().T
-    expected = x.float() @ adapted.delta().detach().T
+    expected = x.float() @ adapted.update.delta().detach().T
     # the mean over all outputs, since each bfloat16 output is rounded
     seen = (adapted(x).float() - F.linear(x, adapted.weight).float()).mean()
     assert abs(seen / expected.mean() - 1) < 0.01
-    rounded = (adapted.weight + adapted.delta()).bfloat16()
+    rounded = (adapted.weight + adapted.update.delta()).bfloat16()
     assert (x.float() @ rounded.float().T - weight_alone).mean() / expected.mean() < 0.5
     assert not adapted.weight.requires_grad and adapted.update.M.dtype == torch.float32
 

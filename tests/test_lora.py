@@ -51,7 +51,7 @@ def test_fast_linear_matches_two_paths(variant, shape):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(adapted(x), merged[0])
-        y = F.linear(x, adapted.weight + adapted.delta(), adapted.bias)
+        y = F.linear(x, adapted.weight + adapted.update.delta(), adapted.bias)
         torch.testing.assert_close(y, merged[0])
 
 
@@ -144,8 +144,8 @@ def test_a_frozen_A_stays_in_float32_on_a_bfloat16_base(run):
 def test_an_orthogonal_A_is_orthonormal_and_drawn_by_cycle(rank, width):
     A = []
     for cycle in (0, 0, 1):
-        update = LowRank(width, 7, rank, lora_A="orthogonal", dtype=torch.float64)
-        layers = [("layer", mora.AdaptedLinear(nn.Linear(width, 7), update))]
+        update = LowRank(width, 7, rank, lora_A="orthogonal")
+        layers = [("layer", mora.AdaptedLinear(nn.Linear(width, 7).double(), update))]
         mora.start_cycle(layers, seed=0, cycle=cycle)
         A.append(update.A.detach())
     product = A[0] @ A[0].T if rank <= width else A[0].T @ A[0]

@@ -196,13 +196,13 @@ def test_the_loss_is_the_mean_over_learned_tokens(pairs):
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, when its compiler is imported
 @pytest.mark.parametrize("method, backend", (("full", "eager"), ("mora", "aot_eager")))
 def test_all_lengths_take_two_compilations(monkeypatch, method, backend):
-    """One for the first length, one for all others; each with gradients and without.
+    """One for the first length, one for all others; each with gradients, full rank without, too.
 
     The backend "aot_eager" traces the backward pass as well, which takes longer.
     """
     model, compile_model = tiny(seed=1), torch.compile
     if method != "full":  # frozen embeddings: the first block's input alone has no gradient
-        mora.adapt(model, method=method, rank=2, targets=("q_proj", "down_proj"))
+        mora.adapt(model, method=method, rank=2, targets=("down_proj",))
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_model(
         *args, **options, backend=backend, fullgraph=True))
@@ -212,11 +212,12 @@ def test_all_lengths_take_two_compilations(monkeypatch, method, backend):
         ids = torch.randint(250, (4, length), generator=generator)
         targets = ids.masked_fill(torch.arange(length) < length // 2, -100)
         with torch._dynamo.config.patch(error_on_recompile=length == 40):
-            model(ids, targets).backward()
+            ours = [model(ids, targets)]
+            ours[0].backward()
             with torch.no_grad():
-                ours = model(ids, targets)
+                ours += [model(ids, targets)] if method == "full" else []
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            torch.testing.assert_close(ours, model(ids, targets))
+            torch.testing.assert_close(ours, [model(ids, targets)] * len(ours))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, when its compiler is imported
@@ -227,7 +228,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4).add_(torch.randn(parameter.shape) * 0.1)
-    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(23)]
+    many = [generator.integers(0, 250, generator.integers(1, 20)).tolist() for _ in range(12)]
 
     def alone(**options):
         return [list(sample.generate(model, prompt, 250, 40, temperature=0.0, **options))
@@ -240,7 +241,7 @@ def test_many_prompts_at_once_give_what_each_gives_alone():
     wanted = alone(stop=stop)
     lengths = [len(answer) for answer in wanted]
     assert len(set(lengths)) > 3 and max(lengths) == 40 and min(lengths) < 12
-    for batch in (1, 7, 23):
+    for batch in (1, 5, 12):
         assert sample.greedy(model, many, 250, 40, stop, batch) == wanted
     model.compile_parts()  # as in a run on a GPU: generating compiles nothing
     torch._dynamo.utils.counters.clear()
@@ -260,11 +261,9 @@ def test_pairs_are_learned_by_heart_and_the_answers_show_it(run, tmp_path, monke
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     scores = {"data": "data/uuid", "split": "val", "answers": 4, "exact": 1.0, "digits": 1.0}
     assert {key: result[key] for key in scores} == scores
-    model = tiny(seed=1).train()
     tok, samples = tokenizer.load("bytes"), open_split("data/uuid", "train")
-    result = evaluate.answers(model, tok, samples, limit=2)
+    result = evaluate.scores(evaluate.answers(tiny(seed=1), tok, samples, limit=2), "uuid")
     assert result["answers"] == 2 and result["exact"] == 0 and result["digits"] < 0.3
-    assert model.training
 
 
 def test_answers_need_samples(run, corpus):
@@ -284,8 +283,12 @@ def test_digits_are_counted_at_their_position(answer, right):
     assert evaluate.right_digits(answer, WANTED) == right / 32
 
 
+def records_of(*pairs):
+    return [{"question": "?", "answer": answer, "reference": wanted} for answer, wanted in pairs]
+
+
 def test_scores_of_uuids_are_means_over_the_answers():
-    scores = evaluate.scores([WANTED, WANTED[:8]], [WANTED, WANTED], "uuid")
+    scores = evaluate.scores(records_of((WANTED, WANTED), (WANTED[:8], WANTED)), "uuid")
     assert scores == {"answers": 2, "exact": 0.5, "digits": 0.625}
 
 
@@ -301,7 +304,7 @@ def test_numbers_are_equal_in_any_notation(text, value):
 
 
 def test_scores_of_numbers_count_equal_numbers():
-    scores = evaluate.scores(["a #### 18.", "none", "#### 1"], ["b #### 18", "#### 2", "#### 1"],
-                             "question")
-    assert scores == {"answers": 3, "exact": 1 / 3, "numbers": 2 / 3}
-    assert "numbers" not in evaluate.scores(["a"], ["a"], "prompt")
+    pairs = (("a #### 18.", "b #### 18"), ("none", "#### 2"), ("#### 1", "#### 1"))
+    scores = evaluate.scores(records_of(*pairs, ("####", "####")), "question")
+    assert scores == {"answers": 4, "exact": 1 / 2, "numbers": 1 / 2}
+    assert "numbers" not in evaluate.scores(records_of(("a", "a")), "prompt")
