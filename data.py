@@ -15,7 +15,6 @@ hold one object per line, or one array of objects, and may be compressed with gz
 not text stops the preparation with the file and row; --skip_bad=5 leaves out up to 5 % of the rows.
 Rows without the key are left out; more than 1 % of them stop the preparation too.
 """
-import argparse
 import codecs
 import gzip
 import hashlib
