@@ -281,9 +281,9 @@ def test_a_corpus_that_changed_is_noticed_on_resume(run, tmp_path):
     folder = tmp_path / "corpus"
     for text in ("one", "two"):
         def texts(text=text):
-            yield [f"{text} {i}" * 20 for i in range(200)]
+            return [f"{text} {i}" * 20 for i in range(200)]
         data.prepare(folder, tokenizer.load("bytes"), {"source": text},
-                       [(texts, data.every_100th)])
+                     [(texts, data.every_100th)])
         if text == "one":
             run(f"--data={folder}", "--steps=10")
             run(f"--data={folder}", "--steps=11", "--resume")
