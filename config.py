@@ -58,8 +58,7 @@ def key(default, explanation, allowed=(), only=(), group=""):
     """A field of Config: its default, and what --help prints and check verifies.
 
     allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
-    methods that can have the key. group: heading of the keys from here on.
-    """
+    methods that can have the key. group: heading of the keys from here on."""
     return dataclasses.field(default=default, metadata={
         "explanation": f"{', '.join(only)} only: {explanation}" if only else explanation,
         "allowed": allowed, "only": only, "group": group})

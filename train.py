@@ -283,8 +283,10 @@ class Log:
         self.cfg, self.is_open = cfg, rank == 0
         if not self.is_open:
             return
-        config.write_json(Path(cfg.out) / "config.json", head["config"])
-        self.file = open(Path(cfg.out) / "log.jsonl", "a", buffering=1)
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
+        config.write_json(out / "config.json", head["config"])
+        self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
         changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
                    if getattr(cfg, name) != field.default]
