@@ -182,7 +182,7 @@ def load(argv, default):
     need(variants or variant is None, f"{path} has no variants, so it takes no second word, got "
          f"{variant!r}; overrides are written --key=value")
     need(not variants or variant in variants, f"{path} has variants, name one of "
-         f"{', '.join(variants)}: torchrun train.py {path} NAME, got {variant}"
+         f"{', '.join(variants)}: torchrun train.py {path} NAME, got {variant or 'none'}"
          f"{hint(variant, variants)}")
     overrides = [read_override(word) for word in argv if word.startswith("-")]
     for name, value in [*variants.get(variant, {}).items(), *overrides]:

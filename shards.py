@@ -75,7 +75,6 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
-    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder, "data preparation"):
         if (folder / "manifest.json").exists():
             return prepared_already(folder, manifest["request"])
