@@ -11,16 +11,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import UserError
+from config import need
 
 SORTED_STEPS = 32  # the samples of this many steps are sorted by length together
 
 
 class Prefetcher:
-    """batches(step) returns self.load(step); a thread loads the next step meanwhile.
-
-    reader: Tokens or Samples. rank, world: this process's number, and the number of processes.
-    """
+    """batches(step) returns self.load(step), of this process, number rank of world; a thread loads
+    the next step meanwhile."""
 
     def __init__(self, reader, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
                  world=1):
@@ -47,17 +45,14 @@ class Prefetcher:
 
 
 class Batches(Prefetcher):
-    """Training batches of text: in every epoch all windows, each once, shuffled.
-
-    Window i is tokens[i * seq_len : (i + 1) * seq_len]; its targets are one token further.
-    """
+    """Training batches of text: in every epoch all windows of seq_len tokens, each once, shuffled.
+    The targets are one token further."""
 
     def __init__(self, tokens, *settings, **options):
         super().__init__(tokens, *settings, **options)
         self.windows = (len(tokens) - 1) // self.seq_len
-        if self.windows < 1:
-            raise UserError(f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer than "
-                            f"one window of seq_len {self.seq_len} + 1")
+        need(self.windows > 0, f"{tokens.folder} has {len(tokens)} {tokens.split} tokens, fewer "
+             f"than one window of seq_len {self.seq_len} + 1")
         self.steps_per_epoch = self.windows / self.batch_size
         self.tokens_per_step = self.batch_size * self.seq_len
         self.description = f"{self.batch_size} x {self.seq_len} = {self.tokens_per_step:,} tokens"
@@ -84,22 +79,20 @@ class Batches(Prefetcher):
 
 class SampleBatches(Prefetcher):
     """Training batches of whole samples, each sample at most once per epoch.
-
     An epoch is shuffled. Its last, incomplete batch is left out, a different one each epoch. The
     samples of every SORTED_STEPS steps are sorted by length and cut into batches, and these are
-    shuffled again. So the micro-batches of a step hold samples of similar length.
-    """
+    shuffled again. So the micro-batches of a step hold samples of similar length."""
 
     def __init__(self, samples, *settings, **options):
         super().__init__(samples, *settings, **options)
         samples.must_fit(self.seq_len)
         self.steps_per_epoch = len(samples.lengths) // self.batch_size
-        if not self.steps_per_epoch:
-            raise UserError(f"{samples.folder} has {len(samples.lengths)} {samples.split} samples, "
-                            f"fewer than batch_size {self.batch_size}")
+        need(self.steps_per_epoch, f"{samples.folder} has {len(samples.lengths)} {samples.split} "
+             f"samples, fewer than batch_size {self.batch_size}")
         first = self.epoch_order(0)
         self.tokens_per_step = float(samples.lengths[first].sum(1).mean()) - self.batch_size
-        padded_tokens = float(self._padded_lengths(first).sum() * self.micro_batch)
+        longest = samples.lengths[first].reshape(-1, self.micro_batch).max(1)
+        padded_tokens = float(samples.padded(longest, self.seq_len).sum() * self.micro_batch)
         self.padding = 1 - self.tokens_per_step * self.steps_per_epoch / padded_tokens
         self.description = (f"{self.batch_size} samples, {self.tokens_per_step:,.0f} tokens on "
                             f"average and {self.padding:.1%} of padding,")
@@ -108,17 +101,11 @@ class SampleBatches(Prefetcher):
         """The samples (steps_per_epoch, batch_size) of an epoch, as indices."""
         generator, lengths = np.random.default_rng((self.seed, epoch)), self.reader.lengths
         shuffled = generator.permutation(len(lengths))[:self.steps_per_epoch * self.batch_size]
-        parts = []
-        for position in range(0, len(shuffled), SORTED_STEPS * self.batch_size):
-            part = shuffled[position:position + SORTED_STEPS * self.batch_size]
+        parts, size = [], SORTED_STEPS * self.batch_size
+        for part in (shuffled[i:i + size] for i in range(0, len(shuffled), size)):
             by_length = part[np.argsort(lengths[part], kind="stable")]
             parts.append(generator.permutation(by_length.reshape(-1, self.batch_size)))
         return np.concatenate(parts)
-
-    def _padded_lengths(self, which):
-        """The padded length of each micro-batch of the samples (..., batch_size)."""
-        longest = self.reader.lengths[which].reshape(-1, self.micro_batch).max(1)
-        return self.reader.padded(longest, self.seq_len)
 
     def samples_of(self, step):
         """The samples (batch_size,) of a step over all processes, as indices."""
@@ -131,26 +118,21 @@ class SampleBatches(Prefetcher):
 
     def load(self, step):
         """(inputs, targets, weights) of this process: lists with one entry per micro-batch.
-
         Inputs and targets are (micro_batch, padded length) int64. A weight is the micro-batch's
-        number of learned tokens, divided by the mean over the step's micro-batches. So the mean of
-        the weighted losses, over micro-batches and processes, is the mean loss of the global
-        batch's learned tokens, whatever the split into micro-batches.
-        """
+        number of learned tokens, divided by the mean over the step's micro-batches: so the mean
+        weighted loss is that of the global batch's learned tokens, whatever the micro-batches."""
         every, learned = self.samples_of(step), self.reader.learned
         own = self.own_rows(every)
         mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
-        rows = map(self.reader.rows, own, self._padded_lengths(own))
+        rows = (self.reader.rows(which, self.seq_len) for which in own)
         inputs, targets = ([*map(self.to_device, parts)] for parts in zip(*rows, strict=True))
         return inputs, targets, (learned[own].sum(1) / mean_learned).tolist()
 
 
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split in order, each (batch, seq_len) int64.
-
     Every token but the first is a target once. Shapes never change: what lies past the end has the
-    target -100. Processes take turns. limit: stop after this number of tokens; 0: no limit.
-    """
+    target -100. Processes take turns, with equally many. limit: of tokens; 0: no limit."""
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
     for index in range(rank * batch, len(windows) + rank * batch, world * batch):
@@ -163,16 +145,11 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split, each (batch, padded length) int64, shortest first.
-
-    Processes take turns. limit: only the first samples of the split, up to this number of tokens;
-    0: no limit.
-    """
+    Processes take turns, with equally many. limit: take the first samples, up to this number of
+    tokens; 0: no limit."""
     samples.must_fit(seq_len)
-    count = len(samples.lengths)
-    if limit:
-        count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit, "right")))
+    whole = np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")
+    count = max(1, int(whole))
     order = np.argsort(samples.lengths[:count], kind="stable")
     for index in range(rank * batch, count + rank * batch, world * batch):
-        which = order[index:index + batch]
-        longest = samples.lengths[order[:index + batch][-1]]
-        yield samples.rows(which, samples.padded(longest, seq_len), batch)
+        yield samples.rows(order[index:index + batch], seq_len, batch)

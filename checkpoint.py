@@ -25,15 +25,13 @@ from safetensors.torch import save_file
 import adapters
 import mora
 import tokenizer
-from adapters import read_tensors
+from adapters import as_user_error, read_tensors
 from config import TINY, Config, UserError, heads_fit, need, number, one_line, read_json, write_json
 from model import Llama, LlamaConfig, fp8_scales, load_fp8_scales
 from shards import fingerprint
 
 BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
-COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-          "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-SHAPE = (*COUNTS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+COUNTS = [field.name for field in dataclasses.fields(LlamaConfig) if field.type is int]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # keys of LLaMA-3's rope scaling
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -47,26 +45,24 @@ IMPLEMENTED = {"model_type": (None, ("llama",)), "hidden_act": ("silu", ("silu",
 # ---- Hugging Face directories
 
 def write_hugging_face(folder, weights, model, tok, seq_len=None):
-    """Write a directory that transformers loads: model.safetensors and config.json.
+    """Write {name: tensor} as a directory that transformers loads; model gives the shape.
 
-    weights: {name: tensor}. model: has the shape, and inherited (see read_hugging_face). tok: see
-    tokenizer.load, or None. seq_len: tokens per sequence in training, or None. config.json holds
+    tok: a tokenizer or None. seq_len: tokens per sequence in training or None. config.json holds
     the tokenizer's name and seq_len under keys that transformers ignores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(on_cpu, folder / "model.safetensors", {"format": "pt"})
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    cfg, scaling = model.cfg, model.cfg.rope_scaling
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype,
-              "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-              "head_dim": cfg.head_dim, "bos_token_id": None, "eos_token_id": None,
-              "tokenizer": None, "seq_len": seq_len, **{key: getattr(cfg, key) for key in SHAPE},
-              "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None}
+    config = dataclasses.asdict(model.cfg) | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype,
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "head_dim": model.cfg.head_dim, "bos_token_id": tok and tok.bos_ids[0],
+        "eos_token_id": tok and tok.eos_id, "tokenizer": tok and tok.name, "seq_len": seq_len}
+    if config["rope_scaling"]:
+        config["rope_scaling"]["rope_type"] = "llama3"
     if tok:
         tok.copy_files(folder)
-        config |= {"bos_token_id": tok.bos_ids[0], "eos_token_id": tok.eos_id,
-                   "tokenizer": tok.name}
     special_tokens, generation_config = getattr(model, "inherited", ({}, None))
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)
@@ -96,33 +92,27 @@ def must_be_implemented(key, value, implemented, where):
 
 
 def rope_config(config, where):
-    """{"rope_theta": number, "rope_scaling": dict or None} of a config.json.
-
-    The keys are in `rope_parameters` (transformers 5), or at the top and in `rope_scaling` (4).
-    """
+    """{"rope_theta": number, "rope_scaling": dict or None} of a config.json, which has them in
+    `rope_parameters` (transformers 5), or at the top and in `rope_scaling` (4)."""
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     need(isinstance(new, dict) and isinstance(old, dict), f"{where}: rope_parameters and "
          f"rope_scaling must be JSON objects, got {new!r} and {old!r}")
     rope = new or {"rope_theta": config.get("rope_theta"), **old}
     theta = rope["rope_theta"] if rope.get("rope_theta") is not None else LlamaConfig.rope_theta
-    shape = {"rope_theta": number(f"{where}: rope_theta", theta, float, TINY)}
+    theta = number(f"{where}: rope_theta", theta, float, TINY)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     must_be_implemented("rope_type", rope_type, ("default", "llama3"), where)
-    if rope_type == "default":
-        return shape
-    for key in LLAMA3:
-        number(f"{where}: {key}", rope.get(key), float, TINY)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    need(low < high, f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
-    return shape | {"rope_scaling": {key: rope[key] for key in LLAMA3}}
+    scaling = {key: rope.get(key) for key in LLAMA3} if rope_type == "llama3" else None
+    if scaling:
+        _, low, high, _ = (number(f"{where}: {key}", scaling[key], float, TINY) for key in LLAMA3)
+        need(low < high, f"{where}: low_freq_factor {low:g} must be below high_freq_factor "
+             f"{high:g}")
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def read_hugging_face(folder):
-    """(Llama in float32, tokenizer or None) of a Hugging Face directory.
-
-    model.inherited is for other tools, and goes into every directory written from the model: (bos,
-    eos and pad of config.json, generation_config.json or None).
-    """
+    """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
+    every directory written from the model: (special tokens, generation_config.json or None)."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file, dict)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -165,26 +155,15 @@ def load_weights(model, weights, where, assign=False):
     extra = {name: value for name, value in own.items()
              if not torch.is_tensor(value) or value.dtype == torch.float8_e4m3fn}  # see save
     weights = {name: mora.as_sharded(weight, own.get(name)) for name, weight in weights.items()}
-    try:
+    with as_user_error(f"{where}: the weights do not fit the model", RuntimeError):
         model.load_state_dict(weights | extra, assign=assign)
-    except RuntimeError as error:
-        reason = one_line(error)[:400]
-        raise UserError(f"{where}: the weights do not fit the model: {reason}") from None
 
 
 # ---- checkpoints of a run: writing
 
-def collect(model, optimizer):
-    """({name: weight}, state dict of the optimizer): the tensors that save writes.
-
-    Sharded ones (FSDP) are gathered on the CPU of rank 0, None elsewhere; every rank must call it.
-    """
-    weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    return gather(weights), gather(optimizer.state_dict())
-
-
 def gather(values):
-    """Nested dicts of tensors with the sharded ones whole, see collect."""
+    """Nested dicts of tensors with sharded ones (FSDP) whole: on the CPU of rank 0, None elsewhere.
+    Every rank must call it."""
     if isinstance(values, dict):
         return {key: gather(value) for key, value in values.items()}
     whole = mora.whole(values)
@@ -193,22 +172,23 @@ def gather(values):
     return whole
 
 
-def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False):
-    """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps (0: remove none).
+def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
+    """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps and cfg.keep_best's.
 
-    val_loss: the validation loss of these weights, or None. keep_best: the step of the lowest
-    val_loss stays too. Every rank must call it; rank 0 writes. Raises UserError, and leaves no
-    trace, if a weight is not finite or the disk refuses.
+    val_loss: of these weights, or None. Every rank must call it; rank 0, which holds the lock of
+    the run, writes. UserError, and no trace, if a weight is not finite or the disk refuses.
     """
     out, final = Path(cfg.out), Path(cfg.out) / f"step-{step:08d}"
     val_loss = val_loss if math.isfinite(val_loss or 0) else None  # JSON has no nan
-    weights, optimizer_state = collect(model, optimizer)
+    weights = gather({k: v for k, v in model.state_dict().items() if torch.is_tensor(v)})
+    optimizer_state = gather(optimizer.state_dict())
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     must_be_finite(weights, step, cfg)
-    remove_leftovers(out, ".*ing-step-*")
+    for leftover in out.glob(".*ing-step-*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
-    beside = temporary(final, "writing")
+    beside = out / f".writing-{final.name}"
     try:
         if cfg.base_dtype == "float8":  # W itself is in init_from alone
             beside.mkdir(parents=True)
@@ -219,8 +199,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
             config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
-        files = sorted(path for folder in (beside, beside / "base") for path in folder.rglob("*"))
-        files = sorted({path for path in files if path.is_file()})
+        files = sorted(Path(folder, name) for folder, _, names in os.walk(beside, followlinks=True)
+                       for name in names)
         names = [path.relative_to(beside).as_posix() for path in files]
         with ThreadPoolExecutor() as pool:
             records = dict(zip(names, pool.map(file_record, files), strict=True))
@@ -229,15 +209,14 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None, keep_best=False
             "fp8_scales": fp8_scales(model), "corpus": fingerprint(cfg.data), "files": records})
         os.replace(beside, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # of torch, when the disk is full
-        reason = f"{one_line(error)}; {last_good(out)}"
-        raise UserError(f"{final} cannot be written: {reason}") from error
+        raise UserError(f"{final} cannot be written: {one_line(error)}; {last_good(out)}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    best = best_of(out) if keep_best else None
+    best = best_of(out) if cfg.keep_best else None
     for old in steps_of(out)[:-cfg.keep] if cfg.keep else []:
         if old != best:
             # renamed first, so that a kill leaves no half checkpoint behind
-            shutil.rmtree(old.rename(temporary(old, "removing")))
+            shutil.rmtree(old.rename(out / f".removing-{old.name}"))
 
 
 def must_be_finite(weights, step, cfg):
@@ -248,11 +227,15 @@ def must_be_finite(weights, step, cfg):
     names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()
              and weight.dtype != torch.float8_e4m3fn]
     extremes = torch.stack([torch.stack(own[name].aminmax()).float() for name in names])
-    finite = extremes.isfinite().all(dim=1).tolist()
-    if not all(finite):
-        raise UserError(f"step {step}: {names[finite.index(False)]} is not finite, so nothing was "
-                        f"saved; {last_good(cfg.out)}; lower --lr (now {cfg.lr:g}) or lengthen "
-                        f"--warmup ({cfg.warmup})")
+    for name, finite in zip(names, extremes.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise diverged(cfg, step, f"{name} is not finite, so nothing was saved")
+
+
+def diverged(cfg, step, reason):
+    """The UserError of a run whose numbers are no longer finite."""
+    return UserError(f"step {step}: {reason}; {last_good(cfg.out)}; lower --lr (now {cfg.lr:g}) or "
+                     f"--grad_clip ({cfg.grad_clip:g}), or lengthen --warmup ({cfg.warmup})")
 
 
 def last_good(out):
@@ -271,26 +254,6 @@ def file_record(path):
     return {"bytes": size, "crc32": crc}
 
 
-def temporary(target, doing):
-    """The name under which this process writes or removes `target`, beside it."""
-    return target.with_name(f".{doing}-{target.name}.{os.getpid()}")
-
-
-def remove_leftovers(folder, pattern):
-    """Remove the temporary directories of processes that no longer run on this machine."""
-    for leftover in folder.glob(pattern):
-        process = leftover.name.rpartition(".")[2]
-        try:
-            os.kill(int(process), 0)  # does nothing to a process, raises if there is none
-            runs = int(process) != os.getpid()
-        except (ValueError, ProcessLookupError, OverflowError):
-            runs = False
-        except PermissionError:
-            runs = True
-        if not runs:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 # ---- checkpoints of a run: reading
 
 def steps_of(run):
@@ -303,10 +266,9 @@ def best_of(run):
     losses = {}
     for step in steps_of(run):
         with contextlib.suppress(UserError):
-            loss = read_state(step).get("val_loss")
-            if isinstance(loss, float):
-                losses[step] = loss
-    return min(losses, key=losses.get, default=None)
+            losses[step] = read_state(step).get("val_loss")
+    scored = [step for step, loss in losses.items() if isinstance(loss, float)]
+    return min(scored, key=losses.get, default=None)
 
 
 def read_state(step):
@@ -321,9 +283,7 @@ def read_state(step):
 
 def damage(step, resuming):
     """The first damage of a checkpoint in words, or None. resuming: optimizer.pt is needed too.
-
-    Files are compared with state.json. Where an older version recorded nothing, they are read.
-    """
+    Files are compared with state.json. Where an older version recorded nothing, they are read."""
     try:
         records = read_state(step)["files"]
         for name, record in records.items():
@@ -350,13 +310,10 @@ def verify(step, resuming=True):
         return
     older = (other for other in reversed(steps) if other < step and not damage(other, resuming))
     whole = next(older, None)
-    advice = f"{whole} is whole: name it instead"
-    if not whole:
-        advice = f"no older checkpoint in {step.parent} is whole"
-    elif resuming:
-        newer = " ".join(str(other) for other in steps if other > whole)
-        advice = f"{whole} is whole: `rm -r {newer}`, and the same command continues from it"
-    raise UserError(f"{reason}; {advice}")
+    need(whole, f"{reason}; no older checkpoint in {step.parent} is whole")
+    newer = " ".join(str(other) for other in steps if other > whole)
+    advice = f"`rm -r {newer}`, and the same command continues from it"
+    raise UserError(f"{reason}; {whole} is whole: {advice if resuming else 'name it instead'}")
 
 
 def read_step(step, optimizer=True):
@@ -378,26 +335,21 @@ def read_step(step, optimizer=True):
 
 
 def resume(path, model, optimizer):
-    """Load a checkpoint into a model of the same shape and method, and into its optimizer.
-
-    Returns its state.json. Raises UserError unless the tensors have the shapes of the parameters.
-    """
+    """Load a checkpoint into a model of the same shape and method and its optimizer; UserError
+    unless the shapes are equal. Returns its state.json."""
     weights, optimizer_state = read_step(path)
     load_weights(model, weights, path)
-    file = path / "optimizer.pt"
-    try:
+    # a file of another form raises almost anything
+    with as_user_error(f"{path / 'optimizer.pt'} does not fit the optimizer", Exception):
         numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(numbers, parameters, strict=True):
             values = optimizer_state["state"].get(i, {})
-            values.update({k: mora.as_sharded(v, p) for k, v in values.items() if v.ndim})
+            for key, value in values.items():
+                need(value.shape in ((), p.shape), f"{key} has the shape {tuple(value.shape)}, "
+                     f"its parameter {tuple(p.shape)}")
+                values[key] = mora.as_sharded(value, p) if value.ndim else value
         optimizer.load_state_dict(optimizer_state)
-    except Exception as error:  # a file of another form raises almost anything
-        raise UserError(f"{file} does not fit the optimizer: {one_line(error)}") from None
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            need(not torch.is_tensor(value) or value.shape in ((), parameter.shape),
-                 f"{file}: {key} does not fit a parameter of shape {tuple(parameter.shape)}")
     state = read_state(path)
     load_fp8_scales(model, state.get("fp8_scales", {}))
     return state
@@ -417,30 +369,27 @@ def load(path, base=None, best=False):
         need(path, f"{run} has no checkpoint with a validation loss, so none is the best")
     elif steps_of(path):
         path = steps_of(path)[-1]
+    folder, adapter = path / "base", path / "adapter"
     if (path / "adapter_config.json").exists():
-        model, tok = read_hugging_face(adapters.base_of(path, base))
-        return adapters.load(model, path, freeze=False, exclude=("lm_head",)), tok, path
-    need(not base, f"{path} is no adapter folder (it has no adapter_config.json), so it takes no "
-         f"base, got {base}")
-    if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
-        return *read_hugging_face(path), path
-    need(path.exists(), f"{path} does not exist")
-    has_state = (path / "state.json").exists()
-    need(has_state or (path / "base").is_dir(), f"{path} holds no checkpoint: expected "
-         "step-00000000/, base/, adapter_config.json, or config.json and model.safetensors")
-    if has_state:
-        verify(path, resuming=False)
-    model, tok = read_hugging_face(path / "base")
-    if (path / "adapter").is_dir():
-        model = adapters.load(model, path / "adapter", freeze=False, exclude=("lm_head",))
+        folder, adapter = adapters.base_of(path, base), path
+    else:
+        need(not base, f"{path} is no adapter folder, so it takes no base, got {base}")
+        if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
+            return *read_hugging_face(path), path
+        need(path.exists(), f"{path} does not exist")
+        if (path / "state.json").exists():
+            verify(path, resuming=False)
+        need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
+             "adapter_config.json, or config.json and model.safetensors")
+    model, tok = read_hugging_face(folder)
+    if adapter.is_dir():
+        model = adapters.load(model, adapter, freeze=False, exclude=("lm_head",))
     return model, tok, path
 
 
 def trained_seq_len(folder):
-    """The tokens per sequence that a model was trained on, or None. folder: as load returns it.
-
-    It can be less than max_position_embeddings, after --init_from.
-    """
+    """The tokens per sequence that a model was trained on, or None; they can be fewer than
+    max_position_embeddings, after --init_from. folder: as load returns it."""
     step = folder.parent if folder.name in ("base", "adapter") else folder
     file, values = folder / "config.json", {}
     if (step / "state.json").exists():

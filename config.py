@@ -1,5 +1,6 @@
 """What a run is: one flat, frozen dataclass, filled from a config file and the command line.
 
+    python train.py [CONFIG.py [VARIANT]] [--key=value ...]
     python train.py configs/250m_mora.py --rank=64 --steps=2000
     python train.py configs/metamath.py mora_r8 --lr=2e-4           a file with variants: name one
     python train.py --configs                                       lists the experiments
@@ -57,12 +58,10 @@ def key(default, explanation, allowed=(), only=(), group=""):
     """A field of Config: its default, and what --help prints and check verifies.
 
     allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
-    methods that can have the key. group: heading of the keys from here on.
-    """
-    if only:
-        explanation = f"{', '.join(only)} only: {explanation}"
-    details = {"explanation": explanation, "allowed": allowed, "only": only, "group": group}
-    return dataclasses.field(default=default, metadata=details)
+    methods that can have the key. group: heading of the keys from here on."""
+    return dataclasses.field(default=default, metadata={
+        "explanation": f"{', '.join(only)} only: {explanation}" if only else explanation,
+        "allowed": allowed, "only": only, "group": group})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,7 @@ class Config:
                           ("float32", "bfloat16", "float8"))
     matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
     shard: bool = key(False, "a part of the weights, gradients and optimizer state per GPU (FSDP)")
-    checkpoint_blocks: bool = key(False, "keep the inputs of blocks alone, compute blocks again: "
-                                  "less memory, more time")
+    checkpoint_blocks: bool = key(False, "compute blocks again backward: less memory, more time")
     compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))
 
     def cycle(self, step):
@@ -170,11 +168,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # ---- from the command line to a Config
 
 def load(argv, default):
-    """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`. Raises UserError.
-
-    default: the config file of a command line that names none. --help and --configs print their
-    text and raise SystemExit.
-    """
+    """The Config of a command line, `[FILE.py [VARIANT]] [--key=value ...]`; default: FILE.py if it
+    names none. Raises UserError, and SystemExit after --help and --configs."""
     for word, text in (("--help", help_text), ("-h", help_text), ("--configs", experiments_text)):
         if word in argv:
             print(text())
@@ -186,10 +181,9 @@ def load(argv, default):
     _, values, variants = read_file(path)
     need(variants or variant is None, f"{path} has no variants, so it takes no second word, got "
          f"{variant!r}; overrides are written --key=value")
-    if variants and variant not in variants:
-        [guess] = difflib.get_close_matches(variant or "", variants, 1, 0.0)
-        raise UserError(f"{path} has variants, name one of {', '.join(variants)} (got "
-                        f"{variant or 'none'}): torchrun train.py {path} {guess}")
+    need(not variants or variant in variants, f"{path} has variants, name one of "
+         f"{', '.join(variants)}: torchrun train.py {path} NAME, got {variant or 'none'}"
+         f"{hint(variant, variants)}")
     overrides = [read_override(word) for word in argv if word.startswith("-")]
     for name, value in [*variants.get(variant, {}).items(), *overrides]:
         values[name] = value
@@ -233,16 +227,15 @@ def read_file(path):
         place = error if isinstance(error, SyntaxError) else frames[-1]
         text = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{place.filename}, line {place.lineno}: {text}") from error
-    lines = (names.get("__doc__") or "").strip().splitlines()
     variants = names.pop("variants", {})
-    named = variants.items() if isinstance(variants, dict) else [(None, variants)]
-    need(all(isinstance(name, str) and isinstance(values, dict) for name, values in named),
+    need(isinstance(variants, dict) and all(isinstance(variant, str) and isinstance(own, dict)
+                                            for variant, own in variants.items()),
          f'variants in {path} must be {{"name": dict(key=value, ...), ...}}')
     values = {name: cast(name, value, f"in {path}") for name, value in names.items()
               if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     variants = {variant: {name: cast(name, value, f"in variant {variant!r} of {path}")
-                          for name, value in own.items()} for variant, own in named}
-    return lines[0] if lines else "", values, variants
+                          for name, value in own.items()} for variant, own in variants.items()}
+    return (names.get("__doc__") or "").strip().partition("\n")[0], values, variants
 
 
 def _shipped():
@@ -265,11 +258,8 @@ def to_number(text):
 
 
 def number(subject, value, kind=int, least=0, most=LARGEST):
-    """`value` as an int or a float (kind) from least to most; 1e4 is a whole number too.
-
-    Raises UserError that begins with the subject. No number overflows float32, nor does its
-    inverse: what is nearer to 0 than TINY is 0.
-    """
+    """`value` as an int or a float (kind) from least to most, 0 if it is nearer to 0 than TINY, so
+    that no inverse overflows; 1e4 is a whole number too. UserError begins with the subject."""
     fits = type(value) in (int, float) and least <= value <= most and kind(value) == value
     need(fits, f"{subject} must be {WORDS[kind]} from {least} to {most}, got {value!r:.80}".strip())
     return kind(value if abs(value) >= TINY else 0)
@@ -313,7 +303,7 @@ def as_user_error(where, *errors):
     try:
         yield
     except errors as error:
-        raise UserError(f"{where}: {one_line(error)}") from error
+        raise UserError(f"{where}: {one_line(error):.400}") from error
 
 
 def check(cfg):
@@ -374,31 +364,28 @@ def conflicts(cfg):
 
 
 def schedule_warnings(cfg):
-    """Lines about restarts and warm-ups that do not fit into cfg.steps, which must be final."""
-    notes, steps, every = [], cfg.steps, cfg.restart_every
+    """Yield a line for restarts and warm-ups that do not fit into cfg.steps, which is final."""
+    steps, every = cfg.steps, cfg.restart_every
     if cfg.warmup >= steps:
-        notes.append(f"warmup {cfg.warmup} is not below steps {steps}: the learning rate ends at "
-                     f"{cfg.lr * steps / cfg.warmup:.3g} (lr is {cfg.lr:g})")
+        yield (f"warmup {cfg.warmup} is not below steps {steps}: the learning rate ends at "
+               f"{cfg.lr * steps / cfg.warmup:.3g} (lr is {cfg.lr:g})")
     planned = range(every, max(steps, every + 1), every) if every else cfg.restart_steps
     restarts = [step for step in planned if step < steps]
-    late = [str(step) for step in planned if step >= steps]
+    late = planned[len(restarts):]
     if late:
-        notes.append(f"restarts at {', '.join(late)} are not below steps {steps}: {len(late)} of "
-                     f"{len(planned)} do not happen")
+        yield (f"restarts at {', '.join(map(str, late))} are not below steps {steps}: {len(late)} "
+               f"of {len(planned)} do not happen")
     short = [(start, end - start) for start, end in itertools.pairwise([*restarts, steps])
              if end - start <= cfg.restart_warmup]
     if short:
-        notes.append(f"restart_warmup {cfg.restart_warmup} is not below the {short[0][1]} steps "
-                     f"after the restart at step {short[0][0]}: {len(short)} of {len(restarts)} "
-                     "restarts are followed by warm-up alone")
-    return notes
+        yield (f"restart_warmup {cfg.restart_warmup} is not below the {short[0][1]} steps after "
+               f"the restart at step {short[0][0]}: {len(short)} of {len(restarts)} restarts are "
+               "followed by warm-up alone")
 
 
 def accumulation(cfg, processes):
-    """(sequences per forward pass, forward passes per step) of each process.
-
-    The global batch is fixed, so the number of processes does not change the experiment.
-    """
+    """(sequences per forward pass, forward passes per step) of each process. The global batch is
+    fixed, so the number of processes does not change the experiment."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
     micro = cfg.micro_batch or share
@@ -407,19 +394,11 @@ def accumulation(cfg, processes):
     return micro, share // micro
 
 
-def differences(cfg):
-    """{key: value} of what differs from the defaults."""
-    return {name: getattr(cfg, name) for name, field in FIELDS.items()
-            if getattr(cfg, name) != field.default}
-
-
 # ---- command lines
 
 def help_text():
     """The keys with their defaults and explanations, in groups."""
-    lines = ["usage: python train.py [CONFIG.py [VARIANT]] [--key=value ...]",
-             "       python train.py --configs     lists the experiments", "",
-             "keys and their defaults:"]
+    lines = [__doc__, "keys and their defaults:"]
     for name, field in FIELDS.items():
         details = field.metadata
         if details["group"]:
@@ -453,11 +432,8 @@ def experiments_text():
 
 
 def command_line(main):
-    """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr.
-
-    Exit status: 2 for a UserError, an OSError, no memory, 130 for Ctrl-C, 1 for a closed pipe.
-    A second Ctrl-C ends the process at once.
-    """
+    """Run `main(argv)` as a script: a mistake or a failure of the machine is one line on stderr and
+    status 2, Ctrl-C is 130 (a second one ends the process at once), a closed pipe 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # ASCII terminals
@@ -534,12 +510,11 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def lock(folder, doing):
-    """Hold the lock of a folder, the file .lock in it. doing: what needs it, for the message.
-
-    Raises UserError that names the process and the host that hold it. A process that has ended
-    does not block.
-    """
+    """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
+    the host that hold it, and `doing`, what needs it. A process that has ended does not block.
+    The folder is made if it is missing, and removed if it is empty in the end."""
     path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -557,3 +532,5 @@ def lock(folder, doing):
             yield
         finally:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()

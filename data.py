@@ -15,36 +15,32 @@ hold one object per line, or one array of objects, and may be compressed with gz
 not text stops the preparation with the file and row; --skip_bad=5 leaves out up to 5 % of the rows.
 Rows without the key are left out; more than 1 % of them stop the preparation too.
 """
-import argparse
 import codecs
 import gzip
 import hashlib
 import json
-import sys
+import platform
 import sysconfig
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Arguments, UserError, at_least, command_line  # before torch: Ctrl-C; isort: skip
+from config import (  # before torch: Ctrl-C; isort: skip
+    Arguments, UserError, at_least, command_line, need, one_line)
 
 import sft
 import tokenizer
-from shards import SHARD_TOKENS, LeftOut, open_split, prepare, read_manifest, summary
+from shards import CHUNK_DOCUMENTS, LeftOut, open_split, prepare, read_manifest, summary
 
-CHUNK_DOCUMENTS = 256     # documents that one worker encodes at a time
 CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
 CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
-HUB_ADVICE = "check the network, or set HF_ENDPOINT to a mirror; with the files at hand: "
 
 
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
 
 def json_rows(path):
     """The rows of JSON lines, or of one JSON array, which is read at once; None for a blank line.
-
-    Python's own parser reads each row by itself, so that no row changes how another one is read.
-    """
+    Python's own parser reads each row by itself, so that no row changes how another one is read."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
             yield from (None if line.isspace() else parsed(line) for line in file)
@@ -56,7 +52,8 @@ def parsed(line):
     try:
         return as_object(json.loads(line.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
-        return LeftOut("bad", f"the line is not JSON in UTF-8 ({first_line(error)})")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return LeftOut("bad", f"the line is not JSON in UTF-8 ({reason})")
 
 
 def as_object(row):
@@ -79,16 +76,45 @@ def text_rows(path):
         yield content
 
 
-def hub_rows(name, config=None, split="train"):
-    """The rows of a dataset on the hub, streamed."""
-    from datasets import load_dataset  # slow to import, and only preparing needs it
-    stream = load_dataset(name, config, split=split, streaming=True)
-    for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
-        yield from table.to_pylist()
-
-
 READERS = dict.fromkeys((".json", ".json.gz", ".jsonl", ".jsonl.gz"), json_rows) | {
     ".parquet": parquet_rows, ".txt": text_rows}
+
+
+# ---- documents, in an order that is always the same
+
+def stdlib_texts():
+    """The files of the running Python's standard library without its tests, in order of name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if not left_out & set(path.relative_to(root).parts):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def documents(sources, make, skip_bad=None):
+    """Yield make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
+    that yields rows)].
+    skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
+    that holds something else than text raises UserError at once."""
+    percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
+
+    def check_share():
+        need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, "
+             f"more than {percent:g} %; the first is {first}; --skip_bad=PERCENT allows more")
+
+    for where, advice, read in sources:
+        for number, row in numbered(where, read(), advice):
+            document = make(row) if isinstance(row, dict) else row
+            count += 1
+            if isinstance(document, LeftOut):
+                message = f"{where}, row {number}: {document.message}"
+                need(document.reason != "bad" or skip_bad is not None,
+                     f"{message} (--skip_bad=PERCENT leaves such rows out)")
+                first, unusable = first or message, unusable + 1
+                if count >= CHECKED_ROWS:
+                    check_share()
+            yield document
+    check_share()
 
 
 def numbered(where, rows, advice):
@@ -99,68 +125,10 @@ def numbered(where, rows, advice):
             if row is not None:
                 has_rows = True
                 yield number, row
-    except UserError:
-        raise
     except Exception as error:  # gzip, zlib, pyarrow and datasets raise many types
-        raise UserError(f"{where}, row {number + 1} cannot be read ({first_line(error)}): "
-                        f"{advice}") from None
-    if not has_rows:
-        raise UserError(f"{where} is empty: it holds no row")
-
-
-def first_line(error):
-    """The type of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
-
-
-# ---- documents: generators of lists of them, in an order that is always the same
-
-def stdlib_texts():
-    """The files of the running Python's standard library without its tests, in order of name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        if not left_out & set(path.relative_to(root).parts):
-            yield [path.read_text(encoding="utf-8", errors="replace")]
-
-
-def documents(sources, make, skip_bad=None):
-    """Lists of make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
-    that yields rows)].
-
-    skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
-    that holds something else than text raises UserError at once.
-    """
-    percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
-    for where, advice, read in sources:
-        rows = numbered(where, read(), advice)
-        while batch := list(islice(rows, CHUNK_DOCUMENTS)):
-            chunk = []
-            for number, row in batch:
-                document = make(row) if isinstance(row, dict) else row
-                if isinstance(document, LeftOut):
-                    message = f"{where}, row {number}: {document.message}"
-                    if document.reason == "bad" and skip_bad is None:
-                        raise UserError(f"{message} (--skip_bad=PERCENT leaves such rows out)")
-                    first, unusable = first or message, unusable + 1
-                chunk.append(document)
-            count += len(chunk)
-            if count >= CHECKED_ROWS:
-                check_share(unusable, count, percent, first)
-            yield chunk
-    check_share(unusable, count, percent, first)
-
-
-def check_share(unusable, count, percent, first):
-    """Raise UserError if more than this percentage of the rows so far is unusable."""
-    if unusable > count * percent / 100:
-        raise UserError(f"{unusable:,} of {count:,} rows cannot be used, more than {percent:g} %; "
-                        f"the first is {first}; --skip_bad=PERCENT allows more")
-
-
-def file_sources(paths):
-    return [(path, "is the file complete?", partial(read, path)) for path in paths
-            for ending, read in READERS.items() if path.name.endswith(ending)]
+        raise UserError(f"{where}, row {number + 1} cannot be read ({type(error).__name__}: "
+                        f"{one_line(error):.300}): {advice}") from None
+    need(has_rows, f"{where} is empty: it holds no row")
 
 
 def text_of(row, key="text"):
@@ -168,25 +136,70 @@ def text_of(row, key="text"):
     return sft.left_out(row, [key], ": choose one with --key") or row[key]
 
 
-# ---- which split a document belongs to
+# ---- stages: (a function that yields documents, their assignment to splits)
 
-def every_100th(documents, first):
-    """Documents number first, first + 1, ... to the splits: every 100th is validation."""
-    train = [document for i, document in enumerate(documents, first) if i % 100 != 99]
-    return {"train": train, "val": documents[(99 - first) % 100::100]}
+def every_100th(index):
+    """The splits of a document: every 100th is validation."""
+    return ["val" if index % 100 == 99 else "train"]
 
 
 def all_to(*splits):
     """An assignment of all documents to these splits."""
-    return lambda documents, first: dict.fromkeys(splits, documents)
+    return lambda index: splits
+
+
+def hub_stage(name, words, make, assign, skip_bad=None, config=None, split="train"):
+    """The stage of a dataset on the hub, streamed. words: of a command that reads its files."""
+    def rows():
+        from datasets import load_dataset  # slow to import, and only preparing needs it
+        stream = load_dataset(name, config, split=split, streaming=True)
+        for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
+            yield from table.to_pylist()
+
+    advice = ("check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python "
+              f"data.py {words}")
+    return partial(documents, [(name, advice, rows)], make, skip_bad), assign
+
+
+def file_sources(paths):
+    return [(path, "is the file complete?", partial(read, path)) for path in paths
+            for ending, read in READERS.items() if path.name.endswith(ending)]
+
+
+def check_files(args, *endings):
+    """Raise UserError for a file with another ending, and for no file."""
+    for path in args.files + args.val:
+        need(path.name.endswith(endings), f"{path}: files may end in {', '.join(endings)}")
+    need(args.files or args.val, "name at least one file: "
+         f"python data.py {args.command} NAME FILES... [--val FILES...]")
+
+
+def file_stages(args, make):
+    """(the part of the request that names the files, their stages); make(row) gives a document.
+    The request is {"source": names and sizes, "content": checksums} of each split."""
+    files = {"train": args.files, "val": args.val}
+    assign = {"train": all_to("train") if args.val else every_100th, "val": all_to("val")}
+    request = {"source": {split: [[path.name, path.stat().st_size] for path in paths]
+                          for split, paths in files.items()},
+               "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
+    return request, [(partial(documents, file_sources(paths), make, args.skip_bad), assign[split])
+                     for split, paths in files.items() if paths]
+
+
+def checksum(path):
+    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
 
 
 # ---- commands
 
 def prepare_stdlib(folder="data/stdlib"):
     """Prepare the standard library; returns the manifest."""
-    version = ".".join(str(number) for number in sys.version_info[:3])
-    request = {"source": f"Python {version} standard library"}
+    request = {"source": f"Python {platform.python_version()} standard library"}
     return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, every_100th)])
 
 
@@ -194,36 +207,33 @@ def prepare_c4(args):
     limits = {"train": args.train_tokens, "val": args.val_tokens}
     request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
                "val_tokens": args.val_tokens}
-    advice = HUB_ADVICE + "python data.py text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    stages = []
-    for hub_split, split in (("validation", "val"), ("train", "train")):
-        sources = [("allenai/c4", advice, partial(hub_rows, "allenai/c4", "en", hub_split))]
-        stages.append((partial(documents, sources, text_of), all_to(split)))
+    words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
+    stages = [hub_stage("allenai/c4", words, text_of, all_to(split), config="en", split=hub_split)
+              for hub_split, split in (("validation", "val"), ("train", "train"))]
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
 
 def prepare_text(args):
-    check_files(args, READERS)
-    request = files_request(args) | {"key": args.key}
-    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request,
-                   file_stages(args, partial(text_of, key=args.key)))
+    check_files(args, *READERS)
+    request, stages = file_stages(args, partial(text_of, key=args.key))
+    return prepare(f"data/{args.name}", tokenizer.load(args.tokenizer), request | {"key": args.key},
+                   stages)
 
 
 def prepare_sft(args):
-    check_files(args, [ending for ending in READERS if ending != ".txt"])
+    check_files(args, *[ending for ending in READERS if ending != ".txt"])
     files = args.files + args.val
-    first_rows = next(documents(file_sources(files), dict, args.skip_bad))
-    format_name = sft.row_format([row for row in first_rows if isinstance(row, dict)], files[0])
-    stages = file_stages(args, partial(sft.usable, format_name=format_name))
-    return sft.prepare(f"data/{args.name}", args.tokenizer, files_request(args), stages,
-                       format_name, args.seq_len, args.long)
+    rows = islice(documents(file_sources(files), dict, args.skip_bad), CHUNK_DOCUMENTS)
+    format_name = sft.row_format([row for row in rows if isinstance(row, dict)], files[0])
+    request, stages = file_stages(args, partial(sft.usable, format_name=format_name))
+    return sft.prepare(f"data/{args.name}", args.tokenizer, request, stages, format_name,
+                       args.seq_len, args.long)
 
 
 def prepare_hub(args):
     name, format_name = sft.HUB[args.command]
-    sources = [(name, HUB_ADVICE + "python data.py sft NAME FILES...", partial(hub_rows, name))]
     make = partial(sft.usable, format_name=format_name)
-    stages = [(partial(documents, sources, make, args.skip_bad), every_100th)]
+    stages = [hub_stage(name, "sft NAME FILES...", make, every_100th, args.skip_bad)]
     return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
                        format_name, args.seq_len, args.long)
 
@@ -242,51 +252,17 @@ def check(args):
     for split, totals in manifest["splits"].items():
         if totals["tokens"]:
             tokens = open_split(folder, split)
-            for position in range(0, len(tokens), SHARD_TOKENS):
-                tokens.read(position, min(SHARD_TOKENS, len(tokens) - position))
+            for position, shard in zip(tokens.shard_starts, tokens.shards, strict=False):
+                tokens.read(position, len(shard))
     print(f"{folder} is complete: {summary(manifest)}")
-
-
-def check_files(args, endings):
-    """Raise UserError for a file with another ending, and for no file."""
-    for path in args.files + args.val:
-        if not path.name.endswith(tuple(endings)):
-            raise UserError(f"{path}: files may end in {', '.join(endings)}")
-    if not args.files and not args.val:
-        raise UserError("name at least one file: "
-                        f"python data.py {args.command} NAME FILES... [--val FILES...]")
-
-
-def files_request(args):
-    """{"source": names and sizes, "content": checksums} of the files of each split."""
-    files = {"train": args.files, "val": args.val}
-    return {"source": {split: [[path.name, path.stat().st_size] for path in paths]
-                       for split, paths in files.items()},
-            "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
-
-
-def checksum(path):
-    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
-        file.seek(max(0, size - CHECKSUM_BYTES))
-        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
-
-
-def file_stages(args, make):
-    """The stages of local files; make(row) gives a document."""
-    splits = ((args.files, all_to("train") if args.val else every_100th), (args.val, all_to("val")))
-    return [(partial(documents, file_sources(files), make, args.skip_bad), assign)
-            for files, assign in splits if files]
 
 
 # ---- the command line
 
 def folder_name(word):
     """An argparse type: the name of a folder inside data/."""
-    if Path(word).name != word or word.startswith((".", "-")):
-        raise argparse.ArgumentTypeError(f"must be a name inside data/, got {word!r}")
+    need(Path(word).name == word and word[:1] not in ".-",
+         f"must be a name inside data/, got {word!r}")
     return word
 
 
@@ -299,15 +275,12 @@ OPTIONS = {
                         "folder with a tokenizer.json"),
     "--key": dict(default="text", help="of the text in .json, .jsonl and .parquet"),
     "--skip_bad": dict(type=at_least(0, float, 100), metavar="PERCENT",
-                       help="leave out up to this percentage of the rows, if they are unusable; "
-                       "default 1, and a value that is not text stops the preparation"),
+                       help="leave out up to this percentage of the rows, if they are unusable"),
     "--train_tokens": dict(type=TOKENS, default=5_300_000_000, help="default 5.3e9, slightly more "
                            "than 10,000 steps x 1024 x 512; 0: all"),
     "--val_tokens": dict(type=TOKENS, default=10_000_000, help="default 1e7; 0: all"),
-    "--seq_len": dict(type=at_least(0), default=0,
-                      help="length of the longest sample in tokens; default 0: no limit"),
-    "--long": dict(default="drop", choices=("drop", "truncate"),
-                   help="drop or truncate samples of more than seq_len tokens; default: drop"),
+    "--seq_len": dict(type=at_least(0), default=0, help="of the longest sample; default 0: any"),
+    "--long": dict(default="drop", choices=("drop", "truncate"), help="longer ones; default: drop"),
     "--pairs": dict(type=at_least(1), default=10_000, help="default 10,000"),
     "--seed": dict(type=at_least(0), default=0, help="of the random UUIDs"),
 }

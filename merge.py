@@ -51,16 +51,15 @@ def written_whole(target):
     need(not target.exists() or target.is_dir() and not any(target.iterdir()),
          f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
-    beside = place.with_name(f".writing-{place.name}")
-    with as_user_error(f"{target} cannot be written", OSError, SafetensorError):
-        beside.mkdir(parents=True, exist_ok=True)
-        with lock(beside, f"merging into {target}"):
-            try:
-                shutil.rmtree(beside / "new", ignore_errors=True)  # of a killed process
-                yield beside / "new"
-                os.replace(beside / "new", place)  # fails if target has been filled meanwhile
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
+    new = place.with_name(f".writing-{place.name}") / "new"
+    with (as_user_error(f"{target} cannot be written", OSError, SafetensorError),
+          lock(new.parent, f"merging into {target}")):
+        try:
+            shutil.rmtree(new, ignore_errors=True)  # of a killed process
+            yield new
+            os.replace(new, place)  # fails if target has been filled meanwhile
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def main(argv):

@@ -19,10 +19,8 @@ BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at 
 
 
 def learning_rate(step, cfg):
-    """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr.
-
-    A restart adds a short linear warm-up from near 0 back to that curve (ReLoRA's schedule).
-    """
+    """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr;
+    after a restart a short linear warm-up from near 0 back to that curve (ReLoRA's schedule)."""
     (_, restarted), rise = cfg.cycle(step), 1.0
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
@@ -42,9 +40,7 @@ def build_optimizer(cfg, model, device):
 
 def parameter_groups(cfg, model):
     """Return torch's parameter groups, with two keys more: "ratio" to the schedule's rate, "muon".
-
-    Weight decay acts on matrices only. Parameters that learn alike are in one group.
-    """
+    Parameters that learn alike are in one group."""
     updates = {parameter for _, parameter in mora.adapter_parameters(model)}
     groups, uses_muon = {}, cfg.optimizer == "muon"
     for name, parameter in model.named_parameters():
@@ -68,8 +64,8 @@ class AdamWMuon(torch.optim.AdamW):
 
     Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
     scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
-    arXiv 2502.16982) and both take the same rates. It is torch.optim.Muon with match_rms_adamw,
-    but orthogonalizes the matrices of one shape in one batch: far fewer kernels.
+    arXiv 2502.16982) and both take the same rates. This is torch.optim.Muon with match_rms_adamw,
+    except that matrices of one shape are orthogonalized in one batch: far fewer kernels.
     """
 
     @torch.no_grad()
@@ -85,20 +81,22 @@ class AdamWMuon(torch.optim.AdamW):
     def muon_step(self, group):
         parameters = [p for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
-        momenta = []
         for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta.append(self.state[p]["momentum"])
+            self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+        momenta = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MUON_MOMENTUM)  # now the steps' directions
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for batch in same_shapes(parameters):
-            matrices = [parameters[i] for i in batch]
-            updates = orthogonalize([mora.whole(gradients[i]) for i in batch])
-            updates = [mora.as_sharded(u, p) for u, p in zip(updates, matrices, strict=True)]
-            scale = 0.2 * max(matrices[0].shape) ** 0.5
-            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
+        shapes = {}
+        for p in parameters:
+            shapes.setdefault(p.shape, []).append(p)
+        for shape, alike in shapes.items():
+            scale, count = 0.2 * max(shape) ** 0.5, max(1, BATCH_ELEMENTS // shape.numel())
+            for first in range(0, len(alike), count):
+                batch = alike[first:first + count]
+                updates = orthogonalize([mora.whole(p.grad) for p in batch])
+                updates = [mora.as_sharded(u, p) for u, p in zip(updates, batch, strict=True)]
+                torch._foreach_add_(batch, updates, alpha=-group["lr"] * scale)
 
     def __setstate__(self, state):
         """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
@@ -107,17 +105,6 @@ class AdamWMuon(torch.optim.AdamW):
     def load_state_dict(self, state_dict):
         """Take the state of the parameters alone: rates, decay and betas are those of this run."""
         super().load_state_dict(state_dict | {"param_groups": self.state_dict()["param_groups"]})
-
-
-def same_shapes(parameters):
-    """Yield lists of indices of parameters that have one shape, BATCH_ELEMENTS at most."""
-    shapes = {}
-    for i, parameter in enumerate(parameters):
-        shapes.setdefault(parameter.shape, []).append(i)
-    for shape, indices in shapes.items():
-        count = max(1, BATCH_ELEMENTS // shape.numel())
-        for first in range(0, len(indices), count):
-            yield indices[first:first + count]
 
 
 def orthogonalize(matrices):
@@ -144,8 +131,7 @@ def orthogonalize(matrices):
 def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
     """Take one step at a learning rate; return (loss, gradient norm before clipping), a tensor.
 
-    batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; see
-    batches.py. The loss is the mean over this process's tokens. grad_clip 0: no clipping.
+    batch: see batches.py. The loss is this process's mean. grad_clip 0: no clipping.
     """
     loss = accumulate_gradients(model, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -160,15 +146,14 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
 
-    A micro-batch's weight corrects for unequal token counts. DDP all-reduces the gradients once,
-    in the last micro-batch. FSDP scatters those of each: their sum would be whole on every rank.
+    batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; the
+    weights correct for unequal token counts. DDP all-reduces the gradients once, in the last
+    micro-batch. FSDP scatters those of each: their sum would be whole on every rank.
     """
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1
-        part = model(inputs, targets) / count
-        if weight:
-            part = part * weight[0]
+        part = model(inputs, targets) / count * (weight[0] if weight else 1)
         part.backward()
         loss = loss + part.detach()
     return loss

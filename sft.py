@@ -11,27 +11,26 @@ The keys of the first complete row decide the format of all rows:
     query, response               MetaMath: Alpaca's template without input
     prompt, response              both as they are
 
-A sample holds the tokens that open a document, the prompt, the response and end-of-text. The
-response and end-of-text are learned. Prompt and response are encoded separately, so that generation
-starts from exactly the tokens of training. Samples of more than --seq_len tokens are dropped, or
-cut with --long=truncate.
+A sample holds the tokens that open a document, the prompt, the response and end-of-text. The last
+two are learned. Prompt and response are encoded separately, so that generation starts from exactly
+the tokens of training.
 """
+import io
 import random
 import re
 import threading
 import uuid
 import warnings
 from functools import lru_cache, partial
-from itertools import islice
 
 import numpy as np
 from jinja2 import TemplateError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 import shards
 import tokenizer
-from config import UserError
-from shards import FIRST, LEARNED, Encoded, LeftOut
+from config import UserError, need
+from shards import FIRST, LEARNED, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
@@ -39,9 +38,8 @@ ALPACA = ("Below is an instruction that describes a task. "
 ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-TULU = "<|role|>\ncontent\n"  # of every message; an answer ends with end-of-text
 ROW_FORMATS = {  # name: (key of the prompt, key of the response, template of the prompt)
-    "messages": ("messages", "messages", TULU),
+    "messages": ("messages", "messages", "<|role|>\ncontent\n"),  # Tulu's, of every message
     "alpaca": ("instruction", "output", ALPACA),
     "question": ("question", "answer", ALPACA),
     "query": ("query", "response", ALPACA),
@@ -58,55 +56,48 @@ class RefusedChat(UserError):
 
 
 def row_format(rows, where):
-    """The name of the format of the first row that has the keys of one. Raises UserError.
-
-    where: the file, for the message.
-    """
+    """The name of the format of the first row that has the keys of one. where: the file."""
     for row in rows:
         for name, (prompt_key, response_key, _) in ROW_FORMATS.items():
             if row.get(prompt_key) is not None and row.get(response_key) is not None:
                 return name
     known = "; ".join(", ".join(dict.fromkeys(keys[:2])) for keys in ROW_FORMATS.values())
-    keys = ", ".join(rows[0]) if rows else ""
-    raise UserError(f"{where}, row 1: no sample can be made of the keys {keys or '(none)'}; known "
-                    f"are {known}")
+    keys = ", ".join(rows[0] if rows else ()) or "(none)"
+    raise UserError(f"{where}, row 1: no sample can be made of the keys {keys}; known are {known}")
 
 
 def left_out(row, keys, advice=""):
     """The LeftOut of a row in which a key is missing or holds something else than text, or None."""
     for key in keys:
-        value = row.get(key)
         if key not in row:
             return LeftOut("missing", f"no key {key!r}, its keys are {', '.join(row)}{advice}")
-        if value is None:
-            return LeftOut("missing", f"key {key!r} holds null")
-        if not isinstance(value, str):
-            return LeftOut("bad", f"key {key!r} holds {value!r:.80}, not text")
+        if not isinstance(row[key], str):
+            reason = "missing" if row[key] is None else "bad"
+            return LeftOut(reason, f"key {key!r} holds {row[key]!r:.80}, not text")
     return None
 
 
 def usable(row, format_name):
     """The row, or a LeftOut if its keys are missing or hold something else than text."""
-    prompt_key, response_key, _ = ROW_FORMATS[format_name]
-    messages = row.get("messages") if format_name == "messages" else None
-    if messages is not None:
+    messages = row.get("messages")
+    if format_name == "messages" and messages is not None:
         valid = isinstance(messages, list) and all(
             isinstance(message, dict) and isinstance(message.get(key), str)
             for message in messages for key in ("role", "content"))
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
-    has_input = format_name == "alpaca" and row.get("input") is not None
-    return left_out(row, (prompt_key, response_key, *["input"] * has_input)) or row
+    keys = list(ROW_FORMATS[format_name][:2])
+    if format_name == "alpaca" and row.get("input") is not None:
+        keys.append("input")
+    return left_out(row, keys) or row
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
-    """Samples as shards; see shards.prepare.
-
-    The rows of the stages are `usable`. format_name: of ROW_FORMATS. seq_len, too_long: see encode.
-    """
-    tok, template = tokenizer.load(tokenizer_name), ROW_FORMATS[format_name][2]
-    if format_name == "messages" and tok.chat_template:
-        template = tok.chat_template
+    """Samples as shards, of stages of `usable` rows; see shards.prepare.
+    format_name: of ROW_FORMATS. seq_len, too_long: see encode."""
+    tok = tokenizer.load(tokenizer_name)
+    own_template = format_name == "messages" and tok.chat_template
+    template = own_template or ROW_FORMATS[format_name][2]
     facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
     return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": too_long}, stages,
@@ -114,66 +105,73 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 
 
 def uuid_pairs(count, seed):
-    """Lists of rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
+    """Yield rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
     generator = random.Random(seed)
 
     def draw():
         return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
-    rows = ({"prompt": draw() + "\n", "response": draw()} for _ in range(count))
-    while chunk := list(islice(rows, 256)):
-        yield chunk
+    for _ in range(count):
+        yield {"prompt": draw() + "\n", "response": draw()}
 
 
 # ---- rows -> samples
 
-def encode(tok, rows, format_name, seq_len=0, too_long="drop"):
-    """The Encoded form of some rows.
-
-    Samples of more than seq_len tokens (0: no limit) are dropped, or cut if too_long is "truncate".
-    Samples without a learned token are dropped, and chats that the chat template refuses.
-    """
-    samples, response_bytes, truncated, refused = [], [], 0, 0
-    for row in rows:
-        try:
-            words, size = encode_row(tok, row, format_name)
-        except RefusedChat as reason:  # one row of many; each reason is printed once
-            warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
-            refused += 1
-            continue
-        cut = bool(seq_len) and len(words) > seq_len
-        words = np.array(words[:seq_len or None], dtype=np.uint32)
-        if cut and too_long == "drop" or not (words[1:] >= LEARNED).any():
-            continue  # nothing predicts the first token
-        words[0] |= np.uint32(FIRST)
-        samples.append(words)
-        response_bytes.append(size)
-        truncated += cut
-    counts = {"learned": sum(int((words >= LEARNED).sum()) for words in samples),
-              "longest": max(map(len, samples), default=0), "dropped": len(rows) - len(samples),
-              "truncated": truncated, "refused": refused}
-    return Encoded(samples, response_bytes, counts)
+def encode(tok, row, format_name, seq_len=0, too_long="drop"):
+    """(words, counters) of a row.
+    A sample of more than seq_len tokens (0: no limit) is dropped, or cut if too_long is "truncate".
+    Dropped are also samples without a learned token, and chats that the chat template refuses."""
+    try:
+        words, size = encode_row(tok, row, format_name)
+    except RefusedChat as reason:  # one row of many; each reason is printed once
+        warnings.warn(f"{reason} (such chats are left out and counted)", stacklevel=1)
+        return None, {"dropped": 1, "refused": 1}
+    cut = bool(seq_len) and len(words) > seq_len
+    words = np.array(words[:seq_len or None], dtype=np.uint32)
+    learned = words >= LEARNED
+    if cut and too_long == "drop" or not learned[1:].any():  # nothing predicts the first token
+        return None, {"dropped": 1}
+    words[0] |= np.uint32(FIRST)
+    return words, {"bytes": size, "learned": int(learned.sum()), "longest": len(words),
+                   "truncated": int(cut)}
 
 
 def encode_row(tok, row, format_name):
     """(ids with the flag LEARNED, bytes of the responses) of a row.
+    A chat follows the tokenizer's template if it has one, Tulu's otherwise. A response ends with
+    end-of-text, which is learned. A chat template writes end-of-text itself; if it does not, only
+    the last answer gets one. Text that the template writes after end-of-text (a line break) is not
+    learned, and what follows the last learned token is left out."""
+    by_template = format_name == "messages" and tok.chat_template
+    turns = turns_of(tok, row, format_name)
+    encode_turn = tok.encode_template if by_template else tok.encode_part
+    words = [] if by_template else list(tok.bos_ids)
+    for i, (text, is_answer) in enumerate(turns, 1):
+        part = encode_turn(text).tolist()
+        if is_answer and (not by_template or i == len(turns) and tok.eos_id not in part):
+            part.append(tok.eos_id)
+        after_end = part[::-1].index(tok.eos_id) if tok.eos_id in part else 0
+        learned = len(part) - after_end if is_answer else 0
+        words += [token | LEARNED for token in part[:learned]] + part[learned:]
+    while words and words[-1] < LEARNED:
+        words.pop()
+    answers = "".join(text for text, is_answer in turns if is_answer)
+    return words, len(answers.encode("utf-8", "replace"))
 
-    A chat follows the tokenizer's template if it has one, Tulu's otherwise. Messages after the last
-    answer are left out.
-    """
-    if format_name == "messages" and tok.chat_template:
-        return join_turns(tok, template_turns(tok, row["messages"]), by_template=True)
+
+def turns_of(tok, row, format_name):
+    """[(text, is it an answer?)] of a row."""
     if format_name == "messages":
-        return join_turns(tok, tulu_turns(row["messages"]))
+        messages = row["messages"]
+        return template_turns(tok, messages) if tok.chat_template else tulu_turns(messages)
     prompt_key, response_key, template = ROW_FORMATS[format_name]
     task_input = row.get("input") if format_name == "alpaca" else None
     template = ALPACA_INPUT if task_input else template
     prompt = template.format(instruction=row[prompt_key], input=task_input)
-    return join_turns(tok, [(prompt, False), (row[response_key], True)])
+    return [(prompt, False), (row[response_key], True)]
 
 
 def tulu_turns(messages):
-    """[(text, is it an answer?)] of a chat in Tulu's format."""
     turns, prompt = [], ""
     for message in messages:
         if message["role"] == "assistant":
@@ -185,45 +183,18 @@ def tulu_turns(messages):
 
 
 def template_turns(tok, messages):
-    """[(text, is it an answer?)] of a chat by the tokenizer's chat template.
-
-    An answer is what the template adds to the messages before it and the generation prompt.
-    """
+    """An answer is what the template adds to the messages before it and the generation prompt."""
     turns, done = [], ""
-    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise UserError(
-                f"the chat template of {tok.folder} writes a message differently when others "
-                "follow, so that answers cannot be told from prompts: remove the template from a "
-                "copy of the folder, and Tulu's format is used. Seen at "
-                f"{messages[i]['content']!r:.100}")
-        turns += [(before[len(done):], False), (after[len(before):], True)]
-        done = after
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
+            need(before.startswith(done) and after.startswith(before), "the chat template of "
+                 f"{tok.folder} writes a message differently when others follow, so that answers "
+                 "cannot be told from prompts: remove the template from a copy of the folder, and "
+                 f"Tulu's format is used. Seen at {message['content']!r:.100}")
+            turns += [(before[len(done):], False), (after[len(before):], True)]
+            done = after
     return turns
-
-
-def join_turns(tok, turns, by_template=False):
-    """(ids with the flag LEARNED, bytes of the answers) of [(text, is it an answer?)].
-
-    An answer ends with end-of-text, which is learned. A chat template writes end-of-text itself; if
-    it does not, only the last answer gets one. Text that the template writes after end-of-text (a
-    line break) is not learned, and what follows the last learned token is left out.
-    """
-    encode_turn = tok.encode_template if by_template else tok.encode_part
-    words = [] if by_template else list(tok.bos_ids)
-    for i, (text, is_answer) in enumerate(turns, 1):
-        part = encode_turn(text).tolist()
-        if is_answer and (not by_template or i == len(turns) and tok.eos_id not in part):
-            part.append(tok.eos_id)
-        learned = len(part) if is_answer else 0
-        if is_answer and tok.eos_id in part:
-            learned -= part[::-1].index(tok.eos_id)
-        words += [token | LEARNED for token in part[:learned]] + part[learned:]
-    while words and words[-1] < LEARNED:
-        words.pop()
-    answers = "".join(text for text, is_answer in turns if is_answer)
-    return words, len(answers.encode("utf-8", "replace"))
 
 
 # ---- chat templates: programs in jinja2, written by others
@@ -232,26 +203,21 @@ TEMPLATE_STEPS = 1_000_000      # iterations of loops and calls while one chat i
 TEMPLATE_LENGTH = 10_000_000    # characters of a string
 
 
-class TemplateLimit(Exception):
-    """A chat template that runs or grows beyond the limits."""
-
-
 class LimitedSandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox with limits on the number of steps and on the length of strings."""
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    state = threading.local()  # chats are written in several threads
+    state = threading.local()  # .steps of the chat that this thread writes
 
     def _parse(self, source, name, filename):
-        """The syntax tree, with a call of `counted` around what loops iterate over, and one of
-        `joined` in place of `a ~ b`."""
-        def call(method, arguments):
-            return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+        """The syntax tree, in which loops iterate over `counted`, and `concat` computes `a ~ b`."""
+        def call(method, argument):
+            return nodes.Call(nodes.EnvironmentAttribute(method), [argument], [], None, None)
 
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(nodes.For)):
-            loop.iter = call("counted", [loop.iter])
+            loop.iter = call("counted", loop.iter)
         for tilde in list(tree.find_all(nodes.Concat)):
-            tilde.nodes = [call("joined", tilde.nodes)]
+            tilde.nodes = [call("concat", nodes.List(tilde.nodes))]
         return tree
 
     def counted(self, values):
@@ -259,49 +225,38 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
             self.count_step()
             yield value
 
-    def joined(self, *values):
-        return self.concat(map(str, values))
-
     def count_step(self):
         self.state.steps += 1
-        if self.state.steps > TEMPLATE_STEPS:
-            raise TemplateLimit(f"it takes more than {TEMPLATE_STEPS:,} steps")
+        limit(self.state.steps, TEMPLATE_STEPS, "steps")
 
     def call(self, context, function, *args, **options):
         self.count_step()
         return super().call(context, function, *args, **options)
 
     def call_binop(self, context, operator, left, right):
-        check_length(result_length(operator, left, right))
+        """Limits the result's length before it is computed; a number is as long as its digits."""
+        sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
+        numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
+        widths = re.findall(r"\d+", left) if isinstance(left, str) else []  # "%9999999d" % 1
+        length = {"+": sum(sizes), "*": max(sizes) * max(numbers),
+                  "**": numbers[1] * max(1, numbers[0].bit_length()),
+                  "%": sum(sizes) + max(map(int, widths), default=0)}[operator]
+        limit(length, TEMPLATE_LENGTH, "characters")
         return super().call_binop(context, operator, left, right)
 
     @staticmethod
     def concat(parts):
         """The output of a block or a macro."""
-        text, length = [], 0
+        text = io.StringIO()
         for part in parts:
-            text.append(part)
-            length += len(part)
-            check_length(length)
-        return "".join(text)
+            text.write(str(part))
+            limit(text.tell(), TEMPLATE_LENGTH, "characters")
+        return text.getvalue()
 
 
-def check_length(length):
-    if length > TEMPLATE_LENGTH:
-        raise TemplateLimit(f"it makes a text of more than {TEMPLATE_LENGTH:,} characters")
-
-
-def result_length(operator, left, right):
-    """A bound on the length of a template's `left operator right`; of a number: its digits."""
-    sizes = [len(value) if hasattr(value, "__len__") else 0 for value in (left, right)]
-    numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
-    if operator == "*":
-        return max(sizes[0] * numbers[1], sizes[1] * numbers[0])
-    if operator == "**":
-        return numbers[1] * max(1, numbers[0].bit_length())
-    if operator == "%" and isinstance(left, str):  # "%9999999d" % 1
-        return max(map(int, re.findall(r"\d+", left)), default=0) + sum(sizes)
-    return sum(sizes)
+def limit(amount, most, what):
+    if amount > most:
+        raise SecurityError(f"it takes more than {most:,} {what}")
 
 
 @lru_cache
@@ -323,7 +278,7 @@ def render(tok, messages, generation_prompt):
         LimitedSandbox.state.steps = 0
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
                                **tok.special_tokens)
-    except (TemplateError, TemplateLimit, ArithmeticError, LookupError, MemoryError,
-            RecursionError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError) as error:
         raise UserError(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}: "
                         f"{str(error) or type(error).__name__}") from None

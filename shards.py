@@ -15,20 +15,20 @@ import math
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, lock, read_json, write_json
+from config import lock, need, read_json, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of one shard
+CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
 ALIGNED = 8             # rows of samples are padded to a multiple of it
@@ -46,24 +46,16 @@ MANIFEST = {"kind": "", "request": {}, "tokenizer": "", "vocab_size": 0, "dtype"
             "splits": SPLITS}
 PROGRESS = {"request": {}, "stage": 0, "documents": 0, "seconds": 0.0, "splits": SPLITS}
 
-
-class Encoded(NamedTuple):
-    """The words of a list of documents (or samples)."""
-    documents: list   # of each document the words, uint32
-    sizes: list       # of each document the bytes in UTF-8, of a sample those of its responses
-    counts: dict      # other counters
+# stands among the documents for a row that gives none; reason: its counter, "missing" or "bad"
+LeftOut = namedtuple("LeftOut", "reason message")
 
 
-class LeftOut(NamedTuple):
-    """Stands among the documents for a row that gives none."""
-    reason: str    # the counter: missing or bad
-    message: str   # where the row is, and what is wrong
-
-
-def encode_text(tok, texts):
-    """The Encoded form of some documents, each followed by end-of-text."""
-    documents = [np.append(tok.encode(text), np.uint32(tok.eos_id)) for text in texts]
-    return Encoded(documents, [len(text.encode("utf-8", "replace")) for text in texts], {})
+def encode_text(tok, text):
+    """(words, counters) of a document, which end-of-text follows."""
+    if not text:
+        return None, {"empty": 1}
+    words = np.append(tok.encode(text), np.uint32(tok.eos_id))
+    return words, {"bytes": len(text.encode("utf-8", "replace"))}
 
 
 # ---- writing
@@ -71,21 +63,18 @@ def encode_text(tok, texts):
 def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None):
     """Write a corpus as shards and a manifest, and return the manifest.
 
-    A preparation of the same request that was killed is continued, a finished one is not repeated.
+    A killed preparation of the same request is continued, a finished one is not repeated. Raises
+    UserError for a folder that holds another corpus, and for a corpus without a token.
 
-    tok: see tokenizer.load. request: a dict that names the corpus, of values that JSON can hold;
-    equal requests give equal shards. stages: [(read, assign)]: read() yields lists of documents,
-    and assign(documents, index of the first one) returns {split: documents}. limits:
-    {split: tokens}, 0: no limit. encode(tok, documents) returns Encoded. facts: more keys of a
-    manifest of samples.
-
-    Raises UserError for a folder that holds another corpus, and for a corpus without a token.
+    tok: see tokenizer.load. request: a JSON object that names the corpus; equal requests give equal
+    shards. stages: [(read, assign)]: read() yields documents, in an order that is always the same,
+    and assign(index) names the splits of one. limits: {split: tokens}, 0: no limit. encode(tok,
+    document) returns (words uint32, counters), words None if the document is left out. facts: more
+    keys of a manifest of samples.
     """
-    folder, small = Path(folder), tok.vocab_size <= 2 ** 16 and not facts
+    folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
-                "tokenizer": tok.name, "vocab_size": tok.vocab_size,
-                "dtype": "uint16" if small else "uint32"}
-    folder.mkdir(parents=True, exist_ok=True)
+                "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
     with lock(folder, "data preparation"):
         if (folder / "manifest.json").exists():
             return prepared_already(folder, manifest["request"])
@@ -106,50 +95,45 @@ def prepared_already(folder, request):
     """The manifest of a finished corpus; raises UserError if it is another one."""
     manifest = read_manifest(folder)
     changed = changes(manifest["request"], request)
-    if changed:
-        raise UserError(f"{folder} holds another corpus ({'; '.join(changed)}): remove it or "
-                        "choose another NAME")
-    if "content" in request and "content" not in manifest["request"]:
+    need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take another NAME")
+    if "content" in request.keys() - manifest["request"]:
         print(f"note: {folder} has no checksums of its files; their names and sizes agree")
     print(f"{folder} is prepared already: {summary(manifest)}")
     return manifest
 
 
 def changes(before, now):
-    """["key was a, now b"] of two requests. Old requests lack "content", checksums of files."""
-    return [f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
-            if before.get(key) != now.get(key) and (key in before or key != "content")]
+    """A text, "key was a, now b; ...". Old requests lack "content", the checksums of files."""
+    return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
+                     if before.get(key) != now.get(key) and (key in before or key != "content"))
 
 
 class SplitWriter:
-    """Collects the words of one split and writes them as shards.
-
-    totals: of the shards on disk: counters, and "shards": [{"file", "tokens", "crc32"}]. limit:
-    stop with the document that reaches this number of tokens; 0: no limit.
-    """
+    """Counts the documents of one split and writes their words as shards.
+    totals: counters, and "shards": [{"file", "tokens", "crc32"}] of those on disk. limit: stop with
+    the document that reaches this number of tokens; 0: no limit."""
 
     def __init__(self, folder, split, dtype, totals, limit):
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
-        self.limit = limit or math.inf
-        self.words, self.counts = [], {"tokens": 0}  # of the next shard
+        self.limit, self.words, self.waiting = limit or math.inf, [], 0  # tokens of self.words
 
-    def room(self):
-        """Tokens until the limit."""
-        return self.limit - self.totals["tokens"] - self.counts["tokens"]
+    def full(self):
+        return self.totals["tokens"] >= self.limit
 
-    def add(self, part):
-        """Take the documents of an Encoded part, up to the one that reaches the limit."""
-        if self.room() <= 0:
+    def add(self, words, counts):
+        """Count a document and take its words, if it has some, unless the limit is reached."""
+        if self.full():
             return
-        ends = np.cumsum([len(words) for words in part.documents])
-        documents = part.documents[:np.searchsorted(ends, self.room()) + 1]
-        own = {"tokens": sum(map(len, documents)), "documents": len(documents),
-               "bytes": sum(part.sizes[:len(documents)])}
-        add_counts(self.counts, part.counts | own)
-        self.words += documents
+        if words is not None:
+            counts = {"tokens": len(words), "documents": 1} | counts
+            self.words.append(words)
+            self.waiting += len(words)
+        for key, value in counts.items():
+            before = self.totals.get(key, 0)
+            self.totals[key] = max(before, value) if key == "longest" else before + value
 
     def write_shard(self):
-        """Write the next shard, whole or not at all, and add its counters to the totals."""
+        """Write the words that wait as a shard, whole or not at all."""
         if self.words:
             words = np.concatenate(self.words, dtype=self.dtype, casting="unsafe")
             name = f"{self.split}_{len(self.totals['shards']):05d}.bin"
@@ -158,14 +142,7 @@ class SplitWriter:
             os.replace(temporary, self.folder / name)
             shard = {"file": name, "tokens": len(words), "crc32": zlib.crc32(words)}
             self.totals["shards"].append(shard)
-        add_counts(self.totals, self.counts)
-        self.words, self.counts = [], {"tokens": 0}
-
-
-def add_counts(counts, more):
-    for key, value in more.items():
-        before = counts.get(key, 0)
-        counts[key] = max(before, value) if key == "longest" else before + value
+        self.words, self.waiting = [], 0
 
 
 def write_corpus(folder, manifest, encode, stages, limits):
@@ -175,42 +152,42 @@ def write_corpus(folder, manifest, encode, stages, limits):
     splits, started = progress["splits"], time.time() - progress["seconds"]
     writers = {split: SplitWriter(folder, split, manifest["dtype"], totals, limits.get(split, 0))
                for split, totals in splits.items()}
-    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
-    bar = tqdm(initial=prepared_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    bar = tqdm(initial=total(splits, "bytes"), unit="B", unit_scale=True, desc="tokenizing",
+               disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for stage in range(progress["stage"], len(stages)):
-            read, assign = stages[stage]
-            jobs = (pool.submit(encode_chunk, encode, assign, documents, index)
-                    for index, documents in without_first(read(), progress["documents"]))
-            for parts, end in in_order(jobs, ahead=4 * os.cpu_count()):
-                for split, part in parts.items():
-                    writers[split].add(part)
-                    bar.update(sum(part.sizes))
-                if any(writer.counts["tokens"] >= SHARD_TOKENS for writer in writers.values()):
+        for stage, (read, assign) in list(enumerate(stages))[progress["stage"]:]:
+            for chunk, end in encoded(pool, encode, read, assign, progress["documents"]):
+                for split, words, counts in chunk:
+                    writers[split].add(words, counts)
+                bar.update(total(splits, "bytes") - bar.n)
+                if any(writer.waiting >= SHARD_TOKENS for writer in writers.values()):
                     for writer in writers.values():
                         writer.write_shard()
+                    # all that is counted is on disk now
                     progress |= {"stage": stage, "documents": end, "seconds": time.time() - started}
                     write_json(progress_file, progress)
-                if all(writers[split].room() <= 0 for split in parts):
+                if all(writers[split].full() for split, _, _ in chunk):
                     break
             progress["documents"] = 0  # of the next stage
     for writer in writers.values():
         writer.write_shard()
     seconds = max(time.time() - started, 1e-3)
-    prepared_bytes = sum(totals["bytes"] for totals in splits.values())
     manifest |= {"splits": splits, "seconds": round(seconds, 3),
-                 "mb_per_s": round(prepared_bytes / 1e6 / seconds, 3)}
-    if not any(totals["tokens"] for totals in splits.values()):
-        longest = f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""
-        raise UserError(f"no document{longest} was found: {summary(manifest)}")
+                 "mb_per_s": round(total(splits, "bytes") / 1e6 / seconds, 3)}
+    longest = f" of at most {request['seq_len']} tokens" if request.get("seq_len") else ""
+    need(total(splits, "tokens"), f"no document{longest} was found: {summary(manifest)}")
     write_json(folder / "manifest.json", manifest)
     progress_file.unlink(missing_ok=True)
+
+
+def total(splits, counter):
+    return sum(totals[counter] for totals in splits.values())
 
 
 def read_progress(path, request):
     """Where an earlier preparation of the same request was stopped, or the beginning."""
     if path.exists():
-        progress = read_json(path)
+        progress = read_json(path, dict)
         check_value(progress, PROGRESS, path)
         if not changes(progress["request"], request):
             return progress | {"request": request}
@@ -218,34 +195,24 @@ def read_progress(path, request):
     return PROGRESS | {"request": request, "splits": splits}
 
 
-def encode_chunk(encode, assign, documents, index):
-    """({split: Encoded} of some documents, the index after them)."""
-    parts = {}
-    for split, assigned in assign(documents, index).items():
-        part = encode([text for text in assigned if text and not isinstance(text, LeftOut)])
-        reasons = Counter(text.reason if text else "empty" for text in assigned
-                          if not text or isinstance(text, LeftOut))
-        parts[split] = part._replace(counts=part.counts | reasons)
-    return parts, index + len(documents)
+def encoded(pool, encode, read, assign, first):
+    """Yield ([(split, words, counters)], index after them) of chunks of a stage's documents, in
+    order; a few are in memory. first: the index of the first document."""
+    def encode_chunk(chunk):
+        parts = []
+        for index, document in chunk:
+            left_out = isinstance(document, LeftOut)
+            words, counts = (None, {document.reason: 1}) if left_out else encode(document)
+            parts += [(split, words, counts) for split in assign(index)]
+        return parts, index + 1
 
-
-def without_first(chunks, count):
-    """Yield (index of its first document, documents) of each chunk, without `count` documents."""
-    index = 0
-    for documents in chunks:
-        rest = documents[max(0, count - index):]
-        index += len(documents)
-        if rest:
-            yield index - len(rest), rest
-
-
-def in_order(jobs, ahead):
-    """Yield the results of futures in order; at most `ahead` are in memory."""
-    jobs = iter(jobs)
-    waiting = deque(islice(jobs, ahead))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(islice(jobs, 1))
+    documents, jobs = islice(enumerate(read()), first, None), deque()
+    while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
+        jobs.append(pool.submit(encode_chunk, chunk))
+        if len(jobs) == 4 * os.cpu_count():
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
 
 
 # ---- the manifest
@@ -253,49 +220,42 @@ def in_order(jobs, ahead):
 def read_manifest(folder):
     """The manifest of a prepared corpus. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "manifest.json"
-    if not path.exists():
-        raise UserError(f"no token shards in {folder}: prepare them with data.py (python data.py "
-                        "--help lists the corpora)")
-    manifest = read_json(path)
-    if isinstance(manifest, dict):
-        manifest.setdefault("kind", "text")  # which old manifests lack
+    need(path.exists(), f"no token shards in {folder}: prepare them with data.py (python data.py "
+         "--help lists the corpora)")
+    manifest = {"kind": "text"} | read_json(path, dict)  # old manifests lack the kind
     check_value(manifest, MANIFEST, path)
     kind, dtype = manifest["kind"], manifest["dtype"]
-    if kind not in ("text", "samples") or dtype not in ("uint16", "uint32"):
-        raise damaged(path, f"kind {kind!r} with dtype {dtype!r} is unknown")
-    if kind == "samples":
-        check_value(manifest, {"format": ""}, path)
+    intact(kind in ("text", "samples") and dtype in ("uint16", "uint32"), path,
+           f"kind {kind!r} with dtype {dtype!r} is unknown")
+    check_value(manifest, {"format": ""} if kind == "samples" else {}, path)
     return manifest
 
 
 def check_value(value, example, path, where=""):
     """Raise UserError unless a value of a JSON file is of the type of an example.
-
     A dict needs the keys of the example; the entries of a list are compared with its first entry.
-    where: the place of the value in the file.
-    """
-    if not isinstance(value, (int, float) if isinstance(example, float) else type(example)):
-        raise damaged(path, f"{where or 'its content'} must be of type {type(example).__name__}, "
-                            f"is {value!r:.80}")
+    where: the place of the value in the file."""
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    intact(isinstance(value, kinds), path,
+           f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
     if isinstance(example, list):
         for entry in value:
             check_value(entry, example[0], path, where)
     if isinstance(example, dict):
         for key in example:
             name = f"{where}.{key}".lstrip(".")
-            if key not in value:
-                raise damaged(path, f"it has no key {name}")
+            intact(key in value, path, f"it has no key {name}")
             check_value(value[key], example[key], path, name)
 
 
-def damaged(path, reason):
-    """The UserError for a file of a prepared folder."""
-    return UserError(f"{path} is damaged ({reason}): remove {path.parent} and prepare it again")
+def intact(condition, path, reason):
+    """Raise UserError with the reason, for a file of prepared data, unless the condition holds."""
+    need(condition, f"{path} is damaged ({reason}): remove {path.parent} and prepare it again")
 
 
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
-    documents, clauses = {"text": "documents", "samples": "samples"}[manifest["kind"]], []
+    documents, clauses = "documents" if manifest["kind"] == "text" else "samples", []
     for split, totals in manifest["splits"].items():
         if any(totals.values()):
             counts = "".join(f", {totals[counter]:,} {name}" for counter, name in COUNTERS.items()
@@ -311,17 +271,16 @@ def summary(manifest):
 def fingerprint(folder):
     """A short checksum of a prepared corpus: equal for equal tokens in equal order."""
     manifest = read_manifest(folder)
-    facts = {key: manifest[key] for key in ("tokenizer", "vocab_size", "dtype")}
-    shards = {split: totals["shards"] for split, totals in manifest["splits"].items()}
-    text = json.dumps([manifest["kind"], facts, shards], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    facts = [manifest["kind"], {key: manifest[key] for key in ("tokenizer", "vocab_size", "dtype")},
+             {split: totals["shards"] for split, totals in manifest["splits"].items()}]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- reading
 
 def open_split(folder, split, verify=True):
     """One split of a prepared folder, as Samples or as Tokens."""
-    reader = {"text": Tokens, "samples": Samples}[read_manifest(folder)["kind"]]
+    reader = Samples if read_manifest(folder)["kind"] == "samples" else Tokens
     return reader(folder, split, verify)
 
 
@@ -331,40 +290,36 @@ class Tokens:
 
     def __init__(self, folder, split, verify=True):
         """verify: compare every shard with its checksum (a few GB/s); sizes are always compared."""
-        self.folder, self.split, self.manifest = Path(folder), split, read_manifest(folder)
+        self.folder, self.split, self.verify = Path(folder), split, verify
+        self.manifest = read_manifest(folder)
         self.vocab_size, self.tokenizer = self.manifest["vocab_size"], self.manifest["tokenizer"]
         self.totals = self.manifest["splits"][split]
-        if not self.totals["shards"]:
-            advice = ": prepare it again with --val FILES" if split == "val" else ""
-            raise UserError(f"{folder} has no {split} documents{advice}")
+        need(self.totals["shards"], f"{folder} has no {split} documents: prepare it again with "
+             "more text, or with --val FILES")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            map_shard = partial(self._map_shard, verify=verify)
-            self.shards = list(pool.map(map_shard, self.totals["shards"]))
+            self.shards = list(pool.map(self._map_shard, self.totals["shards"]))
         self.shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
-    def _map_shard(self, shard, verify):
+    def _map_shard(self, shard):
         path, dtype = self.folder / shard["file"], np.dtype(self.manifest["dtype"])
         size = path.stat().st_size if path.exists() else 0
         expected = shard["tokens"] * dtype.itemsize
-        if size != expected:
-            raise damaged(path, f"it should hold {expected} bytes and holds {size}")
+        intact(size == expected, path, f"it should hold {expected} bytes and holds {size}")
         words = np.memmap(path, dtype, mode="r")
-        if verify and zlib.crc32(words) != shard["crc32"]:
-            raise damaged(path, f"its checksum is {zlib.crc32(words)}, expected {shard['crc32']}")
+        checksum = zlib.crc32(words) if self.verify else shard["crc32"]
+        intact(checksum == shard["crc32"], path,
+               f"its checksum is {checksum}, expected {shard['crc32']}")
         return words
 
     def must_suit(self, model, tok, where):
         """Raise UserError if a model cannot be used with these tokens.
-
-        tok: the model's tokenizer, None if unknown. where: the path of the model, for the message.
-        """
-        if tok and tok.name != self.tokenizer:
-            choice = where if tok.folder else tok.name
-            raise UserError(f"{where} has the tokenizer {tok.name}, {self.folder} was prepared "
-                            f"with {self.tokenizer}: prepare it again with --tokenizer={choice}")
-        if self.vocab_size > model.cfg.vocab_size:
-            raise UserError(f"{self.folder} has a vocabulary of {self.vocab_size} tokens, {where} "
-                            f"has {model.cfg.vocab_size}")
+        tok: the model's tokenizer, None if unknown. where: the path of the model."""
+        if tok:
+            advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
+            need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "
+                 f"was prepared with {self.tokenizer}: {advice}")
+        need(self.vocab_size <= model.cfg.vocab_size, f"{self.folder} has a vocabulary of "
+             f"{self.vocab_size} tokens, {where} has {model.cfg.vocab_size}")
 
     def __len__(self):
         return int(self.shard_starts[-1])
@@ -372,9 +327,9 @@ class Tokens:
     def read(self, position, count):
         """Token ids (count,) int64 from a position on. Raises UserError for an invalid id."""
         ids = self.words(position, count).astype(np.int64) & self.id_bits
-        if ids.max() >= self.vocab_size:
-            raise damaged(self.folder / "manifest.json", f"token id {ids.max()} lies outside the "
-                          f"vocabulary of {self.vocab_size}")
+        largest = ids.max()
+        intact(largest < self.vocab_size, self.folder / "manifest.json",
+               f"token id {largest} lies outside the vocabulary of {self.vocab_size}")
         return ids
 
     def words(self, position, count):
@@ -387,34 +342,28 @@ class Tokens:
 
 
 class Samples(Tokens):
-    """One split of samples, with one number per sample in the arrays sample_starts (and the end of
-    the last one), lengths (tokens) and learned (tokens)."""
+    """One split of samples. sample_starts (and the end), lengths, learned: tokens per sample."""
     id_bits = FIRST - 1
 
     def __init__(self, folder, split, verify=True):
         super().__init__(folder, split, verify)
         self.format = self.manifest["format"]
-        sample_starts, learned_counts = [], []
-        for shard, shard_start in zip(self.shards, self.shard_starts[:-1], strict=True):
-            offsets = np.flatnonzero(shard & FIRST)
-            learned = shard >= LEARNED
-            learned[offsets] = False  # nothing predicts a first token
-            learned_counts.append(np.add.reduceat(learned, offsets, dtype=np.int64))
-            sample_starts.append(offsets + shard_start)
-        self.sample_starts = np.concatenate([*sample_starts, [len(self)]])
-        self.learned = np.concatenate(learned_counts)
-        self.lengths = np.diff(self.sample_starts)
+        starts = [np.flatnonzero(shard & FIRST) for shard in self.shards]
+        # nothing predicts a first token, so it does not count as learned
+        learned = [np.add.reduceat(shard & (FIRST | LEARNED) == LEARNED, first, dtype=np.int64)
+                   for shard, first in zip(self.shards, starts, strict=True)]
+        self.sample_starts = np.concatenate([*map(np.add, starts, self.shard_starts), [len(self)]])
+        self.learned, self.lengths = np.concatenate(learned), np.diff(self.sample_starts)
 
     def sample(self, i):
         """(ids int64, which of them are learned) of sample i."""
         position, count = int(self.sample_starts[i]), int(self.lengths[i])
         return self.read(position, count), self.words(position, count) >= LEARNED
 
-    def rows(self, which, length, count=0):
-        """(inputs, targets) of some samples, each (max(samples, count), length) int64.
-
-        Targets are -100 where they are not learned, in the padding, and in rows without a sample.
-        """
+    def rows(self, which, seq_len, count=0):
+        """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
+        Targets are -100 where nothing is learned, in the padding, and in rows without a sample."""
+        length = self.padded(self.lengths[which].max(initial=2), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)
         for row, i in enumerate(which):
@@ -424,17 +373,13 @@ class Samples(Tokens):
         return inputs, targets
 
     def padded(self, longest, seq_len):
-        """The length of rows whose longest sample has so many tokens, for numbers and arrays.
-
-        Inputs lack a sample's last token, so this is longest - 1, rounded up, and at most seq_len.
-        """
+        """The length of rows whose longest sample has so many tokens, for numbers and arrays."""
+        # inputs lack a sample's last token
         return np.minimum(-(-(longest - 1) // ALIGNED) * ALIGNED, seq_len)
 
     def must_fit(self, seq_len):
         """Raise UserError if a sample is longer than seq_len."""
         longest = self.lengths.max()
-        if longest > seq_len:
-            raise UserError(
-                f"{self.folder} has a {self.split} sample of {longest} tokens, seq_len is "
-                f"{seq_len}: take --seq_len={longest}, or prepare it again with "
-                f"--seq_len={seq_len}, which drops longer samples (--long=truncate cuts them)")
+        need(longest <= seq_len, f"{self.folder} has a {self.split} sample of {longest} tokens, "
+             f"seq_len is {seq_len}: take --seq_len={longest}, or prepare it again with "
+             f"--seq_len={seq_len}, which drops longer samples (--long=truncate cuts them)")

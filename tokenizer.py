@@ -1,25 +1,22 @@
 """Text <-> token ids: tiktoken's encodings, plain bytes, Hugging Face's tokenizer.json.
 
     tok = load("gpt2")           or "bytes", or the path of a directory
-    tok.encode("some text")      the ids of a document, uint32
+    tok.encode("some text")      the ids (uint32) of a document
     tok.decode(ids)
 
 A tokenizer has these attributes and methods:
 
-    name                   equal names give equal ids
-    vocab_size             all ids are below it
-    eos_id                 the end-of-text id
-    bos_ids                the ids that open a document
+    name, vocab_size       equal names give equal ids; all are below vocab_size
+    eos_id, bos_ids        end-of-text; the ids that open a document
     folder                 its directory; None: the name is enough to load it
-    chat_template          as text, or None
-    special_tokens         {"bos_token": text, "eos_token": text}, for the chat template
-    encode(text)           the ids (uint32) of a document; names of special tokens are text
+    chat_template          as text, or None; special_tokens: {"bos_token", "eos_token"} for it
+    encode(text)           the ids of a document; names of special tokens are text
     encode_part(text)      the ids of a text inside a document
     encode_template(text)  the same; the names of special tokens in the text become these tokens
     decode(ids)            the text
     decoder()              a streaming decoder, a function id -> text; buffers incomplete UTF-8
-    copy_files(folder)     copy the files that load(name, folder) needs
-    export_files(folder)   write the files that transformers and vLLM read
+    copy_files(folder)     copies the files that load(name, folder) needs
+    export_files(folder)   writes the files that transformers and vLLM read
 """
 import codecs
 import hashlib
@@ -30,45 +27,38 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, read_json, write_json
+from config import UserError, need, read_json, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
+# GPT-2 writes a printable byte as its Latin-1 letter, and the n-th of the other bytes as U+0100 + n
+LETTERS = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
 @lru_cache
 def load(name, folder=None):
     """A tokenizer by its name, or by the path of its directory. Raises UserError.
-
-    folder: holds the files of a tokenizer whose name is the hash of its tokenizer.json.
-    """
-    if name == "bytes":
-        return Tiktoken(byte_encoding())
+    folder: holds the files of a tokenizer whose name is the hash of its tokenizer.json."""
+    if name == "bytes":  # a byte is a token, and 256 is end-of-text
+        return Tiktoken(tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
+            mergeable_ranks={bytes([i]): i for i in range(256)}))
     if name.startswith("tokenizer.json:"):
         tok = Json(folder)
-        if tok.name != name:
-            raise UserError(f"{folder}/tokenizer.json is {tok.name}, expected {name}: the file was "
-                            "changed or replaced")
+        need(tok.name == name, f"{folder}/tokenizer.json is {tok.name}, expected {name}: the file "
+             "was changed or replaced")
         return tok
     if (Path(name) / "tokenizer.json").exists():
         return Json(name)
     names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UserError(f"unknown tokenizer {name!r}: take bytes, {', '.join(names)}, or a folder "
-                        "with a tokenizer.json")
+    need(name in names, f"unknown tokenizer {name!r}: take bytes, {', '.join(names)}, or a folder "
+         "with a tokenizer.json")
     try:
         return Tiktoken(tiktoken.get_encoding(name))
     except OSError as error:  # the exceptions of requests are OSErrors
         raise UserError(f"tokenizer {name} could not be downloaded ({type(error).__name__}): run "
                         "once with a network, or set TIKTOKEN_CACHE_DIR to a tiktoken cache that "
                         "holds it") from None
-
-
-def byte_encoding():
-    """tiktoken's encoding in which a byte is a token, and 256 is end-of-text."""
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}",
-                             mergeable_ranks={bytes([i]): i for i in range(256)},
-                             special_tokens={"<|endoftext|>": 256})
 
 
 def without_surrogates(text):
@@ -83,15 +73,12 @@ class Tiktoken:
     def __init__(self, encoding):
         self.encoding, self.name = encoding, encoding.name
         self.vocab_size, self.eos_id = encoding.n_vocab, encoding.eot_token
-        self.bos_ids = [self.eos_id]
+        self.bos_ids, self.decode = [self.eos_id], encoding.decode
 
     def encode(self, text):
         return self.encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
 
     encode_part = encode
-
-    def decode(self, ids):
-        return self.encoding.decode(ids)
 
     def decoder(self):
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -102,9 +89,7 @@ class Tiktoken:
 
     def export_files(self, folder):
         """Write a tokenizer.json with the same ids.
-
-        One difference remains: transformers takes the name of a special token for the token.
-        """
+        One difference remains: transformers takes the name of a special token for the token."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
         vocabulary = {in_letters(token): rank for token, rank in ranks.items()}
@@ -119,14 +104,19 @@ class Tiktoken:
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)
                                       for text in sorted(special_tokens, key=special_tokens.get)])
-        end = self.encoding.decode([self.eos_id])
-        if tokenizer.token_to_id(end) != self.eos_id:
-            raise UserError(f"tokenizer {self.name} leaves gaps between its ids, which "
-                            "tokenizer.json cannot express")
+        end = self.decode([self.eos_id])
+        need(tokenizer.token_to_id(end) == self.eos_id, f"tokenizer {self.name} leaves gaps "
+             "between its ids, which tokenizer.json cannot express")
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-                  "pad_token": end, "clean_up_tokenization_spaces": False}
-        write_json(Path(folder) / "tokenizer_config.json", config)
+        tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", **tokens,
+            "clean_up_tokenization_spaces": False})
+
+
+def in_letters(token):
+    """The bytes of a token in GPT-2's letters."""
+    return token.decode("latin1").translate(LETTERS)
 
 
 class Json:
@@ -136,24 +126,20 @@ class Json:
         from tokenizers import Tokenizer
         self.folder = Path(folder)
         file, self.config_file, _, template_file = (self.folder / name for name in FILES)
-        text = read_text(file)
-        self.name = f"tokenizer.json:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.name = f"tokenizer.json:{hashlib.sha256(read_text(file).encode()).hexdigest()[:12]}"
         # two objects, since threads share them
         self.tokenizer, self.with_specials = (read_text(file, Tokenizer.from_str) for _ in range(2))
         self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
         self.vocab_size = self.tokenizer.get_vocab_size()
-        self.config = read_json(self.config_file)
-        if not isinstance(self.config, dict):
-            raise UserError(f"{self.config_file} must hold an object, holds {self.config!r:.80}")
+        self.config = read_json(self.config_file, dict)
         self.special_tokens = {key: self._text(key) or "" for key in ("bos_token", "eos_token")}
         end = self.special_tokens["eos_token"]
         self.eos_id = self.tokenizer.token_to_id(end)
-        if self.eos_id is None:
-            raise UserError(f"{self.config_file}: eos_token {end!r} is no token of tokenizer.json")
+        need(self.eos_id is not None,
+             f"{self.config_file}: eos_token {end!r} is no token of tokenizer.json")
         self.bos_ids = self.tokenizer.encode("").ids or [self.eos_id]
-        self.chat_template = self._text("chat_template")
-        if template_file.exists():
-            self.chat_template = read_text(template_file)
+        own_file = template_file.exists()
+        self.chat_template = read_text(template_file) if own_file else self._text("chat_template")
 
     def _text(self, key):
         """A text of tokenizer_config.json, or None: some files hold {"content": text}, or a list
@@ -163,8 +149,8 @@ class Json:
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
             value = named.get("default", {}).get("template")
         text = value.get("content") if isinstance(value, dict) else value
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{self.config_file}: {key} must be text, is {text!r:.80}")
+        need(text is None or isinstance(text, str),
+             f"{self.config_file}: {key} must be text, is {text!r:.80}")
         return text
 
     def encode(self, text):
@@ -202,16 +188,3 @@ def read_text(path, parse=str):
         return parse(path.read_bytes().decode())
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
-
-
-@lru_cache
-def byte_letters():
-    """GPT-2's letter for each byte: printable bytes keep theirs, the others get U+0100 and up."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def in_letters(token):
-    """The bytes of a token in GPT-2's letters."""
-    return "".join(byte_letters()[byte] for byte in token)

@@ -34,7 +34,7 @@ import data
 import mora
 import tokenizer
 from batches import Batches, SampleBatches
-from config import UserError
+from config import UserError, as_user_error, need
 from evaluate import perplexity
 from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
@@ -54,8 +54,7 @@ def train(cfg):
 
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
-    newest = check_run_folder(cfg, rank)
-    cycle = checkpoint.read_state(newest)["cycle"] if newest else 0
+    newest, cycle = check_run_folder(cfg, rank)
     optimizer = prepare_model(cfg, model, device, cycle)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
@@ -72,16 +71,15 @@ def train(cfg):
                                 cfg.eval_tokens)
             log.scores(step, scores)
         if step > first_step and (step % cfg.save_every == 0 or last or stopping):
-            checkpoint.save(cfg, step, cycle, model, optimizer, tok, scores.get("loss"),
-                            cfg.keep_best)
+            checkpoint.save(cfg, step, cycle, model, optimizer, tok, scores.get("loss"))
         if last or stopping:
             break
 
         # ReLoRA, ReMoRA: a cycle is over, its update joins the weights
         if cfg.cycle(step)[0] > cycle:
             cycle = cfg.cycle(step)[0]
-            log.restart(step, cycle, mora.restart(model, optimizer, cycle, cfg.seed,
-                                                  cfg.restart_keep))
+            report = mora.restart(model, optimizer, cycle, cfg.seed, cfg.restart_keep)
+            log.restart(step, cycle, report)
             fit_scales(model)
         clock += time.time() - pause
 
@@ -109,19 +107,19 @@ def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    kind, gpus, device = cfg.device, torch.cuda.device_count(), None
+    kind, gpus = cfg.device, torch.cuda.device_count()
     if kind == "auto":
         usable = {"cuda": gpus, "mps": torch.backends.mps.is_available() and world == 1}
         kind = next((name for name in usable if usable[name]), "cpu")
+    device, gpu = torch.device(kind), None
     if kind == "cuda":
-        if local >= gpus:
-            raise UserError(f"process {local} of this machine has no GPU, it has {gpus}: lower "
-                            "--nproc_per_node, or take --device=cpu")
-        device = torch.device(kind, local)
+        need(local < gpus, f"process {local} of this machine has no GPU, it has {gpus}: lower "
+             "--nproc_per_node, or take --device=cpu")
+        device = gpu = torch.device(kind, local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device else "gloo", device_id=device)
-    return rank, world, device or torch.device(kind)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    return rank, world, device
 
 
 def open_data(cfg, rank, world):
@@ -147,10 +145,7 @@ def make_batches(cfg, tokens, device, rank, world):
 
 
 def build_model(cfg, tokens):
-    """Return (cfg, model without adapters): random weights by seed, or the weights of init_from.
-
-    The shape of init_from's model replaces the config's.
-    """
+    """Return (cfg, model without adapters): random weights by seed, or those of init_from."""
     if not cfg.init_from:
         shape = LlamaConfig(vocab_size=tokens.vocab_size, **cfg.model())
         return cfg, Llama(shape, cfg.seed, cfg.residual_init)
@@ -165,15 +160,15 @@ def build_model(cfg, tokens):
 
 
 def check_run_folder(cfg, rank):
-    """Return the checkpoint to continue from, or None; refuse to mix two runs in a folder."""
-    newest = (checkpoint.steps_of(cfg.out) or [None])[-1]
-    if newest and not cfg.resume:
-        raise UserError(f"{cfg.out} holds a run that reached {newest.name}: continue it with "
-                        "--resume, choose another --out=..., or remove it")
-    if not newest:
+    """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
+    steps = checkpoint.steps_of(cfg.out)
+    if not steps:
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
-        return None
+        return None, 0
+    newest = steps[-1]
+    need(cfg.resume, f"{cfg.out} holds a run that reached {newest.name}: continue it with "
+         "--resume, choose another --out=..., or remove it")
     if rank == 0:
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
@@ -183,23 +178,22 @@ def check_run_folder(cfg, rank):
                if before[key] != now[key]]
     if state.get("corpus", fingerprint(cfg.data)) != fingerprint(cfg.data):
         changed.append(f"the tokens in {cfg.data} changed since")
-    if changed:
-        raise UserError(f"{newest} is of another experiment: {'; '.join(changed)}")
-    if state["step"] > cfg.steps:
-        raise UserError(f"{newest} is past the last step: steps is {cfg.steps}; take --steps="
-                        f"{state['step']} or more")
-    return newest
+    need(not changed, f"{newest} is of another experiment: {'; '.join(changed)}")
+    need(state["step"] <= cfg.steps, f"{newest} is past the last step: steps is {cfg.steps}; take "
+         f"--steps={state['step']} or more")
+    return newest, state["cycle"]
 
 
 def prepare_model(cfg, model, device, cycle):
     """Adapt, move, set precision, compile, in this order and in place; return the optimizer."""
     if cfg.adapter():
-        try:
+        with as_user_error(f"method {cfg.method}", ValueError):
             mora.adapt(model, **cfg.adapter(), cycle=cycle)
-        except ValueError as error:
-            raise UserError(error) from None
-    if cfg.base_dtype == "float8" or cfg.matmul == "fp8":
-        must_have_fp8(device)
+    on_gpu = device.type == "cuda"
+    if cfg.matmul == "fp8" or cfg.base_dtype == "float8":  # a CPU emulates it, for tests
+        has_fp8 = not on_gpu or torch.cuda.get_device_capability(device) >= (8, 9)
+        need(has_fp8 and device.type != "mps", "FP8 needs a GPU of compute capability 8.9 or more "
+             f"(Ada, Hopper), {device} has less: leave out --matmul and --base_dtype")
     if cfg.base_dtype == "float8":
         keep_in_fp8(model)
     for name, parameter in model.named_parameters():
@@ -209,7 +203,6 @@ def prepare_model(cfg, model, device, cycle):
     if cfg.shard and dist.is_initialized():
         shard(model, device)
     model.to(device)
-    on_gpu = device.type == "cuda"
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     model.checkpoint_blocks = cfg.checkpoint_blocks
@@ -220,19 +213,9 @@ def prepare_model(cfg, model, device, cycle):
     return build_optimizer(cfg, model, device)
 
 
-def must_have_fp8(device):
-    """Raise UserError if a device has no FP8 products. (A CPU emulates them, for tests.)"""
-    on_gpu = device.type == "cuda"
-    if device.type == "mps" or on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("FP8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), "
-                        f"{device} has less: leave out --matmul and --base_dtype")
-
-
 def shard(model, device):
     """Leave a part of every parameter on each rank (FSDP), in place; gradients and states follow.
-
-    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's.
-    """
+    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -250,10 +233,7 @@ def stop_if_not_finite(losses, norms, step, cfg):
     """Raise UserError if one of the steps up to `step` has a loss or norm that is not finite."""
     for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}; "
-                            f"{checkpoint.last_good(cfg.out)}; lower --lr (now {cfg.lr:g}), "
-                            f"lengthen --warmup ({cfg.warmup}) or lower --grad_clip "
-                            f"({cfg.grad_clip:g})")
+            raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
 
 
 def agree(numbers, stop_requested, world):
@@ -297,10 +277,7 @@ def header(cfg, model, device, world, first_step, batches):
 
 
 class Log:
-    """Each record as one line for people, on rank 0, and as JSON in the run's log.jsonl.
-
-    log_to sends the numbers to wandb or TensorBoard too.
-    """
+    """Each record as one line for people and as JSON in log.jsonl and to log_to; rank 0 alone."""
 
     def __init__(self, cfg, rank, head):
         self.cfg, self.is_open = cfg, rank == 0
@@ -311,15 +288,15 @@ class Log:
         config.write_json(out / "config.json", head["config"])
         self.file = open(out / "log.jsonl", "a", buffering=1)
         self.file.write(json.dumps(head) + "\n")
-        changed = config.differences(cfg)
-        print(f"{cfg.out}: {', '.join(f'{key}={value}' for key, value in changed.items())}")
-        print(f"{head['trainable_parameters']:,} of {head['parameters']:,} parameters train on "
-              f"{head['processes']} x {head['device']}, {head['dtype']}; a step is "
-              f"{head['step_is']} in {head['accumulate']} x {head['micro_batch']} sequences per "
-              "process")
+        changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
+                   if getattr(cfg, name) != field.default]
+        print(f"{cfg.out}: {', '.join(changed)}")
+        print("{trainable_parameters:,} of {parameters:,} parameters train on {processes} x "
+              "{device}, {dtype}; a step is {step_is} in {accumulate} x {micro_batch} sequences "
+              "per process".format(**head))
         if cfg.matmul == "fp8":
-            print(f"{head['fp8_layers']} of {head['linear_layers']} linear layers of the blocks "
-                  "run in FP8")
+            print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
+                  .format(**head))
         self.send = tracker(cfg, head["config"]) if cfg.log_to else None
 
     def __call__(self, step, line, **values):
@@ -389,20 +366,16 @@ def tracker(cfg, settings):
 
 def main(argv):
     cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
-    out, is_first = Path(cfg.out), os.environ.get("RANK", "0") == "0"
-    if is_first:
-        out.mkdir(parents=True, exist_ok=True)
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        with config.lock(out, "the run") if is_first else contextlib.nullcontext():
+        with config.lock(cfg.out, "the run") if is_first else contextlib.nullcontext():
             train(cfg)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise UserError("another process of the run has ended, its own output says why; "
-                        f"{checkpoint.last_good(out)}") from error
+                        f"{checkpoint.last_good(cfg.out)}") from error
     finally:
-        if is_first and not any(out.iterdir()):
-            out.rmdir()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ device, compile = "cpu", "off"
 
 
 def texts(count=200):
-    yield [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
+    return [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
 
 
 @pytest.fixture(autouse=True)
@@ -132,14 +132,14 @@ def finish(processes):
 
 
 def prompts(count=103):
-    """One list of rows with prompts and responses of many lengths; some responses are empty."""
+    """Rows with prompts and responses of many lengths; some responses are empty."""
     generator = np.random.default_rng(0)
     rows = []
     for i in range(count):
         prompt = f"{i}" * generator.integers(1, 6)
         response = "abcdefgh"[:generator.integers(0, 8)] * generator.integers(1, 6)
         rows.append({"prompt": prompt, "response": response})
-    yield rows
+    return rows
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +148,8 @@ def pairs(tmp_path_factory):
     import sft
     folder = tmp_path_factory.mktemp("data") / "pairs"
 
-    def assign(rows, first):
-        return {"train": rows, "val": rows[::10]}
+    def assign(index):
+        return ["train"] if index % 10 else ["train", "val"]
 
     sft.prepare(folder, "bytes", {"source": "test"}, [(prompts, assign)], "prompt")
     return folder

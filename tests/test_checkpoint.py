@@ -3,8 +3,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -147,7 +145,8 @@ def test_tensors_of_other_shapes_are_named(copy):
     moments = optimizer["state"][0]
     moments["exp_avg"] = moments["exp_avg"][:1]
     torch.save(optimizer, step / "optimizer.pt")
-    with pytest.raises(UserError, match="optimizer.pt: exp_avg does not fit a parameter of shape"):
+    with pytest.raises(UserError, match="optimizer.pt does not fit the optimizer: exp_avg has the "
+                       r"shape \(1, .*\), its parameter \("):
         resume()
     torch.save({"state": {}, "param_groups": []}, step / "optimizer.pt")
     with pytest.raises(UserError, match="optimizer.pt does not fit the optimizer"):
@@ -200,18 +199,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_trace(trained, tmp_path, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl"]
-
-
-def test_only_the_leftovers_of_dead_processes_are_removed(copy):
-    out, _, resume = copy
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    names = [f".writing-step-00000003.{dead.pid}", ".removing-step-00000001",
-             f".writing-step-00000003.{os.getppid()}"]
-    for name in names:
-        (out / name / "base").mkdir(parents=True)
-    resume()
-    assert [name for name in names if (out / name).exists()] == names[2:]
 
 
 def test_two_merges_into_one_target_do_not_mix(copy, tmp_path, monkeypatch):
@@ -322,13 +309,13 @@ def test_seq_len_of_another_kind_is_named(directory, corpus):
 # ------------------------------------------------------------
 # the best checkpoint
 
-def save_steps(trained, out, losses, **options):
+def save_steps(trained, out, losses, *words):
     """Save steps 1, 2, ... with these validation losses; returns the names of what is kept."""
     model, tok, _ = checkpoint.load(trained / "run")
-    cfg = train.config.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2"], default=None)
+    cfg = train.config.load([str(trained / "tiny.py"), f"--out={out}", "--keep=2", *words], None)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, loss in enumerate(losses, 1):
-        checkpoint.save(cfg, step, 0, model, optimizer, tok, loss, **options)
+        checkpoint.save(cfg, step, 0, model, optimizer, tok, loss)
     return [int(path.name[5:]) for path in checkpoint.steps_of(out)]
 
 
@@ -337,7 +324,7 @@ def save_steps(trained, out, losses, **options):
     ((2.0, None, None, 1.0, None, None), [4, 5, 6]), ((float("nan"), 2.0, 3.0, 4.0), [2, 3, 4]),
 ], ids=str)
 def test_the_best_is_kept_beside_the_newest(trained, tmp_path, losses, kept):
-    assert save_steps(trained, tmp_path / "run", losses, keep_best=True) == kept
+    assert save_steps(trained, tmp_path / "run", losses, "--keep_best") == kept
 
 
 def test_without_keep_best_the_newest_are_kept(trained, tmp_path):
@@ -346,7 +333,7 @@ def test_without_keep_best_the_newest_are_kept(trained, tmp_path):
 
 def test_the_verbs_take_the_best(trained, tmp_path, corpus, capsys):
     out = tmp_path / "run"
-    save_steps(trained, out, (3.0, 1.0, 2.0), keep_best=True)
+    save_steps(trained, out, (3.0, 1.0, 2.0), "--keep_best")
     (out / "step-00000003" / "state.json").write_text("{")  # passed over, as it is not the best
     evaluate.main([str(out), str(corpus), "--best"])
     result = json.loads(capsys.readouterr().out)

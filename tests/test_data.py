@@ -23,11 +23,6 @@ def prepare(folder, read, source="test", **options):
     return data.prepare(folder, tokenizer.load("bytes"), {"source": source}, stages, **options)
 
 
-def chunks(*lists):
-    """A source that yields these lists."""
-    return lambda: iter(lists)
-
-
 def stored(folder, split):
     """The bytes of a split, with 0 for end-of-text."""
     tokens = Tokens(folder, split)
@@ -41,7 +36,7 @@ def expected(documents):
 
 def test_documents_come_back(tmp_path):
     documents = MIXED * 60 + ["lone \ud800 surrogate", ""]
-    manifest = prepare(tmp_path / "d", chunks(documents[:100], documents[100:]))
+    manifest = prepare(tmp_path / "d", lambda: documents)
     written = [document.replace("\ud800", "\ufffd") for document in documents]
     splits = {"val": written[99::100],
               "train": [text for i, text in enumerate(written) if i % 100 != 99 and text]}
@@ -155,7 +150,7 @@ def test_the_share_of_unusable_rows_is_checked_long_before_the_end(tmp_path, mon
     monkeypatch.setattr(data, "CHECKED_ROWS", 1000)
     rows = itertools.cycle([{"text": "a"}] * 9 + [{"body": "b"}])
     sources = [("endless", "", lambda: rows)]
-    with pytest.raises(UserError, match="102 of 1,024 rows .* first is endless, row 10: no key"):
+    with pytest.raises(UserError, match="100 of 1,000 rows .* first is endless, row 10: no key"):
         prepare(tmp_path / "d", lambda: data.documents(sources, data.text_of))
 
 
@@ -176,11 +171,12 @@ def test_a_text_keeps_its_line_breaks(files):
 
 def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
-    lists = [[f"document {i} of chunk {j} " * 5 for i in range(7)] for j in range(30)]
-    whole = prepare(tmp_path / "whole", chunks(*lists))
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 7)
+    documents = [f"document {i} of 210 " * 5 for i in range(210)]
+    whole = prepare(tmp_path / "whole", lambda: documents)
 
     def dies():
-        yield from lists[:23]
+        yield from documents[:165]
         raise KeyboardInterrupt
 
     killed = tmp_path / "killed"
@@ -189,7 +185,7 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, monkey
     assert not (killed / "manifest.json").exists()
     with pytest.raises(UserError, match="prepare them with"):
         Tokens(killed, "train")
-    again = prepare(killed, chunks(*lists))
+    again = prepare(killed, lambda: documents)
     assert again["splits"] == whole["splits"]
     assert len(whole["splits"]["train"]["shards"]) > 5
     for shard in whole["splits"]["train"]["shards"]:
@@ -199,7 +195,7 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, monkey
 
 
 def test_a_token_limit_ends_with_a_whole_document(tmp_path):
-    stages = [(chunks(*[["x" * 9] * 40] * 100), data.all_to("train"))]
+    stages = [(lambda: ["x" * 9] * 4000, data.all_to("train"))]
     manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, stages,
                             limits={"train": 1234})
     totals = manifest["splits"]["train"]
@@ -207,7 +203,7 @@ def test_a_token_limit_ends_with_a_whole_document(tmp_path):
 
 
 def test_damage_is_seen(tmp_path):
-    prepare(tmp_path / "d", chunks(MIXED * 50))
+    prepare(tmp_path / "d", lambda: MIXED * 50)
     shard = tmp_path / "d" / "train_00000.bin"
     good = shard.read_bytes()
     shard.write_bytes(good[:-2])
@@ -225,9 +221,10 @@ def test_damage_is_seen(tmp_path):
 
 
 def test_windows_cross_shards(tmp_path, monkeypatch):
-    prepare(tmp_path / "one", chunks(*[MIXED] * 50))
+    prepare(tmp_path / "one", lambda: MIXED * 50)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
-    prepare(tmp_path / "many", chunks(*[MIXED] * 50))
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 4)
+    prepare(tmp_path / "many", lambda: MIXED * 50)
     one, many = Tokens(tmp_path / "one", "train"), Tokens(tmp_path / "many", "train")
     assert len(many.shards) > 10 and len(one.shards) == 1 and len(one) == len(many)
     for position, count in ((0, len(one)), (250, 900), (len(one) - 1, 1)):
@@ -271,6 +268,6 @@ def test_evaluation_counts_every_token_once(corpus, world, limit):
 
 def test_ids_are_the_tokenizers_with_end_of_text_between():
     tok = tokenizer.load("bytes")
-    part = shards.encode_text(tok, MIXED)
-    assert [words.tolist() for words in part.documents] == [[*text.encode(), 256] for text in MIXED]
-    assert part.sizes == [len(text.encode()) for text in MIXED]
+    for text in MIXED:
+        words, counts = shards.encode_text(tok, text)
+        assert words.tolist() == [*text.encode(), 256] and counts == {"bytes": len(text.encode())}

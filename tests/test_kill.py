@@ -56,7 +56,7 @@ def small_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 2000)
     monkeypatch.setattr(shards, "time", SimpleNamespace(time=lambda: 0.0))
-    monkeypatch.setattr(data, "CHUNK_DOCUMENTS", 20)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 20)
     rows = [json.dumps({"prompt": f"{i} " * (i % 17 + 1), "response": "r" * (i % 9)})
             for i in range(1000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

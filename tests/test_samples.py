@@ -188,7 +188,7 @@ def test_the_loss_is_the_mean_over_learned_tokens(pairs):
     result = evaluate.perplexity(model, samples, 64, 4)
     assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result["tokens"] == len(losses) == samples.learned.sum()
-    response_bytes = sum(len(row["response"]) for row in next(prompts())[::10])
+    response_bytes = sum(len(row["response"]) for row in prompts()[::10])
     bits_per_byte = sum(losses) / np.log(2) / response_bytes
     assert result["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
 

@@ -36,9 +36,8 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 
 def sample(tok, row, **options):
     """(ids, which are learned) of one row."""
-    part = sft.encode(tok, [row], sft.row_format([row], "here"), **options)
-    words, = part.documents
-    assert part.counts["longest"] == len(words)
+    words, counts = sft.encode(tok, row, sft.row_format([row], "here"), **options)
+    assert counts["longest"] == len(words)
     assert (words[:1] & sft.FIRST).all() and not (words[1:] & sft.FIRST).any()
     return (words & (sft.FIRST - 1)).tolist(), (words >= sft.LEARNED).tolist()
 
@@ -66,10 +65,6 @@ def chat_folder(folder, template=CHATML):
     (folder / "chat_template.jinja").write_text(template)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return tokenizer.load(str(folder))
-
-
-def all_train(rows, first):
-    return {"train": rows}
 
 
 def write_rows(path, rows):
@@ -151,7 +146,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
 
     def prepare(name, rows):
         return sft.prepare(tmp_path / name, str(tmp_path / "chat"), {"source": "test"},
-                           [(lambda: [rows], all_train)], "messages")
+                           [(lambda: rows, data.all_to("train"))], "messages")
 
     with pytest.warns(UserWarning, match="refuses a chat: no system message"):
         totals = prepare("data", [{"messages": turns}, refused] * 3)["splits"]["train"]
@@ -176,17 +171,20 @@ def test_a_template_without_end_of_text_gets_one_at_the_end(tmp_path):
 def test_long_samples_are_dropped_or_cut_and_counted():
     sizes = (1, 4, 5, 7, 9, 10)  # samples of 7, 10, 11, 13, 15 and 16 tokens
     rows = [{"prompt": "p" * size, "response": "r" * 4} for size in sizes]
-    dropped = sft.encode(BYTES, rows, "prompt", seq_len=10)
-    assert dropped.counts == {"learned": 10, "longest": 10, "dropped": 4, "truncated": 0,
-                              "refused": 0}
-    assert [len(words) for words in dropped.documents] == [7, 10]
-    cut = sft.encode(BYTES, rows, "prompt", seq_len=10, too_long="truncate")
-    assert cut.counts == {"learned": 10 + 4 + 2, "longest": 10, "dropped": 2, "truncated": 2,
-                          "refused": 0}
-    assert [len(words) for words in cut.documents] == [7, 10, 10, 10]
-    last = cut.documents[-1][-1]  # no end-of-text where the response did not end
+    for too_long, lengths, learned, truncated in (
+            ("drop", [7, 10], [5, 5], [0, 0]),
+            ("truncate", [7, 10, 10, 10], [5, 5, 4, 2], [0, 0, 1, 1])):
+        encoded = [sft.encode(BYTES, row, "prompt", 10, too_long) for row in rows]
+        kept = [(words, counts) for words, counts in encoded if words is not None]
+        assert [len(words) for words, _ in kept] == lengths
+        assert [counts for _, counts in kept] == [
+            {"bytes": 4, "learned": learned[i], "longest": lengths[i], "truncated": truncated[i]}
+            for i in range(len(kept))]
+        dropped = [counts for words, counts in encoded if words is None]
+        assert dropped == [{"dropped": 1}] * (6 - len(kept))
+    last = kept[-1][0][-1]  # no end-of-text where the response did not end
     assert last & 0xff == ord("r") and last >= sft.LEARNED
-    assert sft.encode(BYTES, [{"messages": CHAT[:1]}], "messages").counts["dropped"] == 1
+    assert sft.encode(BYTES, {"messages": CHAT[:1]}, "messages") == (None, {"dropped": 1})
 
 
 def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch, capsys):
@@ -276,7 +274,7 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
     assert len(set(words)) == 600
     assert all(uuid.UUID(text).version == 4 and re.fullmatch("[0-9a-f-]{36}", text)
                for text in words)
-    first = next(sft.uuid_pairs(300, 0))[0]
+    first = next(sft.uuid_pairs(300, 0))
     assert first == {"prompt": texts[0][0] + "\n", "response": texts[0][1]}
     assert list(sft.uuid_pairs(300, 0)) == list(sft.uuid_pairs(300, 0))
     assert list(sft.uuid_pairs(300, 0)) != list(sft.uuid_pairs(300, 1))
