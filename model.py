@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.products is not None and torch.is_grad_enabled():
-            return Float8Linear.apply(x, self.weight, self.products)
+            return self.products(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -88,22 +88,19 @@ def rotate(x, cos, sin):
 
 
 class Past:
-    """A layer's keys and values so far, (B, Hk, T, Dh) each."""
+    """A layer's keys and values so far: both, (2, B, Hk, T, Dh), T >= length."""
     length, both, room = 0, None, 128  # room for more tokens: appending one copies that one alone
 
     def append(self, k, v):
-        """All keys and all values, these being the last."""
-        first, self.length, before = self.length, self.length + k.shape[2], self.both
-        if not first or self.length > before.shape[3]:
-            self.both = k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
-            if first:
-                self.both[:, :, :, :first] = before[:, :, :, :first]
-        self.both[:, :, :, first:self.length] = torch.stack((k, v))
+        """All keys and all values, (B, Hk, length, Dh) each, these being the last."""
+        new, first, self.length = torch.stack((k, v)), self.length, self.length + k.shape[2]
+        if self.both is None:
+            self.both = new[:, :, :, :0]
+        missing = self.length - self.both.shape[3]
+        if missing > 0:
+            self.both = F.pad(self.both, (0, 0, 0, missing + self.room))
+        self.both[:, :, :, first:self.length] = new
         return self.both[:, :, :, :self.length]
-
-    def keep(self, rows):
-        """Forget all sequences but these."""
-        self.both = self.both[:, rows]
 
 
 class Attention(nn.Module):
@@ -308,6 +305,10 @@ class Float8Products(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale, persistent=False)
 
+    def forward(self, x, weight):
+        """y, differentiable in x, and in W if W trains."""
+        return Float8Linear.apply(x, weight, self)
+
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
         columns = weight / self.scale
@@ -316,10 +317,6 @@ class Float8Products(nn.Module):
 
     def dx(self, dy, weight):
         return self.y(dy, weight.T.contiguous())
-
-    def frozen(self, x, weight):
-        """y of a weight that does not train, differentiable."""
-        return Float8Linear.apply(x, weight, self)
 
 
 class Float8Base(Float8Products):
@@ -369,9 +366,9 @@ def block_linears(model):
             if hasattr(module, "products")}
 
 
-def fp8_layers(model):
-    """{name: layer} of the layers that use_fp8 gave FP8 products."""
-    return {name: layer for name, layer in block_linears(model).items()
+def fp8_scales(model):
+    """{name: scale, a tensor} of the layers that use_fp8 gave FP8 products."""
+    return {name: layer.products.scale for name, layer in block_linears(model).items()
             if type(layer.products) is Float8Products}
 
 
@@ -397,26 +394,14 @@ def keep_in_fp8(model):
 def fit_scales(model, only_if_tight=False):
     """Set the FP8 scales from the largest entries of W + dW; return how many were set. A weight
     that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
-    pairs, renewed = [], 0  # (scale, largest entry), tensors
-    for layer in fp8_layers(model).values():
-        weight = layer.merged() if hasattr(layer, "merged") else layer.weight
-        pairs.append((layer.products.scale, weight.abs().max()))
-    numbers = torch.stack([torch.stack(pair) for pair in pairs]).tolist() if pairs else []
-    for (scale, _), (before, entry) in zip(pairs, numbers, strict=True):  # one synchronization
+    layers, scales, largest, renewed = block_linears(model), fp8_scales(model), [], 0
+    for name in scales:
+        weight = layers[name].merged() if hasattr(layers[name], "merged") else layers[name].weight
+        largest.append(weight.abs().max())
+    numbers = torch.stack([*scales.values(), *largest]).view(2, -1).T.tolist() if scales else []
+    for scale, (before, entry) in zip(scales.values(), numbers, strict=True):  # synchronized once
         is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
             scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
             renewed += 1
     return renewed
-
-
-def fp8_scales(model):
-    """{layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
-    return {name: float(layer.products.scale) for name, layer in fp8_layers(model).items()}
-
-
-def load_fp8_scales(model, scales):
-    """Take the scales of a checkpoint, so that a resumed run rounds as if it had never stopped."""
-    for name, layer in fp8_layers(model).items():
-        if name in scales:
-            layer.products.scale.fill_(scales[name])

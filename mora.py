@@ -282,7 +282,7 @@ class AdaptedLinear(nn.Module):
         is_wide, W, products = self.weight.dtype.itemsize >= 4, self.matrix, self.products
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
         if not self.merges or not is_wide or self.dropout or in_transform:
-            y = F.linear(x, W.to(x.dtype)) if products is None else products.frozen(x, W)
+            y = F.linear(x, W.to(x.dtype)) if products is None else products(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
