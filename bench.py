@@ -11,7 +11,6 @@ train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / t
 8192-cubed matrix product in the same dtype, measured here on random data).
 """
 import argparse
-import itertools
 import json
 import math
 import os
@@ -44,10 +43,8 @@ METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")
 METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
             "remora_permute": {"method": "mora", "groups": "permute"}}
-METHODS |= {f"{name}_fp8": METHODS[name] | {"matmul": "fp8"}
-            for name in ("full", "lora", "mora", "mora_rotate", "remora_permute")}
-METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
-            for name in ("full", "lora", "mora")}
+MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"} for name in ("full", "lora", "mora")}
+METHODS |= MUON | {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
            ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
@@ -68,21 +65,19 @@ def settings(shape, name, rank, seq_len, batch):
 
 
 def seconds(work, repeats):
-    """[seconds of each of `repeats` calls of work()], the GPU's part included."""
-    def clock():
+    """[seconds of each of `repeats` calls of work()] on a GPU that is idle before."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter()
-
-    times = [clock()]
-    for _ in range(repeats):
-        work()
-        times.append(clock())
-    return [end - begun for begun, end in itertools.pairwise(times)]
+        times.append(time.perf_counter() - begun)
+    return times
 
 
 def matrix_rate(device, dtype):
-    """FLOP/s of a square matrix product on random data: the median of ten, after three."""
+    """FLOP/s of a square matrix product on random data: the median of ten, after three more."""
     width = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     return 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
@@ -107,7 +102,7 @@ def needed_flops(model, cfg):
 
 
 def measure(args):
-    """The numbers of one method, as a dict: tokens_per_s of all torchrun's ranks, mfu of one."""
+    """Print the numbers of one method in JSON: tokens_per_s of all torchrun's ranks, mfu of one."""
     cfg = settings(args.shape, args.child, args.rank, args.seq_len, args.batch)
     rank, world, device = join_processes(cfg)
     vocab_size = SHAPES[args.shape][4]
@@ -116,7 +111,7 @@ def measure(args):
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
     optimizer, layers = prepare_model(cfg, model, device, cycle=1), mora.adapted_layers(model)
     for _, layer in layers:
-        layer.merges = args.child != "mora_two_paths"
+        layer.merges = not args.child.startswith("mora_two_paths")
     parallel = data_parallel(model, device) if world > 1 else model
     ids = torch.randint(vocab_size, (2, 1, cfg.batch_size, cfg.seq_len), device=device,
                         generator=torch.Generator(device).manual_seed(rank))  # inputs and targets
@@ -130,7 +125,7 @@ def measure(args):
             layer.merge_()
         mora.start_cycle(layers, seed=0, cycle=2)
 
-    block()  # the warm-up: it compiles, and it allocates the optimizer's state
+    seconds(block, 1)  # the warm-up: it compiles, and it allocates the optimizer's state
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = seconds(block, args.repeats)
@@ -144,7 +139,10 @@ def measure(args):
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:
         result["restart_ms"] = 1e3 * median(seconds(restart, 3))
-    return result
+    if rank == 0:
+        print(json.dumps(result), flush=True)
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def run_child(argv, name, processes):
@@ -168,13 +166,13 @@ def compare(args, argv):
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
     prefix = f"ddp{args.processes}." if args.processes > 1 else ""
-    speeds = {}
+    full = math.nan
     for name in args.methods.split(","):
         row = run_child(argv, name, args.processes)
         if row is None:
             continue
-        speeds[name] = row["tokens_per_s"]
-        shown = row | {"to_full": speeds[name] / speeds.get("full", math.nan)}
+        full = row["tokens_per_s"] if name == "full" else full
+        shown = row | {"to_full": row["tokens_per_s"] / full}
         print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
                               for _, key, width, style in COLUMNS), flush=True)
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
@@ -200,15 +198,10 @@ def main(argv):
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    if not args.child:
-        return compare(args, argv)
-    try:
-        result = measure(args)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result), flush=True)
+    if args.child:
+        measure(args)
+    else:
+        compare(args, argv)
 
 
 if __name__ == "__main__":
