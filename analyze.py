@@ -28,14 +28,14 @@ from model import Llama, LlamaConfig
 
 
 def weights(path):
-    """({name: W + dW} of the projections of what checkpoint.load takes, the folder it found)."""
+    """({name: W + dW} of what checkpoint.load takes, the folder it found)."""
     model, _, folder = checkpoint.load(path)
-    return projections(mora.merged_weights(model)), folder
+    return mora.merged_weights(model), folder
 
 
 def first_weights(step):
-    """The projections at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or
-    drawn again from its seed."""
+    """{name: W} at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or drawn
+    again from its seed."""
     need((step / "state.json").exists(), f"{step} is no checkpoint of a run, so its first weights "
          "are unknown: set --since to the checkpoint to compare with")
     cfg = Config(**checkpoint.read_state(step)["config"])
@@ -43,18 +43,16 @@ def first_weights(step):
         return weights(cfg.init_from)[0]
     vocab_size = checkpoint.read_json(step / "base" / "config.json")["vocab_size"]
     shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())
-    return projections(Llama(shape, cfg.seed, cfg.residual_init).state_dict())
-
-
-def projections(state):
-    return {name: weight for name, weight in state.items() if name.split(".")[-2] in PROJECTIONS}
+    return Llama(shape, cfg.seed, cfg.residual_init).state_dict()
 
 
 def spectra(after, before):
-    """{name: singular values of dW, descending}, dW = after - before, of two {name: weight}."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {}
+    """{name: singular values of dW, descending} of the projections, dW = after - before, of two
+    {name: weight}."""
+    device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name, weight in after.items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            continue
         need(name in before and before[name].shape == weight.shape, f"{name}, "
              f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
         delta = weight.to(device) - before[name].to(device)
@@ -82,9 +80,8 @@ def mean_measures(values_by_name):
     """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
     layers = {kind: [row for name, row in rows.items() if kind in name] for kind in PROJECTIONS}
-    layers["all"] = list(rows.values())
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
-            for kind, part in layers.items()}
+            for kind, part in (layers | {"all": [*rows.values()]}).items()}
 
 
 def print_spectra(path, since=None):
@@ -155,15 +152,15 @@ def main(argv):
          f"commands at least one, got {args.command} {' '.join(args.paths)}")
     if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    draw = runpy.run_path(str(ROOT / "docs" / "figures.py"))[f"draw_{args.command}"]
     if args.command == "operators":
-        figures["draw_operators"](png)
+        draw(png)
     elif args.command == "schedule":
-        figures["draw_schedule"](png, [*args.paths, *rest])
+        draw(png, [*args.paths, *rest])
     elif args.command == "losses":
-        figures["draw_losses"](png, {run: read_log(run, args.x) for run in args.paths}, args.x)
+        draw(png, {run: read_log(run, args.x) for run in args.paths}, args.x)
     else:
-        figures["draw_spectra"](png, {path: print_spectra(path, args.since) for path in args.paths})
+        draw(png, {path: print_spectra(path, args.since) for path in args.paths})
 
 
 if __name__ == "__main__":
