@@ -190,6 +190,8 @@ class Llama(nn.Module):
         """Return the last hidden states, (B, T, D), of ids (B, T)."""
         cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
+        if torch.is_grad_enabled() and x.is_leaf:  # frozen or not: all blocks are compiled alike
+            x.requires_grad_()
         for i, block in enumerate(self.model.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
@@ -207,13 +209,9 @@ class Llama(nn.Module):
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
         second sequence length makes torch compile once more, for every length."""
-        def require_gradient(module, ids, x):  # frozen or not: all blocks are compiled alike
-            return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
-
         for block in self.model.layers:
             block.compile()
         self.loss_kernel = torch.compile(softmax_gradient)
-        self.model.embed_tokens.register_forward_hook(require_gradient)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""
@@ -326,8 +324,8 @@ class Float8Base(Float8Products):
         return multiply_fp8(x, weight, self.scale)
 
     def dx(self, dy, weight):
-        ones = torch.ones_like(self.scale[:, :1]).expand(1, weight.shape[1])
-        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
+        scale_of_1 = self.scale.new_ones(1, weight.shape[1])
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), scale_of_1)
 
 
 def quantize_rows(x):
