@@ -7,9 +7,8 @@
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
     python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (docs/figures.py, matplotlib). `spectra` also prints a
-table. dW is the change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130)
-are loss curves and spectra.
+Every command writes a picture, --png=FILE (docs/figures.py, matplotlib); `spectra` also prints a
+table, of the measures of Figure 5 of the paper (arXiv 2405.12130) and others.
 """
 import json
 import runpy
@@ -62,12 +61,9 @@ def spectra(after, before):
 
 
 def measures(values):
-    """Summarize the singular values (descending) of one dW.
-
-    singular_above_0.1: how many exceed 0.1 (Figure 5); rank: how many exceed 1e-3 of the largest;
-    stable_rank: squared Frobenius norm over squared spectral norm; energy_90: how many of the
-    largest hold 90 % of the sum of squares; largest: the spectral norm.
-    """
+    """Summarize the singular values (descending) of one dW: how many exceed 0.1 (Figure 5); how
+    many exceed 1e-3 of the largest; squared Frobenius norm over squared spectral norm; how many of
+    the largest hold 90 % of the sum of squares; the spectral norm."""
     squares, largest = values.square(), values[0].item()
     total = squares.sum()
     return {"singular_above_0.1": int((values > 0.1).sum()),
@@ -112,10 +108,9 @@ def read_records(path):
 def read_log(run, x="step"):
     """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
 
-    run: a run folder, or a log.jsonl. A resumed run repeats some steps: the later line replaces the
-    earlier one. x: what a place is. "step"; "tokens": step * tokens_per_step of the header, a mean
-    for samples of several lengths; "seconds": the sum of tokens / tokens_per_s over the intervals
-    between log lines, of which the first contains compilation, none evaluation or saving.
+    run: a run folder, or a log.jsonl, of which later lines of one step replace earlier ones. x:
+    "step"; "tokens", step * tokens_per_step of the header (a mean for samples of several lengths);
+    "seconds", the sum of tokens / tokens_per_s over the intervals between lines.
     """
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)

@@ -6,17 +6,17 @@
     python bench.py --shape=7b --methods=mora,lora         fine-tuning of a bfloat16 base, rank 8
     python bench.py --json=FILE                            add the numbers to a file
 
-Each method runs in a new process on random tokens. The figure is the median of repeated blocks of
-train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an
-8192-cubed matrix product in the same dtype, measured here on random data).
+Each method runs in a new process on random tokens. The figure is the median of blocks of train.py's
+steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an 8192-cubed
+matrix product in the same dtype, measured here).
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +24,7 @@ from config import (  # before torch: Ctrl-C; isort: skip
     Arguments, Config, at_least, command_line, need, read_json, write_json)
 
 import torch
+from torch.utils.benchmark import timer
 
 import mora
 from model import Llama, LlamaConfig
@@ -65,31 +66,18 @@ def settings(shape, name, rank, seq_len, batch):
 
 
 def seconds(work, repeats):
-    """[seconds of each of `repeats` calls of work()] on a GPU that is idle before."""
-    times = []
+    """[seconds of each of `repeats` calls of work()]; timer() waits for the GPU."""
+    times = [timer()]
     for _ in range(repeats):
-        begun = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return times
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of a square matrix product on random data: the median of ten, after three more."""
-    width = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
+        times.append(timer())
+    return [end - begun for begun, end in itertools.pairwise(times)]
 
 
 def needed_flops(model, cfg):
-    """FLOPs per token that one training step needs.
-
-    A linear layer: 2 per parameter forward, 2 for dx, and 2 for each gradient that is trained (for
-    M as compressed: r^ x r^ per block). Causal attention: half of QK^T and AV, forward and twice
-    backward. Embeddings do not count.
-    """
+    """FLOPs per token of a training step. A linear layer: 2 per parameter forward, 2 for dx, 2 for
+    each gradient that is trained (for M as compressed: r^ x r^ per block). Causal attention: half
+    of QK^T and AV, forward and twice backward. Embeddings do not count."""
     total = 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
     for module in model.modules():
         if isinstance(module, mora.AdaptedLinear):
@@ -125,13 +113,15 @@ def measure(args):
             layer.merge_()
         mora.start_cycle(layers, seed=0, cycle=2)
 
-    seconds(block, 1)  # the warm-up: it compiles, and it allocates the optimizer's state
+    block()  # the warm-up: it compiles, and it allocates the optimizer's state
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = seconds(block, args.repeats)
     speed = args.steps * cfg.batch_size * cfg.seq_len / median(times)  # of one process
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops_per_s = matrix_rate(device, model.compute_dtype)
+    width = 8192 if device.type == "cuda" else 512  # of the matrix product that MFU compares with
+    a, b = torch.randn(2, width, width, device=device, dtype=model.compute_dtype)
+    flops_per_s = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
     result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
               "mfu": needed_flops(model, cfg) * speed / flops_per_s,
               "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}

@@ -55,8 +55,7 @@ class LowRank(nn.Module):
         frozen. The scale comes last, when the matrices are small."""
         dy, dA, Ax = dy.flatten(0, -2), None, compressed
         if self.A.requires_grad:
-            Ax = compressed @ self.A.to(compressed.dtype).T
-            dAx = dy @ self.B.to(dy.dtype)
+            Ax, dAx = compressed @ self.A.to(compressed.dtype).T, dy @ self.B.to(dy.dtype)
             dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
         return [dA, (dy.T @ Ax).to(self.B.dtype) * self.scale]
 

@@ -54,8 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in its input's dtype; its weight is float32.
-    `products`: None, or Float8Products for training in FP8 (see below)."""
+    """A linear layer without bias, in its input's dtype. products: None, or Float8Products."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)

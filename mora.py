@@ -6,8 +6,7 @@
       y <- [ B ] <- [ A ] <- x        y <- F_out^T <- [ M ] <- F_in <- x
            d x r    r x k                 decompress  r^ x r^  compress
 
-The fixed maps F_in and F_out have no parameters, so all of the budget r (d + k) is in M: its width
-is r^ = floor(sqrt(r (d + k))). dW has rank r^ or more, where LoRA's has rank r.
+F_in and F_out are fixed: the budget r (d + k) is M's, r^ = floor(sqrt(r (d + k))).
 
     model = mora.adapt(model, rank=8, operator="rotate", targets=("q_proj", "v_proj"))
     ... train the parameters that require a gradient ...
@@ -101,10 +100,9 @@ class Fold(nn.Module):
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        # int32: a gather with int64 indices costs 4 % of a step at 250M
-        order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", None if order is None else order.clone(), persistent=False)
+        for name in ("order", "inverse"):  # int32: int64 indices cost 4 % of a step at 250M
+            order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
+            self.register_buffer(name, order, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
@@ -218,12 +216,9 @@ class Square(nn.Module):
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
-
-    Full rank's third product, W's gradient, is left out: adapters are faster. W + dW is saved, and
-    update.compress(x): for MoRA r^ numbers per block and token, never x. products: None, or
-    model.Float8Products, for which W is saved and merged again.
-    """
+    """y = (W + dW) x: one product forward and one for dx, without full rank's third, W's gradient.
+    W + dW is saved, and update.compress(x): for MoRA r^ numbers per block and token, never x.
+    products: None, or model.Float8Products, for which W is saved and merged again."""
 
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
@@ -238,9 +233,8 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         own = zip(ctx.update.parameters(), ctx.parameters, strict=True)
         if torch.is_grad_enabled() or any(now is not before for now, before in own):
-            raise RuntimeError("a merged layer can be differentiated once, in its own parameters: "
-                               "for create_graph=True or functional_call set layer.merges = False "
-                               "for every (name, layer) of mora.adapted_layers(model)")
+            raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
+                               "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         dx = (dy @ weight if ctx.products is None
               else ctx.products.dx(dy, weight + ctx.update.delta()))
@@ -248,12 +242,10 @@ class MergedLinear(torch.autograd.Function):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with an update: y = W x + dW x + b. W stays in `.weight`.
-
-    A float32 weight and its update are merged for the product (MergedLinear). A bfloat16 weight
-    would round small updates away, and dropout acts on the update's input alone: these layers
-    compute W x and dW x apart ("two paths"). dora: rescale the rows of W + dW (lora.Rescaled).
-    """
+    """A frozen linear layer with an update: y = W x + dW x + b. W stays in `.weight`. A float32
+    weight and its update are merged for the product (MergedLinear). A bfloat16 weight would round
+    small updates away, and dropout acts on the update's input alone: these layers compute W x and
+    dW x apart ("two paths"). dora: rescale the rows of W + dW (lora.Rescaled)."""
 
     def __init__(self, linear, update, dropout=0.0, dora=False):
         super().__init__()
@@ -329,8 +321,6 @@ def adapter_parameters(model):
             for key, parameter in layer.update.named_parameters()]
 
 
-# ------------------------------------------------------------ adapt
-
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
           seed=0, cycle=0):
@@ -342,8 +332,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
-    seed, cycle: of the random numbers (see start_cycle).
-    Raises ValueError for options and targets that cannot be adapted.
+    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted.
     """
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if adapted_layers(model):
@@ -370,8 +359,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     start_cycle(adapted_layers(model), seed, cycle)
     save_pretrained_merged(model)
     if dropout:
-        warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers "
-                      "run two paths, slower than merged", stacklevel=2)
+        warnings.warn(f"dropout {dropout}: layers run two paths, slower than merged", stacklevel=2)
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square "
                       "with more entries than its weight: full rank would cost less", stacklevel=2)
@@ -405,8 +393,7 @@ def find_linears(model):
 
 
 def find_targets(model, targets):
-    """{name: linear layer} that the targets name (see adapt), in the model's order. Raises
-    ValueError for a target without a linear layer and for a layer that cannot be adapted."""
+    """{name: linear layer} that the targets name (see adapt), in the model's order."""
     linears, chosen, head = find_linears(model), set(), None
     if targets == "all-linear" and hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
@@ -441,11 +428,9 @@ def refuse_unfit(model, linears):
         if not is_transposed(linear) and (
                 weight is None or not weight.is_floating_point()
                 or weight.shape != (linear.out_features, linear.in_features)):
-            raise ValueError(f"{name} is no target: its {type(linear).__name__} holds no (out, in) "
-                             "matrix of floating-point numbers to merge into")
+            raise ValueError(f"{name} is no target: it holds no (out, in) matrix to merge into")
         if others:
-            raise ValueError(f"{name} shares its weight with {', '.join(others)}: untie them, or "
-                             "leave it out of targets")
+            raise ValueError(f"{name} shares its weight with {', '.join(others)}: untie them first")
 
 
 def features_of(linear):
@@ -470,8 +455,6 @@ def start_cycle(layers, seed, cycle):
                 square.fold_in.move(cycle, seed_of(input_name))
 
 
-# ------------------------------------------------------------ merge, restart
-
 def merge(model):
     """Add every update to its weight (in float32) and put the plain layers back, in place. Returns
     the model. Parameters keep their requires_grad. Raises ValueError if no layer is adapted."""
@@ -489,8 +472,7 @@ def merge(model):
 
 @torch.no_grad()
 def merged_weights(model):
-    """{name: tensor}, the state dict that merge would leave; the model stays as it was. Tensors
-    without an update are not copied."""
+    """{name: tensor}, the state dict that merge would leave. Other tensors are not copied."""
     weights = model.state_dict()
     for name, layer in adapted_layers(model):
         merged = layer.merged().to(layer.weight.dtype)
