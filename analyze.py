@@ -7,9 +7,8 @@
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
     python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (docs/figures.py, matplotlib). `spectra` also prints a
-table. dW is the change of a weight, not a gradient. Figures 4 and 5 of the paper (arXiv 2405.12130)
-are loss curves and spectra.
+Every command writes a picture, --png=FILE (docs/figures.py, matplotlib); `spectra` also prints a
+table, of the measures of Figure 5 of the paper (arXiv 2405.12130) and others.
 """
 import json
 import runpy
@@ -28,14 +27,14 @@ from model import Llama, LlamaConfig
 
 
 def weights(path):
-    """({name: W + dW} of the projections of what checkpoint.load takes, the folder it found)."""
+    """({name: W + dW} of what checkpoint.load takes, the folder it found)."""
     model, _, folder = checkpoint.load(path)
-    return projections(mora.merged_weights(model)), folder
+    return mora.merged_weights(model), folder
 
 
 def first_weights(step):
-    """The projections at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or
-    drawn again from its seed."""
+    """{name: W} at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or drawn
+    again from its seed."""
     need((step / "state.json").exists(), f"{step} is no checkpoint of a run, so its first weights "
          "are unknown: set --since to the checkpoint to compare with")
     cfg = Config(**checkpoint.read_state(step)["config"])
@@ -43,18 +42,16 @@ def first_weights(step):
         return weights(cfg.init_from)[0]
     vocab_size = checkpoint.read_json(step / "base" / "config.json")["vocab_size"]
     shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())
-    return projections(Llama(shape, cfg.seed, cfg.residual_init).state_dict())
-
-
-def projections(state):
-    return {name: weight for name, weight in state.items() if name.split(".")[-2] in PROJECTIONS}
+    return Llama(shape, cfg.seed, cfg.residual_init).state_dict()
 
 
 def spectra(after, before):
-    """{name: singular values of dW, descending}, dW = after - before, of two {name: weight}."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {}
+    """{name: singular values of dW, descending} of the projections, dW = after - before, of two
+    {name: weight}."""
+    device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name, weight in after.items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            continue
         need(name in before and before[name].shape == weight.shape, f"{name}, "
              f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
         delta = weight.to(device) - before[name].to(device)
@@ -64,12 +61,9 @@ def spectra(after, before):
 
 
 def measures(values):
-    """Summarize the singular values (descending) of one dW.
-
-    singular_above_0.1: how many exceed 0.1 (Figure 5); rank: how many exceed 1e-3 of the largest;
-    stable_rank: squared Frobenius norm over squared spectral norm; energy_90: how many of the
-    largest hold 90 % of the sum of squares; largest: the spectral norm.
-    """
+    """Summarize the singular values (descending) of one dW: how many exceed 0.1 (Figure 5); how
+    many exceed 1e-3 of the largest; squared Frobenius norm over squared spectral norm; how many of
+    the largest hold 90 % of the sum of squares; the spectral norm."""
     squares, largest = values.square(), values[0].item()
     total = squares.sum()
     return {"singular_above_0.1": int((values > 0.1).sum()),
@@ -82,9 +76,8 @@ def mean_measures(values_by_name):
     """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
     layers = {kind: [row for name, row in rows.items() if kind in name] for kind in PROJECTIONS}
-    layers["all"] = list(rows.values())
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
-            for kind, part in layers.items()}
+            for kind, part in (layers | {"all": [*rows.values()]}).items()}
 
 
 def print_spectra(path, since=None):
@@ -115,10 +108,9 @@ def read_records(path):
 def read_log(run, x="step"):
     """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
 
-    run: a run folder, or a log.jsonl. A resumed run repeats some steps: the later line replaces the
-    earlier one. x: what a place is. "step"; "tokens": step * tokens_per_step of the header, a mean
-    for samples of several lengths; "seconds": the sum of tokens / tokens_per_s over the intervals
-    between log lines, of which the first contains compilation, none evaluation or saving.
+    run: a run folder, or a log.jsonl, of which later lines of one step replace earlier ones. x:
+    "step"; "tokens", step * tokens_per_step of the header (a mean for samples of several lengths);
+    "seconds", the sum of tokens / tokens_per_s over the intervals between lines.
     """
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
@@ -155,15 +147,15 @@ def main(argv):
          f"commands at least one, got {args.command} {' '.join(args.paths)}")
     if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    draw = runpy.run_path(str(ROOT / "docs" / "figures.py"))[f"draw_{args.command}"]
     if args.command == "operators":
-        figures["draw_operators"](png)
+        draw(png)
     elif args.command == "schedule":
-        figures["draw_schedule"](png, [*args.paths, *rest])
+        draw(png, [*args.paths, *rest])
     elif args.command == "losses":
-        figures["draw_losses"](png, {run: read_log(run, args.x) for run in args.paths}, args.x)
+        draw(png, {run: read_log(run, args.x) for run in args.paths}, args.x)
     else:
-        figures["draw_spectra"](png, {path: print_spectra(path, args.since) for path in args.paths})
+        draw(png, {path: print_spectra(path, args.since) for path in args.paths})
 
 
 if __name__ == "__main__":

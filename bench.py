@@ -6,9 +6,9 @@
     python bench.py --shape=7b --methods=mora,lora         fine-tuning of a bfloat16 base, rank 8
     python bench.py --json=FILE                            add the numbers to a file
 
-Each method runs in a new process on random tokens. The figure is the median of repeated blocks of
-train.py's steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an
-8192-cubed matrix product in the same dtype, measured here on random data).
+Each method runs in a new process on random tokens. The figure is the median of blocks of train.py's
+steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an 8192-cubed
+matrix product in the same dtype, measured here).
 """
 import argparse
 import itertools
@@ -17,7 +17,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +24,7 @@ from config import (  # before torch: Ctrl-C; isort: skip
     Arguments, Config, at_least, command_line, need, read_json, write_json)
 
 import torch
+from torch.utils.benchmark import timer
 
 import mora
 from model import Llama, LlamaConfig
@@ -44,10 +44,8 @@ METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")
 METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
             "remora_permute": {"method": "mora", "groups": "permute"}}
-METHODS |= {f"{name}_fp8": METHODS[name] | {"matmul": "fp8"}
-            for name in ("full", "lora", "mora", "mora_rotate", "remora_permute")}
-METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
-            for name in ("full", "lora", "mora")}
+MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"} for name in ("full", "lora", "mora")}
+METHODS |= MUON | {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
            ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
@@ -68,33 +66,18 @@ def settings(shape, name, rank, seq_len, batch):
 
 
 def seconds(work, repeats):
-    """[seconds of each of `repeats` calls of work()], the GPU's part included."""
-    def clock():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    times = [clock()]
+    """[seconds of each of `repeats` calls of work()]; timer() waits for the GPU."""
+    times = [timer()]
     for _ in range(repeats):
         work()
-        times.append(clock())
+        times.append(timer())
     return [end - begun for begun, end in itertools.pairwise(times)]
 
 
-def matrix_rate(device, dtype):
-    """FLOP/s of a square matrix product on random data: the median of ten, after three."""
-    width = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
-
-
 def needed_flops(model, cfg):
-    """FLOPs per token that one training step needs.
-
-    A linear layer: 2 per parameter forward, 2 for dx, and 2 for each gradient that is trained (for
-    M as compressed: r^ x r^ per block). Causal attention: half of QK^T and AV, forward and twice
-    backward. Embeddings do not count.
-    """
+    """FLOPs per token of a training step. A linear layer: 2 per parameter forward, 2 for dx, 2 for
+    each gradient that is trained (for M as compressed: r^ x r^ per block). Causal attention: half
+    of QK^T and AV, forward and twice backward. Embeddings do not count."""
     total = 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
     for module in model.modules():
         if isinstance(module, mora.AdaptedLinear):
@@ -107,7 +90,7 @@ def needed_flops(model, cfg):
 
 
 def measure(args):
-    """The numbers of one method, as a dict: tokens_per_s of all torchrun's ranks, mfu of one."""
+    """Print the numbers of one method in JSON: tokens_per_s of all torchrun's ranks, mfu of one."""
     cfg = settings(args.shape, args.child, args.rank, args.seq_len, args.batch)
     rank, world, device = join_processes(cfg)
     vocab_size = SHAPES[args.shape][4]
@@ -116,7 +99,7 @@ def measure(args):
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
     optimizer, layers = prepare_model(cfg, model, device, cycle=1), mora.adapted_layers(model)
     for _, layer in layers:
-        layer.merges = args.child != "mora_two_paths"
+        layer.merges = not args.child.startswith("mora_two_paths")
     parallel = data_parallel(model, device) if world > 1 else model
     ids = torch.randint(vocab_size, (2, 1, cfg.batch_size, cfg.seq_len), device=device,
                         generator=torch.Generator(device).manual_seed(rank))  # inputs and targets
@@ -136,7 +119,9 @@ def measure(args):
     times = seconds(block, args.repeats)
     speed = args.steps * cfg.batch_size * cfg.seq_len / median(times)  # of one process
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops_per_s = matrix_rate(device, model.compute_dtype)
+    width = 8192 if device.type == "cuda" else 512  # of the matrix product that MFU compares with
+    a, b = torch.randn(2, width, width, device=device, dtype=model.compute_dtype)
+    flops_per_s = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
     result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
               "mfu": needed_flops(model, cfg) * speed / flops_per_s,
               "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
@@ -144,7 +129,10 @@ def measure(args):
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:
         result["restart_ms"] = 1e3 * median(seconds(restart, 3))
-    return result
+    if rank == 0:
+        print(json.dumps(result), flush=True)
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def run_child(argv, name, processes):
@@ -168,13 +156,13 @@ def compare(args, argv):
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
     prefix = f"ddp{args.processes}." if args.processes > 1 else ""
-    speeds = {}
+    full = math.nan
     for name in args.methods.split(","):
         row = run_child(argv, name, args.processes)
         if row is None:
             continue
-        speeds[name] = row["tokens_per_s"]
-        shown = row | {"to_full": speeds[name] / speeds.get("full", math.nan)}
+        full = row["tokens_per_s"] if name == "full" else full
+        shown = row | {"to_full": row["tokens_per_s"] / full}
         print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
                               for _, key, width, style in COLUMNS), flush=True)
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
@@ -200,15 +188,10 @@ def main(argv):
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    if not args.child:
-        return compare(args, argv)
-    try:
-        result = measure(args)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result), flush=True)
+    if args.child:
+        measure(args)
+    else:
+        compare(args, argv)
 
 
 if __name__ == "__main__":

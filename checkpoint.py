@@ -27,7 +27,7 @@ import mora
 import tokenizer
 from adapters import as_user_error, read_tensors
 from config import TINY, Config, UserError, heads_fit, need, number, one_line, read_json, write_json
-from model import Llama, LlamaConfig, fp8_scales, load_fp8_scales
+from model import Llama, LlamaConfig, fp8_scales
 from shards import fingerprint
 
 BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
@@ -206,7 +206,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
             records = dict(zip(names, pool.map(file_record, files), strict=True))
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss, "config": dataclasses.asdict(cfg),
-            "fp8_scales": fp8_scales(model), "corpus": fingerprint(cfg.data), "files": records})
+            "fp8_scales": {name: float(scale) for name, scale in fp8_scales(model).items()},
+            "corpus": fingerprint(cfg.data), "files": records})
         os.replace(beside, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # of torch, when the disk is full
         raise UserError(f"{final} cannot be written: {one_line(error)}; {last_good(out)}") from None
@@ -351,7 +352,8 @@ def resume(path, model, optimizer):
                 values[key] = mora.as_sharded(value, p) if value.ndim else value
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
-    load_fp8_scales(model, state.get("fp8_scales", {}))
+    for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
+        scale.fill_(state.get("fp8_scales", {}).get(name, scale))
     return state
 
 

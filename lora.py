@@ -31,15 +31,14 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
         """Draw A: uniform with the variance of Kaiming's rule, or orthogonal. Set B = 0."""
+        A, bound = torch.empty(self.A.shape, device="cpu"), self.A.shape[1] ** -0.5
         if self.lora_A == "uniform":
-            bound = self.A.shape[1] ** -0.5
-            drawn = torch.empty(self.A.shape, device="cpu")
-            drawn.uniform_(-bound, bound, generator=generator)
+            A.uniform_(-bound, bound, generator=generator)
         else:  # U V^T of a Gaussian matrix: all orthonormal A are as likely, and SVD's signs cancel
-            drawn = torch.empty(self.A.shape, dtype=torch.float64, device="cpu")
-            U, _, Vh = torch.linalg.svd(drawn.normal_(generator=generator), full_matrices=False)
-            drawn = U @ Vh
-        self.A.copy_(drawn)
+            gaussian = A.double().normal_(generator=generator)
+            U, _, Vh = torch.linalg.svd(gaussian, full_matrices=False)
+            A = U @ Vh
+        self.A.copy_(A)
         self.B.zero_()
 
     def forward(self, x):
@@ -56,8 +55,7 @@ class LowRank(nn.Module):
         frozen. The scale comes last, when the matrices are small."""
         dy, dA, Ax = dy.flatten(0, -2), None, compressed
         if self.A.requires_grad:
-            Ax = compressed @ self.A.to(compressed.dtype).T
-            dAx = dy @ self.B.to(dy.dtype)
+            Ax, dAx = compressed @ self.A.to(compressed.dtype).T, dy @ self.B.to(dy.dtype)
             dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
         return [dA, (dy.T @ Ax).to(self.B.dtype) * self.scale]
 

@@ -54,8 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in its input's dtype; its weight is float32.
-    `products`: None, or Float8Products for training in FP8 (see below)."""
+    """A linear layer without bias, in its input's dtype. products: None, or Float8Products."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
@@ -63,7 +62,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.products is not None and torch.is_grad_enabled():
-            return Float8Linear.apply(x, self.weight, self.products)
+            return self.products(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -88,22 +87,19 @@ def rotate(x, cos, sin):
 
 
 class Past:
-    """A layer's keys and values so far, (B, Hk, T, Dh) each."""
+    """A layer's keys and values so far: both, (2, B, Hk, T, Dh), T >= length."""
     length, both, room = 0, None, 128  # room for more tokens: appending one copies that one alone
 
     def append(self, k, v):
-        """All keys and all values, these being the last."""
-        first, self.length, before = self.length, self.length + k.shape[2], self.both
-        if not first or self.length > before.shape[3]:
-            self.both = k.new_empty(2, *k.shape[:2], self.length + self.room, k.shape[3])
-            if first:
-                self.both[:, :, :, :first] = before[:, :, :, :first]
-        self.both[:, :, :, first:self.length] = torch.stack((k, v))
+        """All keys and all values, (B, Hk, length, Dh) each, these being the last."""
+        new, first, self.length = torch.stack((k, v)), self.length, self.length + k.shape[2]
+        if self.both is None:
+            self.both = new[:, :, :, :0]
+        missing = self.length - self.both.shape[3]
+        if missing > 0:
+            self.both = F.pad(self.both, (0, 0, 0, missing + self.room))
+        self.both[:, :, :, first:self.length] = new
         return self.both[:, :, :, :self.length]
-
-    def keep(self, rows):
-        """Forget all sequences but these."""
-        self.both = self.both[:, rows]
 
 
 class Attention(nn.Module):
@@ -193,6 +189,8 @@ class Llama(nn.Module):
         """Return the last hidden states, (B, T, D), of ids (B, T)."""
         cos, sin = rope(cache[0].length if cache else 0, ids.shape[1], self.cfg, ids.device)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
+        if torch.is_grad_enabled() and x.is_leaf:  # frozen or not: all blocks are compiled alike
+            x.requires_grad_()
         for i, block in enumerate(self.model.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
@@ -210,13 +208,9 @@ class Llama(nn.Module):
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
         second sequence length makes torch compile once more, for every length."""
-        def require_gradient(module, ids, x):  # frozen or not: all blocks are compiled alike
-            return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
-
         for block in self.model.layers:
             block.compile()
         self.loss_kernel = torch.compile(softmax_gradient)
-        self.model.embed_tokens.register_forward_hook(require_gradient)
 
     def new_cache(self):
         """An empty key/value cache, for forward(..., cache=...)."""
@@ -308,6 +302,10 @@ class Float8Products(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale, persistent=False)
 
+    def forward(self, x, weight):
+        """y, differentiable in x, and in W if W trains."""
+        return Float8Linear.apply(x, weight, self)
+
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
         columns = weight / self.scale
@@ -317,10 +315,6 @@ class Float8Products(nn.Module):
     def dx(self, dy, weight):
         return self.y(dy, weight.T.contiguous())
 
-    def frozen(self, x, weight):
-        """y of a weight that does not train, differentiable."""
-        return Float8Linear.apply(x, weight, self)
-
 
 class Float8Base(Float8Products):
     """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
@@ -329,8 +323,8 @@ class Float8Base(Float8Products):
         return multiply_fp8(x, weight, self.scale)
 
     def dx(self, dy, weight):
-        ones = torch.ones_like(self.scale[:, :1]).expand(1, weight.shape[1])
-        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
+        scale_of_1 = self.scale.new_ones(1, weight.shape[1])
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), scale_of_1)
 
 
 def quantize_rows(x):
@@ -369,9 +363,9 @@ def block_linears(model):
             if hasattr(module, "products")}
 
 
-def fp8_layers(model):
-    """{name: layer} of the layers that use_fp8 gave FP8 products."""
-    return {name: layer for name, layer in block_linears(model).items()
+def fp8_scales(model):
+    """{name: scale, a tensor} of the layers that use_fp8 gave FP8 products."""
+    return {name: layer.products.scale for name, layer in block_linears(model).items()
             if type(layer.products) is Float8Products}
 
 
@@ -397,26 +391,14 @@ def keep_in_fp8(model):
 def fit_scales(model, only_if_tight=False):
     """Set the FP8 scales from the largest entries of W + dW; return how many were set. A weight
     that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
-    pairs, renewed = [], 0  # (scale, largest entry), tensors
-    for layer in fp8_layers(model).values():
-        weight = layer.merged() if hasattr(layer, "merged") else layer.weight
-        pairs.append((layer.products.scale, weight.abs().max()))
-    numbers = torch.stack([torch.stack(pair) for pair in pairs]).tolist() if pairs else []
-    for (scale, _), (before, entry) in zip(pairs, numbers, strict=True):  # one synchronization
+    layers, scales, largest, renewed = block_linears(model), fp8_scales(model), [], 0
+    for name in scales:
+        weight = layers[name].merged() if hasattr(layers[name], "merged") else layers[name].weight
+        largest.append(weight.abs().max())
+    numbers = torch.stack([*scales.values(), *largest]).view(2, -1).T.tolist() if scales else []
+    for scale, (before, entry) in zip(scales.values(), numbers, strict=True):  # synchronized once
         is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
             scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
             renewed += 1
     return renewed
-
-
-def fp8_scales(model):
-    """{layer: scale}, powers of two and so exact in JSON, for a checkpoint's state.json."""
-    return {name: float(layer.products.scale) for name, layer in fp8_layers(model).items()}
-
-
-def load_fp8_scales(model, scales):
-    """Take the scales of a checkpoint, so that a resumed run rounds as if it had never stopped."""
-    for name, layer in fp8_layers(model).items():
-        if name in scales:
-            layer.products.scale.fill_(scales[name])

@@ -6,15 +6,11 @@
       y <- [ B ] <- [ A ] <- x        y <- F_out^T <- [ M ] <- F_in <- x
            d x r    r x k                 decompress  r^ x r^  compress
 
-The fixed maps F_in and F_out have no parameters, so all of the budget r (d + k) is in M: its width
-is r^ = floor(sqrt(r (d + k))). dW has rank r^ or more, where LoRA's has rank r.
+F_in and F_out are fixed: the budget r (d + k) is M's, r^ = floor(sqrt(r (d + k))).
 
     model = mora.adapt(model, rank=8, operator="rotate", targets=("q_proj", "v_proj"))
     ... train the parameters that require a gradient ...
     model = mora.merge(model)      # W <- W + dW: the plain layers come back
-
-`restart` merges, sets dW = 0 with other fixed maps and forgets the optimizer states of the update.
-Merging and restarting do not change the function.
 
 Letters: k in_features, d out_features, r^ (r_hat) the width of M, m the blocks that share M.
 """
@@ -104,12 +100,11 @@ class Fold(nn.Module):
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        order = inverse = None
-        if groups != "strided":  # int32: a gather with int64 indices costs 4 % of a step at 250M
-            order, inverse = (torch.arange(features, dtype=torch.int32) for _ in range(2))
+        for name in ("order", "inverse"):  # int32: int64 indices cost 4 % of a step at 250M
+            order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
+            self.register_buffer(name, order, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
-        for name, buffer in (("order", order), ("inverse", inverse), ("turns", turns)):
-            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("turns", turns, persistent=False)
 
     @torch.no_grad()
     def move(self, cycle, seed):
@@ -221,12 +216,9 @@ class Square(nn.Module):
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = (W + dW) x: one product forward and one for dx, as in a frozen layer.
-
-    Full rank's third product, W's gradient, is left out: adapters are faster. W + dW is saved, and
-    update.compress(x) for the update's gradients: for MoRA r^ numbers per block and token, never x.
-    products: None, or model.Float8Products, for which W is saved and merged again.
-    """
+    """y = (W + dW) x: one product forward and one for dx, without full rank's third, W's gradient.
+    W + dW is saved, and update.compress(x): for MoRA r^ numbers per block and token, never x.
+    products: None, or model.Float8Products, for which W is saved and merged again."""
 
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
@@ -241,9 +233,8 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         own = zip(ctx.update.parameters(), ctx.parameters, strict=True)
         if torch.is_grad_enabled() or any(now is not before for now, before in own):
-            raise RuntimeError("a merged layer can be differentiated once, in its own parameters: "
-                               "for create_graph=True or functional_call set layer.merges = False "
-                               "for every (name, layer) of mora.adapted_layers(model)")
+            raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
+                               "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         dx = (dy @ weight if ctx.products is None
               else ctx.products.dx(dy, weight + ctx.update.delta()))
@@ -251,12 +242,10 @@ class MergedLinear(torch.autograd.Function):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with an update: y = W x + dW x + b. W stays in `.weight`.
-
-    A float32 weight and its update are merged for the product (MergedLinear). A bfloat16 weight
-    would round small updates away, and dropout acts on the update's input alone: these layers
-    compute W x and dW x apart ("two paths"). dora: rescale the rows of W + dW (lora.Rescaled).
-    """
+    """A frozen linear layer with an update: y = W x + dW x + b. W stays in `.weight`. A float32
+    weight and its update are merged for the product (MergedLinear). A bfloat16 weight would round
+    small updates away, and dropout acts on the update's input alone: these layers compute W x and
+    dW x apart ("two paths"). dora: rescale the rows of W + dW (lora.Rescaled)."""
 
     def __init__(self, linear, update, dropout=0.0, dora=False):
         super().__init__()
@@ -282,7 +271,7 @@ class AdaptedLinear(nn.Module):
         is_wide, W, products = self.weight.dtype.itemsize >= 4, self.matrix, self.products
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
         if not self.merges or not is_wide or self.dropout or in_transform:
-            y = F.linear(x, W.to(x.dtype)) if products is None else products.frozen(x, W)
+            y = F.linear(x, W.to(x.dtype)) if products is None else products(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
@@ -302,9 +291,6 @@ class AdaptedLinear(nn.Module):
             delta = self.update.delta()
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
-
-    def extra_repr(self):
-        return "in_features={1}, out_features={0}".format(*self.matrix.shape)
 
     def get_extra_state(self):
         """The update's settings, so that load_state_dict refuses an update that is another map."""
@@ -335,8 +321,6 @@ def adapter_parameters(model):
             for key, parameter in layer.update.named_parameters()]
 
 
-# ------------------------------------------------------------ adapt
-
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
           seed=0, cycle=0):
@@ -348,8 +332,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
-    seed, cycle: of the random numbers (see start_cycle).
-    Raises ValueError for options and targets that cannot be adapted.
+    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted.
     """
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if adapted_layers(model):
@@ -376,8 +359,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     start_cycle(adapted_layers(model), seed, cycle)
     save_pretrained_merged(model)
     if dropout:
-        warnings.warn(f"dropout {dropout} acts on the update's input alone, so the adapted layers "
-                      "run two paths, slower than merged", stacklevel=2)
+        warnings.warn(f"dropout {dropout}: layers run two paths, slower than merged", stacklevel=2)
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square "
                       "with more entries than its weight: full rank would cost less", stacklevel=2)
@@ -411,30 +393,24 @@ def find_linears(model):
 
 
 def find_targets(model, targets):
-    """{name: linear layer} that the targets name (see adapt), in the model's order. Raises
-    ValueError for a target without a linear layer and for a layer that cannot be adapted."""
-    linears, chosen = find_linears(model), set()
-    if targets == "all-linear":
-        patterns = {targets: ".*"}
-    elif isinstance(targets, str):
-        patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
-    else:
-        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
-    for target, pattern in patterns.items():
-        try:
-            matched = {name: m for name, m in model.named_modules() if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"target {target!r} is no regular expression: {error}") from None
-        if matched.keys().isdisjoint(linears):
-            kinds = sorted({type(module).__name__ for module in matched.values()})
-            parts = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"target {target!r} matches {', '.join(kinds) or 'no module'}; linear "
-                             f"layers are named {', '.join(parts) or 'nothing'}")
-        chosen |= matched.keys()
+    """{name: linear layer} that the targets name (see adapt), in the model's order."""
+    linears, chosen, head = find_linears(model), set(), None
     if targets == "all-linear" and hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
-        chosen -= {name for name, linear in linears.items() if linear is head}
-    found = {name: linear for name, linear in linears.items() if name in chosen}
+    for target in [targets] if isinstance(targets, str) else targets:
+        pattern = rf"(.*\.)?{re.escape(target)}"
+        if isinstance(targets, str):
+            pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"
+        try:
+            matched = {name for name in linears if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"target {target!r} is no regular expression: {error}") from None
+        if not matched:
+            parts = sorted({name.rpartition(".")[2] for name in linears})
+            raise ValueError(f"target {target!r} matches no linear layer; these are named "
+                             f"{', '.join(parts) or 'nothing'}")
+        chosen |= matched
+    found = {name: m for name, m in linears.items() if name in chosen and m is not head}
     refuse_unfit(model, found)
     return found
 
@@ -444,19 +420,17 @@ def refuse_unfit(model, linears):
     update would be merged for every reader of the weight, but this layer alone trains it."""
     named = list(model.named_parameters(remove_duplicate=False))
     for name, linear in linears.items():
+        weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
+        others = [key for key, held in named if held is weight and key != f"{name}.weight"]
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
-        weight = linear._parameters.get("weight")  # None: computed by a parametrization
         if not is_transposed(linear) and (
                 weight is None or not weight.is_floating_point()
                 or weight.shape != (linear.out_features, linear.in_features)):
-            raise ValueError(f"{name} is no target: its {type(linear).__name__} holds no (out, in) "
-                             "matrix of floating-point numbers to merge into")
-        others = [key for key, held in named if held is weight and key != f"{name}.weight"]
+            raise ValueError(f"{name} is no target: it holds no (out, in) matrix to merge into")
         if others:
-            raise ValueError(f"{name} shares its weight with {', '.join(others)}, and an update "
-                             "would be merged into both: untie them, or leave it out of targets")
+            raise ValueError(f"{name} shares its weight with {', '.join(others)}: untie them first")
 
 
 def features_of(linear):
@@ -468,22 +442,18 @@ def features_of(linear):
 def start_cycle(layers, seed, cycle):
     """Start the updates of [(name, AdaptedLinear)]: dW = 0, with the draws of this seed and cycle,
     functions of seed, cycle and names: the same on every rank and after a resume."""
+    def seed_of(name):
+        return zlib.crc32(f"{seed} {cycle} {name}".encode())
+
     for name, layer in layers:
         with whole_parameters(layer):
-            layer.update.start_cycle(cycle, seeded_generator(seed, cycle, name))
+            layer.update.start_cycle(cycle, torch.Generator().manual_seed(seed_of(name)))
         for square in layer.update.modules():
             if isinstance(square, Square):  # layers that share an input's fold get the same draw
                 square.seed, square.cycle = seed, cycle
                 input_name = f"{name.rpartition('.')[0]} {square.fold_in.features}"
-                square.fold_in.move(cycle, seeded_generator(seed, cycle, input_name).initial_seed())
+                square.fold_in.move(cycle, seed_of(input_name))
 
-
-def seeded_generator(seed, cycle, name):
-    """A CPU generator of random numbers that belongs to a name and a cycle."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {cycle} {name}".encode()))
-
-
-# ------------------------------------------------------------ merge, restart
 
 def merge(model):
     """Add every update to its weight (in float32) and put the plain layers back, in place. Returns
@@ -502,8 +472,7 @@ def merge(model):
 
 @torch.no_grad()
 def merged_weights(model):
-    """{name: tensor}, the state dict that merge would leave; the model stays as it was. Tensors
-    without an update are not copied."""
+    """{name: tensor}, the state dict that merge would leave. Other tensors are not copied."""
     weights = model.state_dict()
     for name, layer in adapted_layers(model):
         merged = layer.merged().to(layer.weight.dtype)
@@ -516,23 +485,21 @@ def merged_weights(model):
 
 def save_pretrained_merged(model):
     """Let `save_pretrained` of a transformers model write merged weights, until merge: its own
-    would write the frozen weights alone, and from_pretrained would load the bare base."""
+    would write updates that from_pretrained ignores."""
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = functools.partial(_save_merged, model)
 
 
 def _save_merged(model, folder, *, state_dict=None, **options):
     if state_dict is not None:
-        raise ValueError("save_pretrained of an adapted model merges the model's own weights and "
-                         "takes no state_dict: call mora.merge(model) first")
+        raise ValueError("an adapted model saves its own merged weights and takes no state_dict")
     type(model).save_pretrained(model, folder, state_dict=merged_weights(model), **options)
 
 
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
 
-    The function is unchanged. LoRA: A is drawn again, B = 0. MoRA: M = 0, the groups move. DoRA: m
-    stays. The optimizer forgets the states of the adapters and no others, Adam's step count
+    The function is unchanged. The optimizer forgets the states of the adapters alone, step counts
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
     was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained.

@@ -103,7 +103,7 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
             if len(remaining) <= len(rows) // 2:
                 rows, ended, inputs = rows[remaining], ended[remaining], inputs[remaining]
                 for past in cache:
-                    past.keep(remaining)
+                    past.both = past.both[:, remaining]
     answers = (row[length:length + max_new_tokens] + [stop]
                for row, length in zip(ids.tolist(), lengths, strict=True))
     return [answer[:answer.index(stop)] for answer in answers]

@@ -36,7 +36,7 @@ import tokenizer
 from batches import Batches, SampleBatches
 from config import UserError, as_user_error, need
 from evaluate import perplexity
-from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_layers, keep_in_fp8, use_fp8
+from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_scales, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
@@ -272,7 +272,7 @@ def header(cfg, model, device, world, first_step, batches):
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
-            "fp8_layers": len(fp8_layers(model)), "linear_layers": len(block_linears(model)),
+            "fp8_layers": len(fp8_scales(model)), "linear_layers": len(block_linears(model)),
             "tokens_per_step": batches.tokens_per_step, "step_is": batches.description}
 
 

@@ -349,7 +349,8 @@ def test_targets_are_pefts(targets):
 
 
 @pytest.mark.parametrize("targets, message", [
-    (".*(", "no regular expression"), ("proj", "matches no module"), ("layers", "ModuleList;")])
+    (".*(", "no regular expression"), ("proj", "'proj' matches no linear layer"),
+    ("layers", "these are named down_proj, ")])
 def test_targets_that_match_nothing_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         mora.adapt(plain_model("mistral"), targets=targets)

@@ -343,11 +343,11 @@ def test_train_rest_chooses_what_trains():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="'qproj' matches no module.*q_proj"):
+    with pytest.raises(ValueError, match="'qproj' matches no linear layer.*q_proj"):
         mora.adapt(small_model(), targets=("qproj",))
-    with pytest.raises(ValueError, match="matches Embedding; linear layers"):
+    with pytest.raises(ValueError, match="'embed' matches no linear layer"):
         mora.adapt(small_model(), targets=("embed",))
-    with pytest.raises(ValueError, match="'all-linear' matches ReLU, .* named nothing"):
+    with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
         mora.adapt(nn.Sequential(nn.ReLU()), targets="all-linear")
     with pytest.raises(ValueError, match="adapted already"):
         mora.adapt(adapted("mora", {}), targets=("head",))
