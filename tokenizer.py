@@ -137,7 +137,7 @@ class Json:
         self.eos_id = self.tokenizer.token_to_id(end)
         need(self.eos_id is not None,
              f"{self.config_file}: eos_token {end!r} is no token of tokenizer.json")
-        self.bos_ids = self.tokenizer.encode("").ids or [self.eos_id]
+        self.bos_ids = self.encode("").tolist() or [self.eos_id]
         own_file = template_file.exists()
         self.chat_template = read_text(template_file) if own_file else self._text("chat_template")
 

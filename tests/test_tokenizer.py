@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+import tokenizers
 
 import checkpoint
 import data
@@ -116,3 +117,16 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(UserError, match="eos_token '<end>' is no token"):
         tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("form, opening", [("<s> $A </s>", ["<s>"]), ("<s> $A", ["<s>"]),
+                                           ("$A </s>", ["</s>"]), ("$A", ["</s>"])])
+def test_a_document_opens_without_the_token_that_ends_it(form, opening, tmp_path):
+    """A template may add both: `</s>` of the empty text would stand before every document."""
+    tokens = {"<s>": 0, "</s>": 1, "a": 2, "[UNK]": 3}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="[UNK]"))
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert tokenizer.load(str(tmp_path)).bos_ids == [tokens[token] for token in opening]
