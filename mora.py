@@ -43,24 +43,22 @@ def r_hat(rank, in_features, out_features, even=False):
 
 # ------------------------------------------------------------ the fixed maps
 
-def contiguous_order(features, width, device=None):
-    """The permutation (features,) that puts neighbours into one group: appendix B's second kind.
-    Position p * width + i is member p of group i; the first features mod width have one more."""
-    smaller_size, larger_groups = divmod(features, width)
-    position = torch.arange(features, device=device)
+def contiguous_order(position, width):
+    """The permutation of position, 0 ... n - 1, that puts neighbours into one group: appendix B's
+    second kind. Place p * width + i is member p of group i; the first n mod width have one more."""
+    smaller_size, larger_groups = divmod(len(position), width)
     group = position % width
     return group * smaller_size + group.clamp(max=larger_groups) + position // width
 
 
-def rolled_order(features, width, generator, device=None):
-    """A random permutation (features,): all features are rolled, then every piece of `width`. Such
-    long runs are read fast. Merged cycles reach the rank of uniform ones (LOG.md, 2026-11-22)."""
+def rolled_order(position, width, generator):
+    """A random permutation of position, 0 ... n - 1: all are rolled, then every piece of `width`.
+    Long runs are read fast. Merged cycles reach the rank of uniform ones (LOG.md, 2026-11-22)."""
     def rolled(indices):
         offset = torch.randint(len(indices), (1,), generator=generator, device="cpu")
         return indices.roll(int(offset))
 
-    pieces = rolled(torch.arange(features, device=device)).split(width)
-    return torch.cat([rolled(piece) for piece in pieces])
+    return torch.cat([rolled(piece) for piece in rolled(position).split(width)])
 
 
 def rotations(width, pieces):
@@ -112,15 +110,14 @@ class Fold(nn.Module):
         self.cycle, self.seed = cycle, seed
         if self.order is None:
             return
-        device = self.order.device  # the permutation is made there: a copy to it would synchronize
-        order = identity = torch.arange(self.features, device=device)
+        # the permutation is made on its device: a copy to it would synchronize
+        order = position = torch.arange(self.features, device=self.order.device)
         if self.groups == "permute":
-            generator = torch.Generator().manual_seed(seed)
-            order = rolled_order(self.features, self.width, generator, device)
+            order = rolled_order(position, self.width, torch.Generator().manual_seed(seed))
         elif self.groups == "contiguous" or cycle % 2 == 1:  # alternate: the odd cycles
-            order = contiguous_order(self.features, self.width, device)
+            order = contiguous_order(position, self.width)
         self.order.copy_(order)
-        self.inverse[order] = identity.int()
+        self.inverse[order] = position.int()
 
     def _apply(self, fn, recurse=True):
         """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
@@ -236,9 +233,9 @@ class MergedLinear(torch.autograd.Function):
             raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
-        dx = (dy @ weight if ctx.products is None
-              else ctx.products.dx(dy, weight + ctx.update.delta()))
-        return dx, None, None, None, *ctx.update.gradients(compressed, dy)
+        products, update = ctx.products, ctx.update
+        dx = dy @ weight if products is None else products.dx(dy, weight + update.delta())
+        return dx, None, None, None, *update.gradients(compressed, dy)
 
 
 class AdaptedLinear(nn.Module):
@@ -428,7 +425,7 @@ def refuse_unfit(model, linears):
         if not is_transposed(linear) and (
                 weight is None or not weight.is_floating_point()
                 or weight.shape != (linear.out_features, linear.in_features)):
-            raise ValueError(f"{name} is no target: it holds no (out, in) matrix to merge into")
+            raise ValueError(f"{name} is no target: it holds no (out, in) matrix of real numbers")
         if others:
             raise ValueError(f"{name} shares its weight with {', '.join(others)}: untie them first")
 

@@ -101,7 +101,7 @@ def test_operators_are_the_papers(operator):
 
 @pytest.mark.parametrize("features, width", ((12, 4), (14, 4), (7, 3), (5, 9)))
 def test_contiguous_groups_are_appendix_b(features, width):
-    order = contiguous_order(features, width).tolist()
+    order = contiguous_order(torch.arange(features), width).tolist()
     groups = [order[group::width] for group in range(width)]
     assert [member for group in groups for member in group] == list(range(features))
     smaller_size, larger_groups = divmod(features, width)
@@ -164,7 +164,7 @@ def test_rolled_orders_span_all_features_as_fast_as_uniform_permutations(feature
     """The folds of successive cycles are stacked; each can add a rank of at most width - 1."""
     generator, folds, ranks = torch.Generator().manual_seed(0), [], []
     for _ in range(-(-features // (width - 1)) + 1):
-        order = rolled_order(features, width, generator)
+        order = rolled_order(torch.arange(features), width, generator)
         assert sorted(order.tolist()) == list(range(features))
         fold = torch.zeros(width, features, dtype=torch.float64)
         fold[torch.arange(features) % width, order] = 1
