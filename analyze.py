@@ -15,8 +15,7 @@ import runpy
 from pathlib import Path
 from statistics import fmean
 
-from config import (  # before torch: Ctrl-C; isort: skip
-    PROJECTIONS, ROOT, Arguments, Config, command_line, need)
+from config import ROOT, Arguments, Config, command_line, need  # before torch; isort: skip
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def spectra(after, before):
     {name: weight}."""
     device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name, weight in after.items():
-        if name.split(".")[-2] not in PROJECTIONS:
+        if name.split(".")[-2] not in mora.PROJECTIONS:
             continue
         need(name in before and before[name].shape == weight.shape, f"{name}, "
              f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
@@ -75,7 +74,8 @@ def measures(values):
 def mean_measures(values_by_name):
     """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
-    layers = {kind: [row for name, row in rows.items() if kind in name] for kind in PROJECTIONS}
+    layers = {kind: [row for name, row in rows.items() if kind in name] 
+              for kind in mora.PROJECTIONS}
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
             for kind, part in (layers | {"all": [*rows.values()]}).items()}
 

@@ -57,9 +57,10 @@ def settings(shape, name, rank, seq_len, batch):
     hidden, ffn, layers, heads, _, sequences = SHAPES[shape]
     options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
     if shape == "7b":
-        frozen_dtype = "float8" if options.pop("matmul", "") == "fp8" else "bfloat16"
         options = {"operator": "rotate", "train_rest": False} | options
-        options["base_dtype"] = "float32" if options["method"] == "full" else frozen_dtype
+        if options["method"] != "full":
+            half = options.pop("matmul", "bf16") == "bf16"
+            options["base_dtype"] = "bfloat16" if half else "float8"
     return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
                   num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
                   **options)

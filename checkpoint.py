@@ -33,7 +33,6 @@ from shards import fingerprint
 BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
 COUNTS = [field.name for field in dataclasses.fields(LlamaConfig) if field.type is int]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# keys of LLaMA-3's rope scaling
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # keys of config.json of which some values are implemented: (default, those values)
 IMPLEMENTED = {"model_type": (None, ("llama",)), "hidden_act": ("silu", ("silu",)),

@@ -46,7 +46,6 @@ UP_TO_1, BELOW_1 = (0, 1), (0, 0.999999)
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
          tuple[str, ...]: "names with commas between",
          tuple[int, ...]: "whole numbers with commas between"}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA, MORA, ADAPTERS = ("lora",), ("mora",), ("lora", "mora")
 
 
@@ -89,7 +88,8 @@ class Config:
 
     method: str = key("mora", "full: all trains; frozen: embeddings, norms, head; lora, mora: an "
                       "update of each target, too", ("full", *mora.METHODS), group="method")
-    rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters")
+    rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters",
+                    FROM_1)
     operator: str = key("share", "how inputs and outputs are folded", mora.OPERATORS, MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)
@@ -98,7 +98,7 @@ class Config:
     lora_plus_ratio: float = key(1.0, "learning rate of B over that of A (LoRA+)", ABOVE_0, LORA)
     dora: bool = key(False, "train the magnitudes of the rows of W + dW (DoRA)", only=ADAPTERS)
     dropout: float = key(0.0, "dropout on the input of the adapters", BELOW_1, ADAPTERS)
-    targets: tuple[str, ...] = key(PROJECTIONS, "names of the linear layers to adapt")
+    targets: tuple[str, ...] = key(mora.PROJECTIONS, "names of the linear layers to adapt")
     train_rest: bool = key(True, "embeddings, norms and head train too; False: adapters only")
     restart_every: int = key(0, "steps between merging restarts (ReLoRA, ReMoRA); 0: none")
     restart_steps: tuple[int, ...] = key((), "steps of restarts, instead of restart_every")
@@ -333,7 +333,6 @@ def conflicts(cfg):
     given = f"restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}"
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
            f"{cfg.init_from} loads them: remove one of the two")
-    yield adapts and not cfg.rank, f"rank must be at least 1 for method {method}, got 0"
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
     yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
     yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
@@ -384,14 +383,14 @@ def schedule_warnings(cfg):
 
 
 def accumulation(cfg, processes):
-    """(sequences per forward pass, forward passes per step) of each process. The global batch is
-    fixed, so the number of processes does not change the experiment."""
+    """Sequences per forward pass of each process. The global batch is fixed, so the number of
+    processes does not change the experiment."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
     micro = cfg.micro_batch or share
     need(share % micro == 0, f"batch_size {cfg.batch_size} over {processes} processes is {share} "
          f"sequences each, which micro_batch {micro} does not divide")
-    return micro, share // micro
+    return micro
 
 
 # ---- command lines

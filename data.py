@@ -4,8 +4,7 @@
     python data.py c4                                  allenai/c4 "en", streamed; about 5.3e9 tokens
     python data.py text NAME FILES... [--val FILES...]     text of .jsonl, .json, .parquet, .txt
     python data.py sft NAME FILES... [--val FILES...]      prompts and responses: see sft.py
-    python data.py tulu                                Tulu v2 from the hub
-    python data.py metamath                            MetaMathQA from the hub
+    python data.py tulu, or metamath                   Tulu v2, or MetaMathQA, from the hub
     python data.py uuid --pairs=10000                  pairs of random UUIDs, to learn by heart
     python data.py check NAME                          read everything again: checksums, token ids
 
@@ -136,19 +135,9 @@ def text_of(row, key="text"):
     return sft.left_out(row, [key], ": choose one with --key") or row[key]
 
 
-# ---- stages: (a function that yields documents, their assignment to splits)
+# ---- stages: (a function that yields documents, the splits that hold them; see shards.prepare)
 
-def every_100th(index):
-    """The splits of a document: every 100th is validation."""
-    return ["val" if index % 100 == 99 else "train"]
-
-
-def all_to(*splits):
-    """An assignment of all documents to these splits."""
-    return lambda index: splits
-
-
-def hub_stage(name, words, make, assign, skip_bad=None, config=None, split="train"):
+def hub_stage(name, words, make, splits, skip_bad=None, config=None, split="train"):
     """The stage of a dataset on the hub, streamed. words: of a command that reads its files."""
     def rows():
         from datasets import load_dataset  # slow to import, and only preparing needs it
@@ -158,7 +147,7 @@ def hub_stage(name, words, make, assign, skip_bad=None, config=None, split="trai
 
     advice = ("check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python "
               f"data.py {words}")
-    return partial(documents, [(name, advice, rows)], make, skip_bad), assign
+    return partial(documents, [(name, advice, rows)], make, skip_bad), splits
 
 
 def file_sources(paths):
@@ -178,11 +167,11 @@ def file_stages(args, make):
     """(the part of the request that names the files, their stages); make(row) gives a document.
     The request is {"source": names and sizes, "content": checksums} of each split."""
     files = {"train": args.files, "val": args.val}
-    assign = {"train": all_to("train") if args.val else every_100th, "val": all_to("val")}
+    splits = {"train": ["train"] if args.val else [], "val": ["val"]}
     request = {"source": {split: [[path.name, path.stat().st_size] for path in paths]
                           for split, paths in files.items()},
                "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
-    return request, [(partial(documents, file_sources(paths), make, args.skip_bad), assign[split])
+    return request, [(partial(documents, file_sources(paths), make, args.skip_bad), splits[split])
                      for split, paths in files.items() if paths]
 
 
@@ -200,7 +189,7 @@ def checksum(path):
 def prepare_stdlib(folder="data/stdlib"):
     """Prepare the standard library; returns the manifest."""
     request = {"source": f"Python {platform.python_version()} standard library"}
-    return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, every_100th)])
+    return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, [])])
 
 
 def prepare_c4(args):
@@ -208,7 +197,7 @@ def prepare_c4(args):
     request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
                "val_tokens": args.val_tokens}
     words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    stages = [hub_stage("allenai/c4", words, text_of, all_to(split), config="en", split=hub_split)
+    stages = [hub_stage("allenai/c4", words, text_of, [split], config="en", split=hub_split)
               for hub_split, split in (("validation", "val"), ("train", "train"))]
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
@@ -233,7 +222,7 @@ def prepare_sft(args):
 def prepare_hub(args):
     name, format_name = sft.HUB[args.command]
     make = partial(sft.usable, format_name=format_name)
-    stages = [hub_stage(name, "sft NAME FILES...", make, every_100th, args.skip_bad)]
+    stages = [hub_stage(name, "sft NAME FILES...", make, [], args.skip_bad)]
     return sft.prepare(f"data/{args.command}", args.tokenizer, {"source": name}, stages,
                        format_name, args.seq_len, args.long)
 
@@ -241,7 +230,7 @@ def prepare_hub(args):
 def prepare_uuid(args):
     """Both splits hold all pairs: a run is scored on the pairs that it learned by heart."""
     request = {"source": "uuid", "format": "uuid", "pairs": args.pairs, "seed": args.seed}
-    stages = [(partial(sft.uuid_pairs, args.pairs, args.seed), all_to("train", "val"))]
+    stages = [(partial(sft.uuid_pairs, args.pairs, args.seed), ["train", "val"])]
     return sft.prepare("data/uuid", args.tokenizer, request, stages, "prompt")
 
 

@@ -67,10 +67,10 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     UserError for a folder that holds another corpus, and for a corpus without a token.
 
     tok: see tokenizer.load. request: a JSON object that names the corpus; equal requests give equal
-    shards. stages: [(read, assign)]: read() yields documents, in an order that is always the same,
-    and assign(index) names the splits of one. limits: {split: tokens}, 0: no limit. encode(tok,
-    document) returns (words uint32, counters), words None if the document is left out. facts: more
-    keys of a manifest of samples.
+    shards. stages: [(read, into)]: read() yields documents, in an order that is always the same,
+    into the splits of these names; no name: every 100th is validation. limits: {split: tokens}, 0:
+    no limit. encode(tok, document) returns (words uint32, counters), words None if the document is
+    left out. facts: more keys of a manifest of samples.
     """
     folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
@@ -155,8 +155,8 @@ def write_corpus(folder, manifest, encode, stages, limits):
     bar = tqdm(initial=total(splits, "bytes"), unit="B", unit_scale=True, desc="tokenizing",
                disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for stage, (read, assign) in list(enumerate(stages))[progress["stage"]:]:
-            for chunk, end in encoded(pool, encode, read, assign, progress["documents"]):
+        for stage, (read, into) in list(enumerate(stages))[progress["stage"]:]:
+            for chunk, end in encoded(pool, encode, read, into, progress["documents"]):
                 for split, words, counts in chunk:
                     writers[split].add(words, counts)
                 bar.update(total(splits, "bytes") - bar.n)
@@ -195,7 +195,7 @@ def read_progress(path, request):
     return PROGRESS | {"request": request, "splits": splits}
 
 
-def encoded(pool, encode, read, assign, first):
+def encoded(pool, encode, read, into, first):
     """Yield ([(split, words, counters)], index after them) of chunks of a stage's documents, in
     order; a few are in memory. first: the index of the first document."""
     def encode_chunk(chunk):
@@ -203,7 +203,8 @@ def encoded(pool, encode, read, assign, first):
         for index, document in chunk:
             left_out = isinstance(document, LeftOut)
             words, counts = (None, {document.reason: 1}) if left_out else encode(document)
-            parts += [(split, words, counts) for split in assign(index)]
+            every_100th = ["val" if index % 100 == 99 else "train"]
+            parts += [(split, words, counts) for split in into or every_100th]
         return parts, index + 1
 
     documents, jobs = islice(enumerate(read()), first, None), deque()

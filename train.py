@@ -95,8 +95,7 @@ def train(cfg):
         # same and stop together
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
                 or world == 1 and signals):
-            losses, norms, stopping = agree(numbers, bool(signals), world)
-            stop_if_not_finite(losses, norms, done, cfg)
+            losses, norms, stopping = agree(numbers, bool(signals), world, done, cfg)
             log.steps(done, losses, norms, rate, time.time() - clock, batches)
             numbers, clock = [], time.time()
     log.close(step, stopping, tokens.manifest.get("kind"))
@@ -134,7 +133,7 @@ def open_data(cfg, rank, world):
 
 def make_batches(cfg, tokens, device, rank, world):
     """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
-    micro_batch, _ = config.accumulation(cfg, world)
+    micro_batch = config.accumulation(cfg, world)
     kind = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
@@ -200,8 +199,10 @@ def prepare_model(cfg, model, device, cycle):
         is_base = not parameter.requires_grad and ".update." not in name  # A may be frozen too
         if is_base and cfg.base_dtype != "float32" and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
-    if cfg.shard and dist.is_initialized():
-        shard(model, device)
+    if cfg.shard and dist.is_initialized():  # a part of every parameter per rank; gradients follow
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in (*model.model.layers, model):  # a block is whole, in float32, in its forward
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
     model.to(device)
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
@@ -213,14 +214,6 @@ def prepare_model(cfg, model, device, cycle):
     return build_optimizer(cfg, model, device)
 
 
-def shard(model, device):
-    """Leave a part of every parameter on each rank (FSDP), in place; gradients and states follow.
-    A block's parameters are whole, in float32, while it computes: the arithmetic is DDP's."""
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
 def data_parallel(model, device):
     """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang."""
     buffers = [name for name, _ in model.named_buffers()]  # they are equal on all ranks
@@ -229,21 +222,19 @@ def data_parallel(model, device):
     return DistributedDataParallel(model, device_ids=device_ids)
 
 
-def stop_if_not_finite(losses, norms, step, cfg):
-    """Raise UserError if one of the steps up to `step` has a loss or norm that is not finite."""
-    for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
-        if not math.isfinite(loss + norm):
-            raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
-
-
-def agree(numbers, stop_requested, world):
-    """Return (losses, norms, stop?) of [tensor (loss, norm)]: means of all ranks, equal on all."""
+def agree(numbers, stop_requested, world, step, cfg):
+    """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to `step`: means of
+    all ranks, equal on all. Raises UserError for a number that is not finite."""
     flag = torch.full_like(numbers[0][:1], float(stop_requested))
     both = torch.cat((torch.stack(numbers).T.flatten(), flag))
     if world > 1:
         dist.all_reduce(both)
     *both, stopping = (both / world).tolist()
-    return both[:len(numbers)], both[len(numbers):], stopping > 0
+    losses, norms = both[:len(numbers)], both[len(numbers):]
+    for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
+        if not math.isfinite(loss + norm):
+            raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
+    return losses, norms, stopping > 0
 
 
 def stop_on_signal():

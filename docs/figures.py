@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mora
-from config import PROJECTIONS, UserError, as_user_error, load
+from config import UserError, as_user_error, load
 from optimizer import learning_rate
 from shards import open_split
 from train import make_batches
@@ -38,12 +38,12 @@ def picture(file, rows=1, columns=1, figsize=None, **options):
 
 def draw_spectra(file, named):
     """Draw the bars of Figure 5 of the paper for {label: analyze.mean_measures}."""
-    places, width = np.arange(len(PROJECTIONS)), 0.8 / len(named)
+    places, width = np.arange(len(mora.PROJECTIONS)), 0.8 / len(named)
     with picture(file, figsize=(8, 4)) as ((axis,),):
         for i, (label, means) in enumerate(named.items()):
-            heights = [means[kind]["singular_above_0.1"] for kind in PROJECTIONS]
+            heights = [means[kind]["singular_above_0.1"] for kind in mora.PROJECTIONS]
             axis.bar(places + i * width, heights, width, label=label)
-        axis.set_xticks(places + 0.4 - width / 2, PROJECTIONS)
+        axis.set_xticks(places + 0.4 - width / 2, mora.PROJECTIONS)
         axis.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
 
 

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
     import data
     import tokenizer
     folder = tmp_path_factory.mktemp("data") / "small"
-    data.prepare(folder, tokenizer.load("bytes"), {"source": "test"}, [(texts, data.every_100th)])
+    data.prepare(folder, tokenizer.load("bytes"), {"source": "test"}, [(texts, [])])
     return folder
 
 
@@ -148,10 +148,8 @@ def pairs(tmp_path_factory):
     import sft
     folder = tmp_path_factory.mktemp("data") / "pairs"
 
-    def assign(index):
-        return ["train"] if index % 10 else ["train", "val"]
-
-    sft.prepare(folder, "bytes", {"source": "test"}, [(prompts, assign)], "prompt")
+    stages = [(prompts, ["train"]), (lambda: prompts()[::10], ["val"])]
+    sft.prepare(folder, "bytes", {"source": "test"}, stages, "prompt")
     return folder
 
 

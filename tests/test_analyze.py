@@ -44,7 +44,7 @@ def test_measures_of_a_known_spectrum():
 def layers(out_features, in_features, delta=0.0):
     """One weight per kind of layer, all equal to delta."""
     return {f"model.layers.0.{kind}.weight": torch.full((out_features, in_features), delta)
-            for kind in analyze.PROJECTIONS}
+            for kind in analyze.mora.PROJECTIONS}
 
 
 def test_spectra_compare_weights_of_the_same_shape(tmp_path):
@@ -66,7 +66,7 @@ def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     out = run("--method=lora", "--lr=0.03", *restarts)
     before = analyze.first_weights(checkpoint.steps_of(out)[-1])
     values = analyze.spectra(analyze.weights(out)[0], before)
-    assert len(values) == 2 * len(analyze.PROJECTIONS)
+    assert len(values) == 2 * len(analyze.mora.PROJECTIONS)
     means = analyze.mean_measures(values)
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
 

@@ -146,7 +146,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, caps
 
     def prepare(name, rows):
         return sft.prepare(tmp_path / name, str(tmp_path / "chat"), {"source": "test"},
-                           [(lambda: rows, data.all_to("train"))], "messages")
+                           [(lambda: rows, ["train"])], "messages")
 
     with pytest.warns(UserWarning, match="refuses a chat: no system message"):
         totals = prepare("data", [{"messages": turns}, refused] * 3)["splits"]["train"]
