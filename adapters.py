@@ -5,8 +5,7 @@
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
                                 .mora_M.weight, .lora_magnitude_vector (DoRA)
 
-The tensors say which layers are adapted; the config says how. `save`, `load` and `as_lora` are for
-any torch model.
+The tensors name the adapted layers, the config says how. `save`, `load`, `as_lora` take any model.
 """
 import json
 import os
@@ -246,7 +245,6 @@ def update_of(config, name, linear):
 
 
 # ---- MoRA as LoRA
-#
 # With one block (share, truncate) dW = (F_out^T M) F_in is a LoRA of rank r^: A = F_in is a matrix
 # of zeros and ones, B = F_out^T M. With m blocks (decouple, rotate) the rank is up to m r^.
 
