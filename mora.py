@@ -376,8 +376,8 @@ def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
     if method != "lora" and (alpha or rslora or lora_A != "uniform"):
         raise ValueError("alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): "
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
-    if rslora and not alpha:
-        raise ValueError("rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+    if alpha < 0 or rslora and not alpha:
+        raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
 
 
 def is_transposed(module):

@@ -361,6 +361,8 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), lora_A="frozen", targets=("head",))
     with pytest.raises(ValueError, match="give it an alpha"):
         mora.adapt(small_model(), "lora", rslora=True, targets=("head",))
+    with pytest.raises(ValueError, match="give it an alpha above 0, got -4"):
+        mora.adapt(small_model(), "lora", alpha=-4, targets=("head",))  # load would refuse it
     with pytest.raises(ValueError, match="operator must be one of"):
         mora.adapt(small_model(), operator="twist", targets=("head",))
 
