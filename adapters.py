@@ -255,7 +255,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
 
     rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise an SVD
     cuts every dW to this rank. All layers get the largest rank, filled with zeros, and scale 1.
-    Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}. UserError else.
+    Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}, or UserError.
     """
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
