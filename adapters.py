@@ -5,8 +5,7 @@
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
                                 .mora_M.weight, .lora_magnitude_vector (DoRA)
 
-The tensors say which layers are adapted; the config says how. `save`, `load` and `as_lora` are for
-any torch model.
+The tensors name the adapted layers, the config says how. `save`, `load`, `as_lora` take any model.
 """
 import json
 import os
@@ -169,8 +168,9 @@ def read(folder):
         B = matrices.pop("B", None)  # the fork saves lora_A there again
         need(B is None or torch.equal(B, matrices.get("A", B)),
              f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
-    text = metadata.get("mora")
-    if text and metadata.get("crc32") == checksum(text, tensors.values()):
+    text, alpha = metadata.get("mora"), config.get("lora_alpha")
+    is_scaled = alpha != config["r"] or config.get("use_rslora") or config.get("alpha_pattern")
+    if text and not is_scaled and metadata.get("crc32") == checksum(text, tensors.values()):
         config = json.loads(text) | {"from_lora": True}  # nobody changed it since as_lora
     return config, layers
 
@@ -246,7 +246,6 @@ def update_of(config, name, linear):
 
 
 # ---- MoRA as LoRA
-#
 # With one block (share, truncate) dW = (F_out^T M) F_in is a LoRA of rank r^: A = F_in is a matrix
 # of zeros and ones, B = F_out^T M. With m blocks (decouple, rotate) the rank is up to m r^.
 
@@ -254,10 +253,9 @@ def update_of(config, name, linear):
 def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     """Write the MoRA adapter of a model as a LoRA in peft's format (a DoRA, if it is one).
 
-    rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise every dW
-    is cut to this rank by an SVD. All layers get the largest rank, filled with zeros, and scale 1:
-    not all tools read them per layer. Returns {"rank", "bytes": of the file, "error": the largest
-    relative Frobenius error of a dW}. Raises UserError if there is no MoRA, or no exact LoRA.
+    rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise an SVD
+    cuts every dW to this rank. All layers get the largest rank, filled with zeros, and scale 1.
+    Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}, or UserError.
     """
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")

@@ -70,11 +70,11 @@ def write_hugging_face(folder, weights, model, tok, seq_len=None):
 
 def llama_config(config, where):
     """The LlamaConfig of a config.json, a dict. where: the file, for the UserError."""
+    config = {key: value for key, value in config.items() if value is not None}
     for key, (default, implemented) in IMPLEMENTED.items():
         must_be_implemented(key, config.get(key, default), implemented, where)
     given = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6,
-             "max_position_embeddings": LlamaConfig.max_position_embeddings}
-    given |= {key: value for key, value in config.items() if value is not None}
+             "max_position_embeddings": LlamaConfig.max_position_embeddings} | config
     # at most 2 ** 28, so that no size of a matrix exceeds 64 bits
     shape = {key: number(f"{where}: {key}", given.get(key), int, 1, 2 ** 28) for key in COUNTS}
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]

@@ -47,13 +47,13 @@ class LowRank(nn.Module):
 
     def compress(self, x):
         """What the gradients need of x: x, (tokens, in), or A x, (tokens, rank), of a frozen A."""
-        x = x.flatten(0, -2)
+        x = x[None].flatten(0, -2)  # one vector is an input, too
         return x if self.A.requires_grad else F.linear(x, self.A.to(x.dtype))
 
     def gradients(self, compressed, dy):
         """[dA, dB] = [scale B^T dy x^T, scale dy (A x)^T], sums over tokens; dA is None if A is
         frozen. The scale comes last, when the matrices are small."""
-        dy, dA, Ax = dy.flatten(0, -2), None, compressed
+        dy, dA, Ax = dy[None].flatten(0, -2), None, compressed
         if self.A.requires_grad:
             Ax, dAx = compressed @ self.A.to(compressed.dtype).T, dy @ self.B.to(dy.dtype)
             dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
@@ -99,12 +99,12 @@ class Rescaled(nn.Module):
         return ((scale - 1) * y + scale * self.inner(x)).to(y.dtype)
 
     def compress(self, x):
-        return x.flatten(0, -2)  # the gradient of m needs all of it
+        return x[None].flatten(0, -2)  # the gradient of m needs all of it
 
     def gradients(self, x, dy):
         """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||, which
         takes one more product of W's size, as in full rank."""
-        dy, whole = dy.flatten(0, -2), self.whole()
+        dy, whole = dy[None].flatten(0, -2), self.whole()
         norms = row_norms(whole)
         dm = (dy * F.linear(x, whole.to(x.dtype))).sum(0, dtype=norms.dtype) / norms
         scaled_dy = (dy * (self.magnitude / norms)).to(dy.dtype)

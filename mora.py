@@ -305,6 +305,8 @@ class AdaptedLinear(nn.Module):
         if f"{prefix}weight" in state_dict and not has_update and list(self.update.parameters()):
             raise RuntimeError(f"{prefix}weight but no update of it: load it, then adapt the model")
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(buffer.is_meta for buffer in self.update.buffers()):  # assign=True leaves them there
+            self.update.to_empty(device=self.weight.device)
 
 
 def adapted_layers(model):
@@ -374,8 +376,8 @@ def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
     if method != "lora" and (alpha or rslora or lora_A != "uniform"):
         raise ValueError("alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): "
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
-    if rslora and not alpha:
-        raise ValueError("rslora scales the update by alpha / sqrt(rank): give it an alpha, got 0")
+    if alpha < 0 or rslora and not alpha:
+        raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
 
 
 def is_transposed(module):
@@ -391,23 +393,24 @@ def find_linears(model):
 
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order."""
-    linears, chosen, head = find_linears(model), set(), None
+    linears, chosen = find_linears(model), set()
     if targets == "all-linear" and hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
+        linears = {name: m for name, m in linears.items() if m is not head}
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = rf"(.*\.)?{re.escape(target)}"
         if isinstance(targets, str):
             pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"
         try:
             matched = {name for name in linears if re.fullmatch(pattern, name)}
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"target {target!r} is no regular expression: {error}") from None
         if not matched:
             parts = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"target {target!r} matches no linear layer; these are named "
                              f"{', '.join(parts) or 'nothing'}")
         chosen |= matched
-    found = {name: m for name, m in linears.items() if name in chosen and m is not head}
+    found = {name: m for name, m in linears.items() if name in chosen}
     refuse_unfit(model, found)
     return found
 
@@ -432,8 +435,7 @@ def refuse_unfit(model, linears):
 
 def features_of(linear):
     """(in_features, out_features), the first arguments of an update."""
-    shape = linear.weight.shape
-    return tuple(shape if is_transposed(linear) else shape[::-1])
+    return tuple(linear.weight.shape[::1 if is_transposed(linear) else -1])
 
 
 def start_cycle(layers, seed, cycle):

@@ -468,6 +468,17 @@ def test_such_a_lora_that_was_trained_on_stays_a_lora(tmp_path):
     assert {name.rpartition(".")[2] for name, _ in mora.adapter_parameters(loaded)} == {"A", "B"}
 
 
+@pytest.mark.parametrize("edit", ({"lora_alpha": 5}, {"use_rslora": True},
+                                  {"alpha_pattern": {"q_proj": 3}}), ids=str)
+def test_such_a_lora_whose_scale_was_edited_has_it(edit, tmp_path):
+    adapters.as_lora(mora_model({}), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), small_logits(theirs), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("operator", ("decouple", "rotate"))
 def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_path):
     model = mora_model({"operator": operator})

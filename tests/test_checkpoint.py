@@ -278,6 +278,13 @@ def test_wrong_values_in_config_json_are_named(directory, change, line):
     assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_null_in_config_json_is_the_default(directory):
+    file = directory / "config.json"
+    nulls = dict.fromkeys(("tie_word_embeddings", "attention_bias", "rope_scaling", "head_dim"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | nulls))
+    assert checkpoint.load(directory)[0].cfg.tie_word_embeddings is False
+
+
 def test_config_json_of_another_form_is_named(directory):
     for text, line in (("[1, 2]", "must hold a JSON object"), ("{", "can ?not be read"),
                        ("", "can ?not be read"), ("[" * 100_000, "be read: maximum recursion")):

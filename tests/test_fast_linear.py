@@ -15,7 +15,7 @@ from mora import OPERATORS
 KINDS = ("lora",) + OPERATORS
 
 
-def layer(kind, shape, dtype=torch.float64, groups="permute", bias=True):
+def layer(kind, shape, dtype=torch.float64, groups="permute", bias=True, dora=False):
     k, d, rank = shape
     linear = nn.Linear(k, d, bias=bias, dtype=dtype)
     with warnings.catch_warnings():
@@ -24,7 +24,8 @@ def layer(kind, shape, dtype=torch.float64, groups="permute", bias=True):
         if kind == "lora":
             options = {"method": "lora", "alpha": 3.0}
         model = nn.ModuleDict({"q": linear})
-        adapted = mora.adapt(model, rank=rank, targets=("q",), cycle=1, **options)["q"]
+        adapted = mora.adapt(model, rank=rank, targets=("q",), cycle=1, dora=dora,
+                             **options)["q"]
     for parameter in adapted.update.parameters():
         nn.init.normal_(parameter)
     return adapted
@@ -41,6 +42,15 @@ def both_ways(adapted, x):
         results.append((y.detach(), x.grad, *(p.grad.clone() for p in adapted.update.parameters())))
         adapted.zero_grad()
     return results
+
+
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_vector_is_an_input(kind, dora):
+    adapted = layer(kind, (12, 20, 2), dora=dora)
+    merged, paths = both_ways(adapted, torch.randn(12, dtype=torch.float64))
+    for a, b in zip(merged, paths, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -349,6 +349,10 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), targets=("embed",))
     with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
         mora.adapt(nn.Sequential(nn.ReLU()), targets="all-linear")
+    only_head = nn.Sequential(nn.Linear(4, 4))
+    only_head.get_output_embeddings = lambda: only_head[0]
+    with pytest.raises(ValueError, match="'all-linear' matches no"):
+        mora.adapt(only_head, targets="all-linear")
     with pytest.raises(ValueError, match="adapted already"):
         mora.adapt(adapted("mora", {}), targets=("head",))
     with pytest.raises(ValueError, match="no adapted layers"):
@@ -357,6 +361,8 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), lora_A="frozen", targets=("head",))
     with pytest.raises(ValueError, match="give it an alpha"):
         mora.adapt(small_model(), "lora", rslora=True, targets=("head",))
+    with pytest.raises(ValueError, match="give it an alpha above 0, got -4"):
+        mora.adapt(small_model(), "lora", alpha=-4, targets=("head",))  # load would refuse it
     with pytest.raises(ValueError, match="operator must be one of"):
         mora.adapt(small_model(), operator="twist", targets=("head",))
 
@@ -434,14 +440,17 @@ def test_merge_takes_the_weight_that_load_state_dict_assigned(method, options):
     torch.testing.assert_close(run(mora.merge(model), ids), before, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("method, options", DORA)
-def test_merge_takes_the_weight_that_to_empty_made(method, options):
+@pytest.mark.parametrize("assign", (False, True))
+@pytest.mark.parametrize("method, options", [*DORA, ("mora", {"groups": "contiguous"})])
+def test_a_model_on_meta_is_filled(method, options, assign):
+    """torch indexes with buffers that stay on meta without an error: numbers would be garbage."""
     model, ids = adapted(method, options, seed=3, cycle=1), torch.arange(11)[None]
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     with torch.device("meta"):
         empty = adapted(method, options, seed=3, cycle=1)
-    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    empty = empty if assign else empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
     expected = run(model, ids)
     torch.testing.assert_close(run(empty, ids), expected)
     torch.testing.assert_close(run(mora.merge(empty), ids), expected, rtol=1e-5, atol=1e-4)
