@@ -345,6 +345,7 @@ def conflicts(cfg):
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
            f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
+    yield method == "frozen" and not cfg.train_rest, "frozen without train_rest trains nothing"
     yield (muon and cfg.restart_keep,
            f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"

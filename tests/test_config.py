@@ -259,6 +259,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--rest_lr=1e-3", "--train_rest=false"], "rest_lr 0.001 has no effect with train_rest"),
     ("", ["--optimizer=moun"], "did you mean muon"),
     ("", ["--optimizer=muon", "--method=frozen"], "muon has no matrix to train with method frozen"),
+    ("", ["--method=frozen", "--train_rest=false"], "frozen without train_rest trains nothing"),
     ("", ["--optimizer=muon", "--restart_every=5", "--restart_keep=.1"], "restart_keep 0.1 keeps"),
     ("", ["--residual_init", "--init_from=x"], "init_from x loads them"),
     ("", ["--matmul=fp16"], "matmul must be one of bf16, fp8, got 'fp16'"),
