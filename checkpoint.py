@@ -198,8 +198,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
             config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
-        files = sorted(Path(folder, name) for folder, _, names in os.walk(beside, followlinks=True)
-                       for name in names)
+        endings = "*.pt", "*/*.json", "*/*.jinja", "*/*.safetensors"  # init_from may hold more
+        files = sorted(path for ending in endings for path in beside.glob(ending))
         names = [path.relative_to(beside).as_posix() for path in files]
         with ThreadPoolExecutor() as pool:
             records = dict(zip(names, pool.map(file_record, files), strict=True))
@@ -288,7 +288,7 @@ def damage(step, resuming):
         records = read_state(step)["files"]
         for name, record in records.items():
             if resuming or name != "optimizer.pt":
-                found = file_record(step / name)
+                found = file_record(os.path.realpath(step / name))  # the error names the real one
                 need(found == record, f"{step / name} has changed since it was saved: it is "
                      f"{found}, but state.json has in files {record}")
         if not records:

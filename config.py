@@ -355,8 +355,8 @@ def conflicts(cfg):
            f"matmul fp8 needs float32 weights to round from, got base_dtype {cfg.base_dtype}")
     yield ((fp8 or cfg.base_dtype == "float8") and cfg.shard,
            "shard has no FP8 products: use matmul bf16 and no base_dtype float8")
-    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not (
-           Path(cfg.init_from) / "config.json").exists() or not cfg.init_from),
+    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not cfg.init_from or not list(
+           Path(cfg.init_from).glob("model.safetensors*"))),
            "base_dtype float8 keeps no whole weights, so it needs train_rest False and init_from a "
            f"Hugging Face directory, got {cfg.init_from!r}")
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "
