@@ -272,13 +272,13 @@ def best_of(run):
 
 
 def read_state(step):
-    """The state.json of a checkpoint; keys of Config that it lacks get their defaults."""
-    state = {"files": {}} | read_json(step / "state.json", dict)
-    for key, kind in (("step", int), ("cycle", int), ("config", dict), ("files", dict)):
-        need(type(state.get(key)) is kind,
+    """The state.json of a checkpoint with the keys of Config: those that it lacks, by default."""
+    state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json", dict)
+    for key in ("step", "cycle", "config", "files", "fp8_scales"):
+        need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
              f"{step / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
-    return state | {"config": defaults | state["config"]}
+    return state | {"config": {key: state["config"].get(key, defaults[key]) for key in defaults}}
 
 
 def damage(step, resuming):
@@ -352,7 +352,7 @@ def resume(path, model, optimizer):
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
-        scale.fill_(state.get("fp8_scales", {}).get(name, scale))
+        scale.fill_(state["fp8_scales"].get(name, scale))
     return state
 
 
