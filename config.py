@@ -226,7 +226,7 @@ def read_file(path):
         frames = traceback.extract_tb(error.__traceback__)
         place = error if isinstance(error, SyntaxError) else frames[-1]
         text = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{place.filename}, line {place.lineno}: {text}") from error
+        raise UserError(f"{place.filename or path}, line {place.lineno}: {text}") from error
     variants = names.pop("variants", {})
     need(isinstance(variants, dict) and all(isinstance(variant, str) and isinstance(own, dict)
                                             for variant, own in variants.items()),

@@ -267,6 +267,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--matmul=fp8", "--base_dtype=bfloat16"], "matmul fp8 needs float32 weights"),
     ("rank = 1 +", [], "line 1: SyntaxError"),
     ("\nrank = 1 / 0", [], "line 2: ZeroDivisionError"),
+    ("rank = 1\0", [], ".py, line None: SyntaxError: source code string cannot contain null"),
     ("raise ValueError('two\\nlines')", [], "line 1: ValueError: two lines"),
 ])
 def test_mistakes_are_one_clear_line(tmp_path, text, words, line):
