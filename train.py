@@ -107,8 +107,7 @@ def join_processes(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
-    kind = "cuda" if gpus else "mps" if mps else "cpu"
-    kind = kind if cfg.device == "auto" else cfg.device
+    kind = cfg.device.replace("auto", "cuda" if gpus else "mps" if mps else "cpu")
     need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")
     device, gpu = torch.device(kind), None
     if kind == "cuda":
