@@ -198,8 +198,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
             config = adapters.config_of(model, adapters.BESIDE) | {"task_type": "CAUSAL_LM"}
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
-        files = sorted(Path(folder, name) for folder, _, names in os.walk(beside, followlinks=True)
-                       for name in names)
+        endings = "*.pt", "*/*.json", "*/*.jinja", "*/*.safetensors"  # init_from may hold more
+        files = sorted(path for ending in endings for path in beside.glob(ending))
         names = [path.relative_to(beside).as_posix() for path in files]
         with ThreadPoolExecutor() as pool:
             records = dict(zip(names, pool.map(file_record, files), strict=True))
@@ -272,13 +272,13 @@ def best_of(run):
 
 
 def read_state(step):
-    """The state.json of a checkpoint; keys of Config that it lacks get their defaults."""
-    state = {"files": {}} | read_json(step / "state.json", dict)
-    for key, kind in (("step", int), ("cycle", int), ("config", dict), ("files", dict)):
-        need(type(state.get(key)) is kind,
+    """The state.json of a checkpoint with the keys of Config: those that it lacks, by default."""
+    state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json", dict)
+    for key in ("step", "cycle", "config", "files", "fp8_scales"):
+        need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
              f"{step / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
-    return state | {"config": defaults | state["config"]}
+    return state | {"config": {key: state["config"].get(key, defaults[key]) for key in defaults}}
 
 
 def damage(step, resuming):
@@ -288,7 +288,7 @@ def damage(step, resuming):
         records = read_state(step)["files"]
         for name, record in records.items():
             if resuming or name != "optimizer.pt":
-                found = file_record(step / name)
+                found = file_record(os.path.realpath(step / name))  # the error names the real one
                 need(found == record, f"{step / name} has changed since it was saved: it is "
                      f"{found}, but state.json has in files {record}")
         if not records:
@@ -352,7 +352,7 @@ def resume(path, model, optimizer):
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
-        scale.fill_(state.get("fp8_scales", {}).get(name, scale))
+        scale.fill_(state["fp8_scales"].get(name, scale))
     return state
 
 

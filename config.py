@@ -226,7 +226,7 @@ def read_file(path):
         frames = traceback.extract_tb(error.__traceback__)
         place = error if isinstance(error, SyntaxError) else frames[-1]
         text = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{place.filename}, line {place.lineno}: {text}") from error
+        raise UserError(f"{place.filename or path}, line {place.lineno}: {text}") from error
     variants = names.pop("variants", {})
     need(isinstance(variants, dict) and all(isinstance(variant, str) and isinstance(own, dict)
                                             for variant, own in variants.items()),
@@ -345,6 +345,7 @@ def conflicts(cfg):
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
            f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
+    yield method == "frozen" and not cfg.train_rest, "frozen without train_rest trains nothing"
     yield (muon and cfg.restart_keep,
            f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
@@ -354,8 +355,8 @@ def conflicts(cfg):
            f"matmul fp8 needs float32 weights to round from, got base_dtype {cfg.base_dtype}")
     yield ((fp8 or cfg.base_dtype == "float8") and cfg.shard,
            "shard has no FP8 products: use matmul bf16 and no base_dtype float8")
-    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not (
-           Path(cfg.init_from) / "config.json").exists() or not cfg.init_from),
+    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not cfg.init_from or not list(
+           Path(cfg.init_from).glob("model.safetensors*"))),
            "base_dtype float8 keeps no whole weights, so it needs train_rest False and init_from a "
            f"Hugging Face directory, got {cfg.init_from!r}")
     yield (fp8 and cfg.dropout, "matmul fp8 needs W and the update merged, but dropout "

@@ -106,10 +106,9 @@ def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    kind, gpus = cfg.device, torch.cuda.device_count()
-    if kind == "auto":
-        usable = {"cuda": gpus, "mps": torch.backends.mps.is_available() and world == 1}
-        kind = next((name for name in usable if usable[name]), "cpu")
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
+    kind = cfg.device.replace("auto", "cuda" if gpus else "mps" if mps else "cpu")
+    need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")
     device, gpu = torch.device(kind), None
     if kind == "cuda":
         need(local < gpus, f"process {local} of this machine has no GPU, it has {gpus}: lower "

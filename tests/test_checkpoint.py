@@ -162,7 +162,7 @@ def test_a_state_of_another_form_is_named(copy):
     _, step, resume = copy
     state = json.loads((step / "state.json").read_text())
     for change in ({"step": "10"}, {"cycle": None}, {"config": []}, {"files": [1]},
-                   {"files": {"optimizer.pt": 3}}):
+                   {"files": {"optimizer.pt": 3}}, {"fp8_scales": [1]}):
         (step / "state.json").write_text(json.dumps(state | change))
         with pytest.raises(UserError, match=f"state.json.*{next(iter(change))}.*step-00000005 is"):
             resume()

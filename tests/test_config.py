@@ -259,6 +259,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--rest_lr=1e-3", "--train_rest=false"], "rest_lr 0.001 has no effect with train_rest"),
     ("", ["--optimizer=moun"], "did you mean muon"),
     ("", ["--optimizer=muon", "--method=frozen"], "muon has no matrix to train with method frozen"),
+    ("", ["--method=frozen", "--train_rest=false"], "frozen without train_rest trains nothing"),
     ("", ["--optimizer=muon", "--restart_every=5", "--restart_keep=.1"], "restart_keep 0.1 keeps"),
     ("", ["--residual_init", "--init_from=x"], "init_from x loads them"),
     ("", ["--matmul=fp16"], "matmul must be one of bf16, fp8, got 'fp16'"),
@@ -266,6 +267,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--matmul=fp8", "--base_dtype=bfloat16"], "matmul fp8 needs float32 weights"),
     ("rank = 1 +", [], "line 1: SyntaxError"),
     ("\nrank = 1 / 0", [], "line 2: ZeroDivisionError"),
+    ("rank = 1\0", [], ".py, line None: SyntaxError: source code string cannot contain null"),
     ("raise ValueError('two\\nlines')", [], "line 1: ValueError: two lines"),
 ])
 def test_mistakes_are_one_clear_line(tmp_path, text, words, line):

@@ -245,6 +245,22 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
         run(*FLOAT8_BASE, f"--init_from={base}", f"--out={out}", "--resume")
 
 
+def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
+    words = ["--hidden_size=32", "--intermediate_size=48", "--steps=1"]
+    first = run(*words, "--method=full", f"--out={tmp_path / 'first'}")
+    with pytest.raises(UserError, match=f"init_from a Hugging Face directory, got '{first}'"):
+        run(*FLOAT8_BASE, *words, f"--init_from={first}")  # its config.json is that of a run
+
+    base = first / "step-00000001" / "base"
+    (base / "README.md").write_text("one")
+    out = run(*FLOAT8_BASE, *words, f"--init_from={base}", f"--out={base / 'run'}")
+    (base / "README.md").write_text("two")
+    run(*FLOAT8_BASE, *words, f"--init_from={base}", f"--out={out}", "--resume", "--steps=2")
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"No such file or directory: '{base / 'config.json'}'"):
+        checkpoint.load(moved / "run")
+
+
 def test_a_base_in_float8_computes_what_its_rounded_weights_say():
     model = llama("mora")
     keep_in_fp8(model)

@@ -277,6 +277,13 @@ def test_a_folder_in_use_is_refused(run, config):
     assert not (out / ".lock").exists()
 
 
+def test_a_missing_device_is_one_line(run):
+    if torch.backends.mps.is_available():
+        pytest.skip("a Mac has the device")
+    with pytest.raises(UserError, match="device mps is one process on a Mac"):
+        run("--device=mps")
+
+
 def test_a_corpus_that_changed_is_noticed_on_resume(run, tmp_path):
     folder = tmp_path / "corpus"
     for text in ("one", "two"):
