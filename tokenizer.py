@@ -43,7 +43,7 @@ def load(name, folder=None):
         return Tiktoken(tiktoken.Encoding(
             "bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
             mergeable_ranks={bytes([i]): i for i in range(256)}))
-    if name.startswith("tokenizer.json:"):
+    if folder and name.startswith("tokenizer.json:"):
         tok = Json(folder)
         need(tok.name == name, f"{folder}/tokenizer.json is {tok.name}, expected {name}: the file "
              "was changed or replaced")

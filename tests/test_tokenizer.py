@@ -108,8 +108,9 @@ def test_a_changed_copy_of_the_tokenizer_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown tokenizer 'gpt22'"):
-        tokenizer.load("gpt22")
+    for name in ("gpt22", "tokenizer.json:0123456789ab"):  # the latter as a manifest names it
+        with pytest.raises(UserError, match=f"unknown tokenizer '{name}'"):
+            tokenizer.load(name)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         tokenizer.load(str(tmp_path))
