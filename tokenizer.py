@@ -148,7 +148,7 @@ class Json:
         if isinstance(value, list):
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
             value = named.get("default", {}).get("template")
-        text = value.get("content") if isinstance(value, dict) else value
+        text = value.get("content", value) if isinstance(value, dict) else value
         need(text is None or isinstance(text, str),
              f"{self.config_file}: {key} must be text, is {text!r:.80}")
         return text

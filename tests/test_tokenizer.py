@@ -118,6 +118,11 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(UserError, match="eos_token '<end>' is no token"):
         tokenizer.load(str(tmp_path))
+    # or Tulu's format would silently replace the model's own
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|endoftext|>", "chat_template": {"default": "{{ messages }}"}}))
+    with pytest.raises(UserError, match="chat_template must be text, is {'default'"):
+        tokenizer.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("form, opening", [("<s> $A </s>", ["<s>"]), ("<s> $A", ["<s>"]),
