@@ -148,8 +148,7 @@ def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     Processes take turns, with equally many. limit: take the first samples, up to this number of
     tokens; 0: no limit."""
     samples.must_fit(seq_len)
-    whole = np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")
-    count = max(1, int(whole))
+    count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")
     for index in range(rank * batch, count + rank * batch, world * batch):
         yield samples.rows(order[index:index + batch], seq_len, batch)

@@ -197,7 +197,7 @@ def prepare_c4(args):
     request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
                "val_tokens": args.val_tokens}
     words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    stages = [hub_stage("allenai/c4", words, text_of, [split], config="en", split=hub_split)
+    stages = [hub_stage("allenai/c4", words, text_of, [split], args.skip_bad, "en", hub_split)
               for hub_split, split in (("validation", "val"), ("train", "train"))]
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 
@@ -276,7 +276,7 @@ OPTIONS = {
 SAMPLE_OPTIONS = "--tokenizer --seq_len --long --skip_bad"
 COMMANDS = {  # (function, its options)
     "stdlib": (lambda args: prepare_stdlib(), ""),
-    "c4": (prepare_c4, "--tokenizer --train_tokens --val_tokens"),
+    "c4": (prepare_c4, "--tokenizer --train_tokens --val_tokens --skip_bad"),
     "text": (prepare_text, "name files --val --tokenizer --key --skip_bad"),
     "sft": (prepare_sft, "name files --val " + SAMPLE_OPTIONS),
     "tulu": (prepare_hub, SAMPLE_OPTIONS),

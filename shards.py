@@ -228,7 +228,8 @@ def read_manifest(folder):
     kind, dtype = manifest["kind"], manifest["dtype"]
     intact(kind in ("text", "samples") and dtype in ("uint16", "uint32"), path,
            f"kind {kind!r} with dtype {dtype!r} is unknown")
-    check_value(manifest, {"format": ""} if kind == "samples" else {}, path)
+    learned = {split: {"learned": 0} for split in SPLITS if manifest["splits"][split]["tokens"]}
+    check_value(manifest, {"format": "", "splits": learned} if kind == "samples" else {}, path)
     return manifest
 
 
@@ -236,8 +237,8 @@ def check_value(value, example, path, where=""):
     """Raise UserError unless a value of a JSON file is of the type of an example.
     A dict needs the keys of the example; the entries of a list are compared with its first entry.
     where: the place of the value in the file."""
-    kinds = (int, float) if isinstance(example, float) else type(example)
-    intact(isinstance(value, kinds), path,
+    kinds = (int, float) if isinstance(example, float) else (type(example),)
+    intact(type(value) in kinds, path,
            f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
     if isinstance(example, list):
         for entry in value:

@@ -43,7 +43,7 @@ def load(name, folder=None):
         return Tiktoken(tiktoken.Encoding(
             "bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
             mergeable_ranks={bytes([i]): i for i in range(256)}))
-    if name.startswith("tokenizer.json:"):
+    if folder and name.startswith("tokenizer.json:"):
         tok = Json(folder)
         need(tok.name == name, f"{folder}/tokenizer.json is {tok.name}, expected {name}: the file "
              "was changed or replaced")
@@ -148,7 +148,7 @@ class Json:
         if isinstance(value, list):
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
             value = named.get("default", {}).get("template")
-        text = value.get("content") if isinstance(value, dict) else value
+        text = value.get("content", value) if isinstance(value, dict) else value
         need(text is None or isinstance(text, str),
              f"{self.config_file}: {key} must be text, is {text!r:.80}")
         return text

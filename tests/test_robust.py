@@ -178,6 +178,11 @@ TABLE = [
     ({"data/n/manifest.json": MANIFEST | {"kind": "x"}}, "check n",
      "kind 'x' with dtype 'uint16' is unknown", 2),
     ({"data/n/manifest.json": MANIFEST | {"kind": "samples"}}, "check n", "has no key format", 2),
+    # evaluate.py divides by it: all tokens in its place would give a wrong number
+    ({"data/n/manifest.json": MANIFEST | {"kind": "samples", "format": "question"}}, "check n",
+     "it has no key splits.train.learned", 2),
+    ({"data/n/manifest.json": MANIFEST | {"vocab_size": True}}, "check n",
+     "vocab_size must be of type int, is True", 2),
     ({"data/n/manifest.json": MANIFEST | {"vocab_size": "9"}}, "check n",
      "vocab_size must be of type int, is '9'", 2),
     ({"data/n/manifest.json": MANIFEST}, "check n",

@@ -231,7 +231,7 @@ def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):
 
     def load_dataset(name, config, split, streaming):
         requests.append((name, config, split, streaming))
-        rows = [{"query": f"{i}?", "response": "y", "type": "t", "text": "x" * 99}
+        rows = [{"query": f"{i}?", "response": "y", "text": "x" * 99 if i % 50 else None}
                 for i in range(200)]
         if "tulu" in name:
             rows = [{"messages": CHAT[:2], "id": str(i)} for i in range(200)]
@@ -242,7 +242,11 @@ def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):
         data.main([name, "--tokenizer=bytes", "--seq_len=2048"])
         counts = [len(open_split(f"data/{name}", split).lengths) for split in ("train", "val")]
         assert counts == [198, 2]
-    data.main(["c4", "--tokenizer=bytes", "--train_tokens=1e4", "--val_tokens=1050"])
+    with pytest.raises(UserError, match="4 of 200 rows cannot be used, .* --skip_bad=PERCENT"):
+        data.main(["c4", "--tokenizer=bytes"])
+    requests.pop()
+    data.main(["c4", "--tokenizer=bytes", "--train_tokens=1e4", "--val_tokens=1050",
+               "--skip_bad=5"])
     assert [len(open_split("data/c4", split)) for split in ("train", "val")] == [10_000, 1100]
     assert requests == [("allenai/tulu-v2-sft-mixture", None, "train", True),
                         ("meta-math/MetaMathQA", None, "train", True),

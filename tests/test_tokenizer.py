@@ -108,14 +108,20 @@ def test_a_changed_copy_of_the_tokenizer_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown tokenizer 'gpt22'"):
-        tokenizer.load("gpt22")
+    for name in ("gpt22", "tokenizer.json:0123456789ab"):  # the latter as a manifest names it
+        with pytest.raises(UserError, match=f"unknown tokenizer '{name}'"):
+            tokenizer.load(name)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         tokenizer.load(str(tmp_path))
     tokenizer.load("bytes").export_files(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(UserError, match="eos_token '<end>' is no token"):
+        tokenizer.load(str(tmp_path))
+    # or Tulu's format would silently replace the model's own
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|endoftext|>", "chat_template": {"default": "{{ messages }}"}}))
+    with pytest.raises(UserError, match="chat_template must be text, is {'default'"):
         tokenizer.load(str(tmp_path))
 
 
