@@ -184,8 +184,6 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     must_be_finite(weights, step, cfg)
-    for leftover in out.glob(".*ing-step-*"):  # of a process that was killed
-        shutil.rmtree(leftover)
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = out / f".writing-{final.name}"
     try:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -159,6 +160,8 @@ def build_model(cfg, tokens):
 
 def check_run_folder(cfg, rank):
     """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
+    for leftover in Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ():
+        shutil.rmtree(leftover)  # of a process that was killed while it saved
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
         if cfg.resume and rank == 0:

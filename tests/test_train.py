@@ -237,6 +237,9 @@ def test_only_the_newest_are_kept_and_nothing_half_written(run, config):
     out = run("--save_every=3", "--keep=2")
     names = sorted(path.name for path in out.iterdir())
     assert names == ["config.json", "log.jsonl", "step-00000018", "step-00000020"]
+    (out / ".removing-step-00000003").mkdir()  # killed after its last save: a resume saves nothing
+    run("--save_every=3", "--keep=2", "--resume")
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, config):
