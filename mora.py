@@ -289,6 +289,9 @@ class AdaptedLinear(nn.Module):
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 
+    def extra_repr(self):
+        return "in_features={1}, out_features={0}".format(*self.matrix.shape)
+
     def get_extra_state(self):
         """The update's settings, so that load_state_dict refuses an update that is another map."""
         update = getattr(self.update, "inner", self.update)
