@@ -187,7 +187,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = out / f".writing-{final.name}"
     try:
-        if cfg.base_dtype == "float8":  # W itself is in init_from alone
+        if cfg.base_dtype == "float8":  # the model holds W rounded; init_from holds W
             beside.mkdir(parents=True)
             (beside / "base").symlink_to(Path(cfg.init_from).resolve())
         else:

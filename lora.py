@@ -24,7 +24,8 @@ class LowRank(nn.Module):
     def __init__(self, in_features, out_features, rank, alpha=0.0, rslora=False, lora_A="uniform"):
         super().__init__()
         self.rank, self.alpha, self.rslora, self.lora_A = rank, alpha, rslora, lora_A
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank) if alpha else 1.0
+        divisor = math.sqrt(rank) if rslora else rank
+        self.scale = alpha / divisor if alpha else 1.0
         self.A = nn.Parameter(torch.zeros(rank, in_features), requires_grad=lora_A != "frozen")
         self.B = nn.Parameter(torch.zeros(out_features, rank))
 

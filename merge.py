@@ -92,7 +92,7 @@ def main(argv):
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
             if (folder / "base").is_symlink():
-                text += f"; W is that of {base}, not its float8 copy of training"
+                text += f"; the update was added to the weights of {base}, not to their float8 copy"
     print(f"wrote {target}: {text}")
 
 

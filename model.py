@@ -317,7 +317,7 @@ class Float8Products(nn.Module):
 
 
 class Float8Base(Float8Products):
-    """The products of a frozen weight that is kept in e4m3; scale (1, m): one for each output."""
+    """The products, in evaluation too, of a frozen weight in e4m3; scale (1, m): per output."""
 
     def y(self, x, weight):
         return multiply_fp8(x, weight, self.scale)

@@ -234,7 +234,7 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
         assert torch.equal(layer.weight, exact.get_submodule(name).weight)
         assert layer.update.M.abs().max() > 0
     merge.main([str(whole)])
-    assert f"W is that of {base}" in capsys.readouterr().out
+    assert f"added to the weights of {base}" in capsys.readouterr().out
     merged = checkpoint.load(whole / "merged")[0]
     for name, weight in mora.merge(adapted).state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight)
