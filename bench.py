@@ -4,7 +4,6 @@
     python bench.py --shape=1.3b --methods=full,mora,lora  on one GPU
     python bench.py --shape=250m --processes=2             DDP
     python bench.py --shape=7b --methods=mora,lora         fine-tuning of a bfloat16 base, rank 8
-    python bench.py --json=FILE                            add the numbers to a file
 
 Each method runs in a new process on random tokens. The figure is the median of blocks of train.py's
 steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP/s of an 8192-cubed
@@ -46,6 +45,7 @@ METHODS |= {"mora_two_paths": {"method": "mora"},
             "remora_permute": {"method": "mora", "groups": "permute"}}
 MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"} for name in ("full", "lora", "mora")}
 METHODS |= MUON | {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
+METHODS["mora_fp8_base"] = {"method": "mora", "base_dtype": "float8"}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
            ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
@@ -58,9 +58,8 @@ def settings(shape, name, rank, seq_len, batch):
     options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
     if shape == "7b":
         options = {"operator": "rotate", "train_rest": False} | options
-        if options["method"] != "full":
-            half = options.pop("matmul", "bf16") == "bf16"
-            options["base_dtype"] = "bfloat16" if half else "float8"
+        if options["method"] != "full" and "matmul" not in options:
+            options = {"base_dtype": "bfloat16"} | options
     return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
                   num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
                   **options)

@@ -208,8 +208,10 @@ class Llama(nn.Module):
     def compile_parts(self):
         """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
         second sequence length makes torch compile once more, for every length."""
-        for block in self.model.layers:
-            block.compile()
+        # backward folds x again where it reads x anyway: less memory (results/fp8)
+        torch._functorch.config.ban_recompute_materialized_backward = False
+        for block in self.model.layers:  # a kernel that scales rows reads them once, not twice
+            block.compile(options={"triton.multi_kernel": 1})
         self.loss_kernel = torch.compile(softmax_gradient)
 
     def new_cache(self):

@@ -4,8 +4,6 @@
     torchrun train.py configs/250m_mora.py --lr=1e-3     one GPU, or plain `python train.py ...`
     torchrun --nproc_per_node=8 train.py configs/250m_mora.py      8 GPUs, the same experiment
     torchrun train.py configs/gsm8k.py mora_r8 --init_from=PATH    fine-tuning, one of its variants
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
-        train.py configs/1.3b_mora.py                              16 GPUs of two machines
 
 `--resume` continues from the newest checkpoint of the run. `--shard` cuts a model that is too large
 for one GPU into a part per GPU; its checkpoints are the same. `--help` lists the keys, `--configs`
