@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

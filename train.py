@@ -5,9 +5,8 @@
     torchrun --nproc_per_node=8 train.py configs/250m_mora.py      8 GPUs, the same experiment
     torchrun train.py configs/gsm8k.py mora_r8 --init_from=PATH    fine-tuning, one of its variants
 
-`--resume` continues from the newest checkpoint of the run. `--shard` cuts a model that is too large
-for one GPU into a part per GPU; its checkpoints are the same. `--help` lists the keys, `--configs`
-the experiments.
+`--resume` continues a run from its newest checkpoint, `--shard` cuts a model that is too large for
+one GPU into a part per GPU. `--help` lists the keys, `--configs` the experiments.
 """
 import contextlib
 import dataclasses
