@@ -206,11 +206,11 @@ class Llama(nn.Module):
     def head(self):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def compile_parts(self):
+    def compile_parts(self, compute_again=False):
         """torch.compile each block and the loss's kernel, in place; one compilation serves all. The
-        second sequence length makes torch compile once more, for every length."""
-        # backward folds x again where it reads x anyway: less memory (results/fp8)
-        torch._functorch.config.ban_recompute_materialized_backward = False
+        second sequence length makes torch compile once more, for every length. compute_again:
+        backward computes the inputs of its products again, where torch would have kept them."""
+        torch._functorch.config.ban_recompute_materialized_backward = not compute_again
         for block in self.model.layers:  # a kernel that scales rows reads them once, not twice
             block.compile(options={"triton.multi_kernel": 1})
         self.loss_kernel = torch.compile(softmax_gradient)

@@ -209,7 +209,7 @@ def prepare_model(cfg, model, device, cycle):
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
-        model.compile_parts()
+        model.compile_parts(compute_again=cfg.method == "mora")  # cheap: folds
     return build_optimizer(cfg, model, device)
 
 

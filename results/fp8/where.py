@@ -31,8 +31,8 @@ def main(shape, method, *changes):
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
         ids = torch.randint(vocab_size, (2, 1, cfg.batch_size, cfg.seq_len))
     optimizer = prepare_model(cfg, model, device, cycle=1)
-    if "BAN" in os.environ:  # as before 2026-11-25: compressed inputs are kept for backward
-        torch._functorch.config.ban_recompute_materialized_backward = True
+    if "AGAIN" in os.environ:  # compute_again of Llama.compile_parts: AGAIN=0 or 1
+        torch._functorch.config.ban_recompute_materialized_backward = os.environ["AGAIN"] == "0"
 
     def block(steps=5):
         for _ in range(steps):
