@@ -76,9 +76,7 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(x, order, inverse):
-        if torch.compiler.is_compiling():  # write x: fused, every scattered read would compute it
-            x = x.as_strided(x.shape, x.stride())
-        return x[..., order]
+        return x[..., order.int()]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,8 +98,9 @@ class Fold(nn.Module):
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        for name in ("order", "inverse"):  # int32: int64 indices cost 4 % of a step at 250M
-            order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
+        small = torch.int16 if features < 2 ** 15 else torch.int32  # reading indices takes time
+        for name in ("order", "inverse"):
+            order = None if groups == "strided" else torch.arange(features, dtype=small)
             self.register_buffer(name, order, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
@@ -119,7 +118,7 @@ class Fold(nn.Module):
         elif self.groups == "contiguous" or cycle % 2 == 1:  # alternate: the odd cycles
             order = contiguous_order(position, self.width)
         self.order.copy_(order)
-        self.inverse[order] = position.int()
+        self.inverse[order] = position.to(self.inverse)
 
     def _apply(self, fn, recurse=True):
         """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
@@ -208,7 +207,7 @@ class Square(nn.Module):
         if m > 1:  # an input meets the outputs of its own block alone
             block = torch.arange(fold.features, device=columns.device) // fold.width % m
             if fold.order is not None:
-                block = block[fold.inverse]
+                block = block[fold.inverse.int()]
             is_own = block[:, None] == torch.arange(m, device=columns.device)  # (in, m)
             columns = columns * is_own[..., None]  # (in, m, r^)
         return self.fold_out.adjoint(columns).T
