@@ -54,7 +54,6 @@ class UserError(argparse.ArgumentTypeError):
 
 def key(default, explanation, allowed=(), only=(), group=""):
     """A field of Config: its default, and what --help prints and check verifies.
-
     allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
     methods that can have the key. group: heading of the keys from here on."""
     return dataclasses.field(default=default, metadata={
@@ -383,8 +382,7 @@ def schedule_warnings(cfg):
 
 
 def accumulation(cfg, processes):
-    """Sequences per forward pass of each process. The global batch is fixed, so the number of
-    processes does not change the experiment."""
+    """Sequences per forward pass of each process; the global batch is the same for any number."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
     micro = cfg.micro_batch or share
@@ -511,7 +509,7 @@ def write_json(path, value):
 def lock(folder, doing):
     """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
     the host that hold it, and `doing`, what needs it. A process that has ended does not block.
-    The folder is made if it is missing, and removed if it is empty in the end."""
+    A missing folder is made; an empty one is removed in the end."""
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

@@ -336,8 +336,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
-    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted.
-    """
+    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
@@ -488,8 +487,7 @@ def merged_weights(model):
 
 
 def save_pretrained_merged(model):
-    """Let `save_pretrained` of a transformers model write merged weights, until merge: its own
-    would write updates that from_pretrained ignores."""
+    """Let `save_pretrained` write merged weights: from_pretrained would ignore the updates."""
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = functools.partial(_save_merged, model)
 
@@ -502,12 +500,10 @@ def _save_merged(model, folder, *, state_dict=None, **options):
 
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
-
     The function is unchanged. The optimizer forgets the states of the adapters alone, step counts
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
-    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained.
-    """
+    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained."""
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad]
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
     if states != len(parameters):

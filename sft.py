@@ -93,8 +93,7 @@ def usable(row, format_name):
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
-    """Samples as shards, of stages of `usable` rows; see shards.prepare.
-    format_name: of ROW_FORMATS. seq_len, too_long: see encode."""
+    """Samples as shards, of stages of `usable` rows; see shards.prepare, ROW_FORMATS and encode."""
     tok = tokenizer.load(tokenizer_name)
     own_template = format_name == "messages" and tok.chat_template
     template = own_template or ROW_FORMATS[format_name][2]
@@ -118,9 +117,8 @@ def uuid_pairs(count, seed):
 # ---- rows -> samples
 
 def encode(tok, row, format_name, seq_len=0, too_long="drop"):
-    """(words, counters) of a row.
-    A sample of more than seq_len tokens (0: no limit) is dropped, or cut if too_long is "truncate".
-    Dropped are also samples without a learned token, and chats that the chat template refuses."""
+    """(words, counters) of a row. A sample of more than seq_len tokens (0: no limit) is dropped, or
+    cut if too_long is "truncate". Samples without a learned token and refused chats are dropped."""
     try:
         words, size = encode_row(tok, row, format_name)
     except RefusedChat as reason:  # one row of many; each reason is printed once

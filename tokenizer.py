@@ -142,8 +142,7 @@ class Json:
         self.chat_template = read_text(template_file) if own_file else self._text("chat_template")
 
     def _text(self, key):
-        """A text of tokenizer_config.json, or None: some files hold {"content": text}, or a list
-        of chat templates with names."""
+        """A text of tokenizer_config.json or None; also of {"content": text} or named templates."""
         value = self.config.get(key)
         if isinstance(value, list):
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
