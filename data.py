@@ -277,8 +277,7 @@ COMMANDS = {  # (function, its options)
     "c4": (prepare_c4, "--tokenizer --train_tokens --val_tokens --skip_bad"),
     "text": (prepare_text, "name files --val --tokenizer --key --skip_bad"),
     "sft": (prepare_sft, "name files --val " + SAMPLE_OPTIONS),
-    "tulu": (prepare_hub, SAMPLE_OPTIONS),
-    "metamath": (prepare_hub, SAMPLE_OPTIONS),
+    **{name: (prepare_hub, SAMPLE_OPTIONS) for name in sft.HUB},
     "uuid": (prepare_uuid, "--tokenizer --pairs --seed"),
     "check": (check, "name"),
 }

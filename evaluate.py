@@ -127,10 +127,9 @@ def main(argv):
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         with open(args.out or os.devnull, "w") as file:  # opened first: answers take long
-            records = answers(model, tok, tokens, args.batch or 512, args.limit,
-                              args.max_new_tokens)
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        result = scores(records, tokens.format)
+            rows = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        result = scores(rows, tokens.format)
     else:
         window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
         if is_samples:

@@ -11,8 +11,7 @@ import sys
 import time
 from contextlib import suppress
 
-from config import (  # before torch: Ctrl-C; isort: skip
-    Arguments, as_user_error, at_least, command_line, need)
+from config import Arguments, as_user_error, at_least, command_line, need  # first; isort: skip
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -136,10 +136,9 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
 
 def encode_row(tok, row, format_name):
     """(ids with the flag LEARNED, bytes of the responses) of a row.
-    A chat follows the tokenizer's template if it has one, Tulu's otherwise. A response ends with
-    end-of-text, which is learned. A chat template writes end-of-text itself; if it does not, only
-    the last answer gets one. Text that the template writes after end-of-text (a line break) is not
-    learned, and what follows the last learned token is left out."""
+    A response ends with end-of-text, which is learned. A chat template writes end-of-text itself;
+    if it does not, only the last answer gets one. Text that the template writes after end-of-text
+    (a line break) is not learned, and what follows the last learned token is left out."""
     by_template = format_name == "messages" and tok.chat_template
     turns = turns_of(tok, row, format_name)
     encode_turn = tok.encode_template if by_template else tok.encode_part

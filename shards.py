@@ -193,8 +193,7 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, into, first):
-    """Yield ([(split, words, counters)], index after them) of chunks of a stage's documents, in
-    order; a few are in memory. first: the index of the first document."""
+    """Yield ([(split, words, counters)], index after them) of chunks of documents from `first`."""
     def encode_chunk(chunk):
         parts = []
         for index, document in chunk:

@@ -109,9 +109,8 @@ class Tiktoken:
              "between its ids, which tokenizer.json cannot express")
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", **tokens,
-            "clean_up_tokenization_spaces": False})
+        write_json(Path(folder) / "tokenizer_config.json", tokens | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
 
 
 def in_letters(token):
