@@ -3,7 +3,8 @@
     adapter_config.json         peft_type LORA: r, lora_alpha, target_modules, ...: peft loads it
                                 peft_type MORA: r, target_modules, operator, groups, seed, cycle
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
-                                .mora_M.weight, .lora_magnitude_vector (DoRA)
+                                .mora_M.weight, .lora_magnitude_vector (DoRA), .mora_order_in and
+                                .mora_order_out (groups chosen by the gradient)
 
 The tensors name the adapted layers, the config says how. `save`, `load`, `as_lora` take any model.
 """
@@ -26,7 +27,8 @@ from lora import LowRank, Rescaled
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
 PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
-        "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
+        "magnitude": "lora_magnitude_vector", "fold_in.order": "mora_order_in",
+        "fold_out.order": "mora_order_out"}  # {tensor of an update: end of its name in a file}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -84,7 +86,7 @@ def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
     UserError if other parameters train beside the updates, or the updates are of several kinds."""
-    config, updates = config_of(model, base), dict(mora.adapter_parameters(model))
+    config, updates = config_of(model, base), mora.adapter_tensors(model)
     rest = [name for name, parameter in model.named_parameters()
             if parameter.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
@@ -93,7 +95,7 @@ def save(model, folder, base=None):
 
 
 def write(folder, config, updates, metadata=None):
-    """Write {name of mora.adapter_parameters: tensor}; metadata: strings for the file's head."""
+    """Write {name of mora.adapter_tensors: tensor}; metadata: strings for the file's head."""
     tensors = {}
     for name, tensor in updates.items():
         layer, _, key = name.partition(".update.")
@@ -155,7 +157,8 @@ def read(folder):
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         need(key and name.startswith(PREFIX), f"{file}: {name} is no part of an adapter of linear "
              f"layers ({', '.join(KEYS.values())})")
-        need(tensor.is_floating_point() and tensor.float().isfinite().all(),
+        is_order = key.startswith("fold")  # which mora.Fold checks
+        need(is_order or tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
         layers.setdefault(layer, {})[key if key == "magnitude" else inner + key] = tensor
@@ -266,7 +269,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
-    metadata = {} if rank else {"mora": text, "crc32": checksum(text, updates.values())}
+    is_mora = not rank and config["groups"] != "gradient"  # a LoRA's tensors hold no order
+    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
     config = {key: value for key, value in config.items() if key not in NEEDED["MORA"]}
     config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
     write(folder, config, updates, metadata)
