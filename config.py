@@ -478,9 +478,7 @@ class Arguments(argparse.ArgumentParser):
 
 def at_least(minimum, kind=int, largest=LARGEST):
     """An argparse type, see number. argparse puts the name of the option before the UserError."""
-    def parse(text):
-        return number("", to_number(text), kind, minimum, largest)
-    return parse
+    return lambda text: number("", to_number(text), kind, minimum, largest)
 
 
 # ---- files

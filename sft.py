@@ -106,12 +106,9 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 def uuid_pairs(count, seed):
     """Yield rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
     generator = random.Random(seed)
-
-    def draw():
-        return str(uuid.UUID(int=generator.getrandbits(128), version=4))
-
     for _ in range(count):
-        yield {"prompt": draw() + "\n", "response": draw()}
+        first, second = (uuid.UUID(int=generator.getrandbits(128), version=4) for _ in range(2))
+        yield {"prompt": f"{first}\n", "response": str(second)}
 
 
 # ---- rows -> samples
