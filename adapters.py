@@ -3,7 +3,8 @@
     adapter_config.json         peft_type LORA: r, lora_alpha, target_modules, ...: peft loads it
                                 peft_type MORA: r, target_modules, operator, groups, seed, cycle
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
-                                .mora_M.weight, .lora_magnitude_vector (DoRA)
+                                .mora_M.weight, .lora_magnitude_vector (DoRA), .mora_order_in and
+                                .mora_order_out (groups chosen by the gradient)
 
 The tensors name the adapted layers, the config says how. `save`, `load`, `as_lora` take any model.
 """
@@ -26,7 +27,8 @@ from lora import LowRank, Rescaled
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
 PREFIX = "base_model.model."
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
-        "magnitude": "lora_magnitude_vector"}  # {parameter of an update: end of its tensor's name}
+        "magnitude": "lora_magnitude_vector", "fold_in.order": "mora_order_in",
+        "fold_out.order": "mora_order_out"}  # {tensor of an update: end of its name in a file}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -82,11 +84,9 @@ def read_config(folder):
 
 def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
-
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
-    UserError if other parameters train beside the updates, or the updates are of several kinds.
-    """
-    config, updates = config_of(model, base), dict(mora.adapter_parameters(model))
+    UserError if other parameters train beside the updates, or the updates are of several kinds."""
+    config, updates = config_of(model, base), mora.adapter_tensors(model)
     rest = [name for name, parameter in model.named_parameters()
             if parameter.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
@@ -95,7 +95,7 @@ def save(model, folder, base=None):
 
 
 def write(folder, config, updates, metadata=None):
-    """Write {name of mora.adapter_parameters: tensor}; metadata: strings for the file's head."""
+    """Write {name of mora.adapter_tensors: tensor}; metadata: strings for the file's head."""
     tensors = {}
     for name, tensor in updates.items():
         layer, _, key = name.partition(".update.")
@@ -126,16 +126,15 @@ def config_of(model, base=None):
     need(config, "the model has no adapted layers to save")
     for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
-            config[key] = largest = max(values.values())
-            config[PATTERNS[key]] = {f"^{re.escape(name)}": value for name, value in values.items()
-                                     if value != largest}
+            config[key] = most = max(values.values())
+            config[PATTERNS[key]] = {f"^{re.escape(n)}": v for n, v in values.items() if v != most}
     last_parts = {name.rpartition(".")[2] for name in ranks}
     is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
-    task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
     return config | {
         "base_model_name_or_path": base or getattr(model, "name_or_path", None),
         "target_modules": sorted(ranks if is_ambiguous else last_parts),
-        "task_type": task_type, "inference_mode": True, "bias": "none"}
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "inference_mode": True, "bias": "none"}
 
 
 # ---- read
@@ -148,8 +147,7 @@ def read_tensors(file):
 
 
 def read(folder):
-    """(config, {layer: {name of a parameter of its update: tensor}}) of an adapter folder. Raises
-    UserError for a file that cannot be read and for what is not implemented or not finite."""
+    """(config, {layer: {name of a parameter of its update: tensor}}) of an adapter folder."""
     config, file = read_config(folder), folder / "adapter_model.safetensors"
     inner = "inner." if config.get("use_dora") else ""
     need(file.exists() or not (folder / "adapter_model.bin").exists(), f"{folder} holds a pickled "
@@ -159,7 +157,8 @@ def read(folder):
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         need(key and name.startswith(PREFIX), f"{file}: {name} is no part of an adapter of linear "
              f"layers ({', '.join(KEYS.values())})")
-        need(tensor.is_floating_point() and tensor.float().isfinite().all(),
+        is_order = key.startswith("fold")  # which mora.Fold checks
+        need(is_order or tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
         layers.setdefault(layer, {})[key if key == "magnitude" else inner + key] = tensor
@@ -181,12 +180,6 @@ def checksum(text, tensors):
     return str(sum((zlib.crc32(block.numpy()) for block in blocks), zlib.crc32(text.encode())))
 
 
-def weights(folder):
-    """{name of mora.adapter_parameters: tensor} of an adapter folder."""
-    return {f"{layer}.update.{key}": tensor for layer, tensors in read(folder)[1].items()
-            for key, tensor in tensors.items()}
-
-
 def base_of(folder, base=None):
     """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names,
     from the folder or (but not BESIDE, which may be another model there) the working directory."""
@@ -202,10 +195,8 @@ def base_of(folder, base=None):
 @torch.no_grad()
 def load(model, folder, freeze=True, exclude=()):
     """Adapt a plain torch model with the adapter of a folder, in place; returns the model.
-
     The updates train, without dropout; freeze: nothing else does. exclude: layers whose weight the
-    model reads itself, as model.py's loss does with lm_head. Raises UserError if they do not fit.
-    """
+    model reads itself, as model.py's loss does lm_head. Raises UserError if they do not fit."""
     need(not mora.adapted_layers(model), "the model is adapted already: merge it first")
     (config, layers), linears = read(Path(folder)), mora.find_linears(model)
     for name in layers:
@@ -233,9 +224,10 @@ def load(model, folder, freeze=True, exclude=()):
 def update_of(config, name, linear):
     """The update that a config describes for one layer, to be filled; DoRA's inner one."""
     def value_of(key):  # of the first of peft's patterns that matches, else the default
-        matching = (value for text, value in (config.get(PATTERNS[key]) or {}).items()
-                    if re.fullmatch(LAST_PARTS.format(text), name))
-        return next(matching, config[key])
+        for text, value in (config.get(PATTERNS[key]) or {}).items():
+            if re.fullmatch(LAST_PARTS.format(text), name):
+                return value
+        return config[key]
 
     shape = *mora.features_of(linear), value_of("r")
     if config.get("use_mora"):
@@ -252,11 +244,9 @@ def update_of(config, name, linear):
 @torch.no_grad()
 def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     """Write the MoRA adapter of a model as a LoRA in peft's format (a DoRA, if it is one).
-
     rank 0: exact, for share and truncate alone; `load` makes a MoRA of it again. Otherwise an SVD
     cuts every dW to this rank. All layers get the largest rank, filled with zeros, and scale 1.
-    Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}, or UserError.
-    """
+    Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}."""
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(layer.update, "inner", layer.update)
@@ -279,7 +269,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
-    metadata = {} if rank else {"mora": text, "crc32": checksum(text, updates.values())}
+    is_mora = not rank and config["groups"] != "gradient"  # a LoRA's tensors hold no order
+    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
     config = {key: value for key, value in config.items() if key not in NEEDED["MORA"]}
     config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
     write(folder, config, updates, metadata)
@@ -301,9 +292,8 @@ def restore(square, tensors):
 
 class AuthorsSquare(nn.Module):
     """An update of theirs, between mora.py's folds: M (r^, r^), under the name lora_A, with a copy
-    as lora_B. r^ is sqrt(rank (in + out)), rounded to nearest. Where it does not divide the inputs,
-    their last piece is filled with the first inputs again (mora.py pads with zeros). Raises
-    ValueError where their forward fails."""
+    as lora_B. r^ is sqrt(rank (in + out)), rounded to nearest. If it does not divide the inputs,
+    their last piece is filled with the first inputs again (mora.py pads with zeros)."""
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()

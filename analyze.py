@@ -32,8 +32,7 @@ def weights(path):
 
 
 def first_weights(step):
-    """{name: W} at step 0 of the run that wrote the checkpoint `step`: of its `init_from`, or drawn
-    again from its seed."""
+    """{name: W} at step 0 of the run that wrote `step`: of its `init_from`, or drawn again."""
     need((step / "state.json").exists(), f"{step} is no checkpoint of a run, so its first weights "
          "are unknown: set --since to the checkpoint to compare with")
     cfg = Config(**checkpoint.read_state(step)["config"])
@@ -45,8 +44,7 @@ def first_weights(step):
 
 
 def spectra(after, before):
-    """{name: singular values of dW, descending} of the projections, dW = after - before, of two
-    {name: weight}."""
+    """{name: singular values of dW, descending} of the projections' dW = after - before."""
     device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name, weight in after.items():
         if name.split(".")[-2] not in mora.PROJECTIONS:
@@ -60,9 +58,7 @@ def spectra(after, before):
 
 
 def measures(values):
-    """Summarize the singular values (descending) of one dW: how many exceed 0.1 (Figure 5); how
-    many exceed 1e-3 of the largest; squared Frobenius norm over squared spectral norm; how many of
-    the largest hold 90 % of the sum of squares; the spectral norm."""
+    """Summarize the singular values (descending) of one dW; Figure 5 counts those above 0.1."""
     squares, largest = values.square(), values[0].item()
     total = squares.sum()
     return {"singular_above_0.1": int((values > 0.1).sum()),
@@ -74,10 +70,10 @@ def measures(values):
 def mean_measures(values_by_name):
     """{kind: {measure: mean over layers}}; the key "all" is the mean over all layers."""
     rows = {name: measures(values) for name, values in values_by_name.items()}
-    layers = {kind: [row for name, row in rows.items() if kind in name] 
-              for kind in mora.PROJECTIONS}
+    parts = {kind: [row for name, row in rows.items() if kind in name] for kind in mora.PROJECTIONS}
+    parts["all"] = [*rows.values()]
     return {kind: {key: fmean(row[key] for row in part) for key in part[0]}
-            for kind, part in (layers | {"all": [*rows.values()]}).items()}
+            for kind, part in parts.items()}
 
 
 def print_spectra(path, since=None):
@@ -92,8 +88,7 @@ def print_spectra(path, since=None):
 
 
 def read_records(path):
-    """The records of a log.jsonl, a list of dicts, without the incomplete last line of a killed
-    run. A damaged line elsewhere raises UserError."""
+    """The records of a log.jsonl, a list of dicts, without the incomplete last line of a kill."""
     lines, records = path.read_text(errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
@@ -107,11 +102,9 @@ def read_records(path):
 
 def read_log(run, x="step"):
     """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
-
     run: a run folder, or a log.jsonl, of which later lines of one step replace earlier ones. x:
     "step"; "tokens", step * tokens_per_step of the header (a mean for samples of several lengths);
-    "seconds", the sum of tokens / tokens_per_s over the intervals between lines.
-    """
+    "seconds", the sum of tokens / tokens_per_s over the intervals between lines."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
     lines = {key: {record["step"]: record for record in records if key in record}

@@ -2,8 +2,6 @@
 
     batches = Batches(open_split("data/c4", "train"), seed, seq_len, batch_size, micro_batch)
     inputs, targets = batches(step)                # of SampleBatches: inputs, targets, weights
-
-every_token_once and every_sample_once read a whole split for an evaluation.
 """
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,8 +15,7 @@ SORTED_STEPS = 32  # the samples of this many steps are sorted by length togethe
 
 
 class Prefetcher:
-    """batches(step) returns self.load(step), of this process, number rank of world; a thread loads
-    the next step meanwhile."""
+    """batches(step) returns this process's self.load(step); a thread loads the next step then."""
 
     def __init__(self, reader, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
                  world=1):
@@ -45,8 +42,7 @@ class Prefetcher:
 
 
 class Batches(Prefetcher):
-    """Training batches of text: in every epoch all windows of seq_len tokens, each once, shuffled.
-    The targets are one token further."""
+    """Training batches of text: in every epoch all windows of seq_len tokens once, shuffled."""
 
     def __init__(self, tokens, *settings, **options):
         super().__init__(tokens, *settings, **options)
@@ -145,8 +141,7 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split, each (batch, padded length) int64, shortest first.
-    Processes take turns, with equally many. limit: take the first samples, up to this number of
-    tokens; 0: no limit."""
+    Processes take turns, with equally many. limit: of the tokens of the first samples; 0: none."""
     samples.must_fit(seq_len)
     count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")

@@ -60,9 +60,8 @@ def settings(shape, name, rank, seq_len, batch):
         options = {"operator": "rotate", "train_rest": False} | options
         if options["method"] != "full" and "matmul" not in options:
             options = {"base_dtype": "bfloat16"} | options
-    return Config(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-                  num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences,
-                  **options)
+    return Config(**options, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+                  num_attention_heads=heads, seq_len=seq_len, batch_size=batch or sequences)
 
 
 def seconds(work, repeats):

@@ -45,10 +45,8 @@ IMPLEMENTED = {"model_type": (None, ("llama",)), "hidden_act": ("silu", ("silu",
 
 def write_hugging_face(folder, weights, model, tok, seq_len=None):
     """Write {name: tensor} as a directory that transformers loads; model gives the shape.
-
     tok: a tokenizer or None. seq_len: tokens per sequence in training or None. config.json holds
-    the tokenizer's name and seq_len under keys that transformers ignores.
-    """
+    the tokenizer's name and seq_len under keys that transformers ignores."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(on_cpu, folder / "model.safetensors", {"format": "pt"})
@@ -161,22 +159,19 @@ def load_weights(model, weights, where, assign=False):
 # ---- checkpoints of a run: writing
 
 def gather(values):
-    """Nested dicts of tensors with sharded ones (FSDP) whole: on the CPU of rank 0, None elsewhere.
-    Every rank must call it."""
+    """Nested dicts of tensors with sharded ones (FSDP) whole: on rank 0's CPU, None elsewhere."""
     if isinstance(values, dict):
         return {key: gather(value) for key, value in values.items()}
     whole = mora.whole(values)
-    if whole is not values:
-        whole = whole.cpu() if dist.get_rank() == 0 else None
-    return whole
+    if whole is values:
+        return whole
+    return whole.cpu() if dist.get_rank() == 0 else None
 
 
 def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps and cfg.keep_best's.
-
     val_loss: of these weights, or None. Every rank must call it; rank 0, which holds the lock of
-    the run, writes. UserError, and no trace, if a weight is not finite or the disk refuses.
-    """
+    the run, writes. UserError, and no trace, if a weight is not finite or the disk refuses."""
     out, final = Path(cfg.out), Path(cfg.out) / f"step-{step:08d}"
     val_loss = val_loss if math.isfinite(val_loss or 0) else None  # JSON has no nan
     weights = gather({k: v for k, v in model.state_dict().items() if torch.is_tensor(v)})
@@ -184,7 +179,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     must_be_finite(weights, step, cfg)
-    updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
+    updates = {name: weights.pop(name) for name in mora.adapter_tensors(model)}
     beside = out / f".writing-{final.name}"
     try:
         if cfg.base_dtype == "float8":  # the model holds W rounded; init_from holds W
@@ -299,10 +294,8 @@ def damage(step, resuming):
 
 def verify(step, resuming=True):
     """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
-
     Older ones are not taken by themselves: steps would be lost without a decision, a damaged disk
-    would stay unseen, and the damaged folder would be in the way when the run saves this step.
-    """
+    would stay unseen, and the damaged folder would be in the way when the run saves this step."""
     reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return
@@ -317,8 +310,9 @@ def verify(step, resuming=True):
 def read_step(step, optimizer=True):
     """({name: weight}, state dict of the optimizer or None) of a checkpoint, on the CPU."""
     weights, file = base_weights(step / "base"), step / "optimizer.pt"
-    if (step / "adapter").is_dir():
-        weights |= adapters.weights(step / "adapter")
+    layers = adapters.read(step / "adapter")[1] if (step / "adapter").is_dir() else {}
+    for layer, tensors in layers.items():
+        weights |= {f"{layer}.update.{key}": tensor for key, tensor in tensors.items()}
     if not optimizer:
         return weights, None
     try:
@@ -333,8 +327,7 @@ def read_step(step, optimizer=True):
 
 
 def resume(path, model, optimizer):
-    """Load a checkpoint into a model of the same shape and method and its optimizer; UserError
-    unless the shapes are equal. Returns its state.json."""
+    """Load a checkpoint into a model of its shape and method and its optimizer; its state.json."""
     weights, optimizer_state = read_step(path)
     load_weights(model, weights, path)
     # a file of another form raises almost anything
@@ -356,11 +349,9 @@ def resume(path, model, optimizer):
 
 def load(path, base=None, best=False):
     """(model in float32, tokenizer or None, folder) of what a command line names.
-
     path: a run (its newest step, or with `best` the one of the lowest validation loss), a step, a
     Hugging Face directory, or an adapter folder, which takes `base`, a Hugging Face directory
-    (None: the one that it names). The model of a step or adapter folder with an update is adapted.
-    """
+    (None: the one that it names). The model of a step with an update is adapted."""
     need(str(path), "the path of the checkpoint is empty")
     run, path = path, Path(path)
     if best:

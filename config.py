@@ -54,7 +54,6 @@ class UserError(argparse.ArgumentTypeError):
 
 def key(default, explanation, allowed=(), only=(), group=""):
     """A field of Config: its default, and what --help prints and check verifies.
-
     allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
     methods that can have the key. group: heading of the keys from here on."""
     return dataclasses.field(default=default, metadata={
@@ -327,20 +326,21 @@ def heads_fit(hidden_size, heads, kv_heads, where=""):
 def conflicts(cfg):
     """Yield (whether some keys contradict each other, the line that explains it)."""
     method, adapts, muon = cfg.method, cfg.method in ADAPTERS, cfg.optimizer == "muon"
-    half, fp8 = cfg.base_dtype != "float32", cfg.matmul == "fp8"
+    base, half, fp8 = cfg.base_dtype, cfg.base_dtype != "float32", cfg.matmul == "fp8"
     restarts, listed = cfg.restart_every or cfg.restart_steps, list(cfg.restart_steps)
     given = f"restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}"
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
            f"{cfg.init_from} loads them: remove one of the two")
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
+    yield (cfg.groups == "gradient" and cfg.shard, "groups gradient takes the gradient of whole "
+           "weights, which shard cuts: use other groups, or no shard")
     yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
     yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
     yield restarts and not adapts, f"method {method} has no update to restart, got {given}"
     yield cfg.restart_every and cfg.restart_steps, f"{given}: give one of them"
     yield (listed != sorted({step for step in listed if step > 0}),
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    yield (restarts and half,
-           f"restarts merge small updates, which base_dtype {cfg.base_dtype} rounds away")
+    yield restarts and half, f"restarts merge small updates, which base_dtype {base} rounds away"
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
            f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
@@ -348,13 +348,11 @@ def conflicts(cfg):
     yield (muon and cfg.restart_keep,
            f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
-    yield (half and cfg.dora,
-           f"dora rescales rows by a little, which base_dtype {cfg.base_dtype} rounds away")
-    yield (half and fp8,
-           f"matmul fp8 needs float32 weights to round from, got base_dtype {cfg.base_dtype}")
-    yield ((fp8 or cfg.base_dtype == "float8") and cfg.shard,
+    yield half and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
+    yield half and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"
+    yield ((fp8 or base == "float8") and cfg.shard,
            "shard has no FP8 products: use matmul bf16 and no base_dtype float8")
-    yield (cfg.base_dtype == "float8" and (cfg.train_rest or not cfg.init_from or not list(
+    yield (base == "float8" and (cfg.train_rest or not cfg.init_from or not list(
            Path(cfg.init_from).glob("model.safetensors*"))),
            "base_dtype float8 keeps no whole weights, so it needs train_rest False and init_from a "
            f"Hugging Face directory, got {cfg.init_from!r}")
@@ -383,8 +381,7 @@ def schedule_warnings(cfg):
 
 
 def accumulation(cfg, processes):
-    """Sequences per forward pass of each process. The global batch is fixed, so the number of
-    processes does not change the experiment."""
+    """Sequences per forward pass of each process; the global batch is the same for any number."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
     micro = cfg.micro_batch or share
@@ -447,8 +444,7 @@ def command_line(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # torch raises a RuntimeError where Python raises a MemoryError
-        # under torchrun all processes usually raise the same error: rank 0 prints it, and torchrun
-        # ends the others while they wait
+        # torchrun's processes usually raise the same error: rank 0 prints it, the others are ended
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
@@ -482,9 +478,7 @@ class Arguments(argparse.ArgumentParser):
 
 def at_least(minimum, kind=int, largest=LARGEST):
     """An argparse type, see number. argparse puts the name of the option before the UserError."""
-    def parse(text):
-        return number("", to_number(text), kind, minimum, largest)
-    return parse
+    return lambda text: number("", to_number(text), kind, minimum, largest)
 
 
 # ---- files
@@ -511,7 +505,7 @@ def write_json(path, value):
 def lock(folder, doing):
     """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
     the host that hold it, and `doing`, what needs it. A process that has ended does not block.
-    The folder is made if it is missing, and removed if it is empty in the end."""
+    A missing folder is made; an empty one is removed in the end."""
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

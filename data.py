@@ -91,8 +91,7 @@ def stdlib_texts():
 
 
 def documents(sources, make, skip_bad=None):
-    """Yield make(row), or LeftOut, of sources [(name, advice on errors, function of no argument
-    that yields rows)].
+    """Yield make(row), or LeftOut, of sources [(name, advice on errors, function to yield rows)].
     skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
     that holds something else than text raises UserError at once."""
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
@@ -194,8 +193,7 @@ def prepare_stdlib(folder="data/stdlib"):
 
 def prepare_c4(args):
     limits = {"train": args.train_tokens, "val": args.val_tokens}
-    request = {"source": "allenai/c4 en", "train_tokens": args.train_tokens,
-               "val_tokens": args.val_tokens}
+    request = {"source": "allenai/c4 en"} | {f"{split}_tokens": n for split, n in limits.items()}
     words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
     stages = [hub_stage("allenai/c4", words, text_of, [split], args.skip_bad, "en", hub_split)
               for hub_split, split in (("validation", "val"), ("train", "train"))]
@@ -279,8 +277,7 @@ COMMANDS = {  # (function, its options)
     "c4": (prepare_c4, "--tokenizer --train_tokens --val_tokens --skip_bad"),
     "text": (prepare_text, "name files --val --tokenizer --key --skip_bad"),
     "sft": (prepare_sft, "name files --val " + SAMPLE_OPTIONS),
-    "tulu": (prepare_hub, SAMPLE_OPTIONS),
-    "metamath": (prepare_hub, SAMPLE_OPTIONS),
+    **{name: (prepare_hub, SAMPLE_OPTIONS) for name in sft.HUB},
     "uuid": (prepare_uuid, "--tokenizer --pairs --seed"),
     "check": (check, "name"),
 }

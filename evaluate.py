@@ -30,10 +30,8 @@ from shards import Samples, open_split
 @torch.no_grad()
 def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
     """{"loss" (nats per token), "ppl", "bits_per_byte", "tokens"} of a model on a split.
-
     Every rank of `world` must call it, on the unwrapped model; all return the same mean over
-    tokens, of samples over learned ones. limit: stop after this many tokens, 0: never.
-    """
+    tokens, of samples over learned ones. limit: stop after this many tokens, 0: never."""
     device, was_training = next(model.parameters()).device, model.training
     # nats and tokens; mps has no float64
     totals = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
@@ -56,10 +54,8 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     """[{"question", "answer", "reference"}]: greedy answers to the prompts of a split, as texts.
-
     A prompt ends before the first learned token of a sample; the reference is the first learned
-    part. limit: the first samples, 0: all. max_new_tokens 0: one more than the longest reference.
-    """
+    part. limit: the first samples, 0: all. max_new_tokens 0: one more than the longest has."""
     prompts, references = [], []
     for i in range(len(samples.lengths[:limit or None])):
         ids, learned = (part.tolist() for part in samples.sample(i))
@@ -76,8 +72,7 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
 
 
 def scores(records, style):
-    """{"answers": count, "exact", "digits" (of style "uuid") or "numbers": shares} of answers().
-    style: the format of the samples."""
+    """{"answers": count, "exact", "digits" (format "uuid") or "numbers": shares} of answers()."""
     pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
     result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
     if style == "uuid":
@@ -132,10 +127,9 @@ def main(argv):
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
         with open(args.out or os.devnull, "w") as file:  # opened first: answers take long
-            records = answers(model, tok, tokens, args.batch or 512, args.limit,
-                              args.max_new_tokens)
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        result = scores(records, tokens.format)
+            rows = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        result = scores(rows, tokens.format)
     else:
         window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
         if is_samples:

@@ -52,8 +52,7 @@ class LowRank(nn.Module):
         return x if self.A.requires_grad else F.linear(x, self.A.to(x.dtype))
 
     def gradients(self, compressed, dy):
-        """[dA, dB] = [scale B^T dy x^T, scale dy (A x)^T], sums over tokens; dA is None if A is
-        frozen. The scale comes last, when the matrices are small."""
+        """[dA, dB] = [scale B^T dy x^T, scale dy (A x)^T], of all tokens; None for a frozen A."""
         dy, dA, Ax = dy[None].flatten(0, -2), None, compressed
         if self.A.requires_grad:
             Ax, dAx = compressed @ self.A.to(compressed.dtype).T, dy @ self.B.to(dy.dtype)
@@ -70,8 +69,7 @@ class Rescaled(nn.Module):
 
         y = s (W + dW) x        s = diag(m / ||W + dW||), m starts at ||W||; s trains m alone
 
-    As an update of W it is s (W + dW) - W. layer.matrix is W, (out, in); `inner` makes dW.
-    """
+    As an update of W it is s (W + dW) - W. layer.matrix is W, (out, in); `inner` makes dW."""
 
     def __init__(self, layer, inner):
         super().__init__()

@@ -29,8 +29,7 @@ import mora
 
 @torch.no_grad()
 def merged_model(model, folder):
-    """(merged copy of a model, largest absolute difference of their logits of random ids). Raises
-    UserError if there is nothing to merge, or if the two differ."""
+    """(merged copy of a model, largest difference of their logits of random ids), or UserError."""
     need(mora.adapted_layers(model), f"{folder} holds no adapters: there is nothing to merge. The "
          "base/ of a checkpoint is a Hugging Face directory already")
     merged = mora.merge(copy.deepcopy(model))

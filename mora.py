@@ -29,7 +29,7 @@ from lora import KINDS_OF_A, LowRank, Rescaled
 
 METHODS = ("mora", "lora", "frozen")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
-GROUPS = ("strided", "contiguous", "alternate", "permute")
+GROUPS = ("strided", "contiguous", "alternate", "permute", "gradient")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = ("scale", "operator", "groups", "seed", "cycle")  # what dW depends on beside parameters
 ALIGNED = 8  # products are fast on rows of such multiples: 16 bytes in bfloat16
@@ -101,15 +101,16 @@ class Fold(nn.Module):
         small = torch.int16 if features < 2 ** 15 else torch.int32  # reading indices takes time
         for name in ("order", "inverse"):
             order = None if groups == "strided" else torch.arange(features, dtype=small)
-            self.register_buffer(name, order, persistent=False)
+            is_saved = name == "order" and groups == "gradient"  # no seed draws it again
+            self.register_buffer(name, order, persistent=is_saved)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
     @torch.no_grad()
     def move(self, cycle, seed):
-        """Take this cycle's permutation, for `permute` this seed's, in place: no recompilation."""
+        """Take this cycle's permutation, for `permute` this seed's."""
         self.cycle, self.seed = cycle, seed
-        if self.order is None:
+        if self.groups in ("strided", "gradient"):
             return
         # the permutation is made on its device: a copy to it would synchronize
         order = position = torch.arange(self.features, device=self.order.device)
@@ -117,8 +118,21 @@ class Fold(nn.Module):
             order = rolled_order(position, self.width, torch.Generator().manual_seed(seed))
         elif self.groups == "contiguous" or cycle % 2 == 1:  # alternate: the odd cycles
             order = contiguous_order(position, self.width)
+        self.set_order(order)
+
+    def set_order(self, order):
+        """Put feature order[i] at place i, in place: no recompilation."""
         self.order.copy_(order)
-        self.inverse[order] = position.to(self.inverse)
+        self.inverse[order] = torch.arange(len(order), device=order.device).to(self.inverse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Take the saved order of `gradient`. Raises RuntimeError if it is no permutation."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.groups == "gradient":
+            order = self.order.long()
+            if order.sort().values.tolist() != list(range(self.features)):
+                raise RuntimeError(f"{prefix}order is no permutation of 0 ... {self.features - 1}")
+            self.set_order(order)
 
     def _apply(self, fn, recurse=True):
         """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
@@ -131,8 +145,10 @@ class Fold(nn.Module):
 
     def forward(self, x, multiple=1):
         """(..., n) -> (..., blocks, width), the width padded with zeros to a multiple of this."""
-        if self.order is not None:
+        if self.order is not None and torch.is_grad_enabled():
             x = Permute.apply(x, self.order, self.inverse)
+        elif self.order is not None:  # truncate reads the inputs that it keeps
+            x = Permute.forward(x, self.order[:self.used], self.inverse)
         padded = F.pad(x[..., :self.used], (0, self.pieces * self.width - self.used))
         pieces = self.rotate(padded.unflatten(-1, (self.pieces, self.width)), 1)
         # padding comes before the sum, so that one kernel does both
@@ -324,9 +340,15 @@ def adapter_parameters(model):
             for key, parameter in layer.update.named_parameters()]
 
 
+def adapter_tensors(model):
+    """{name: tensor} of what a file of the updates holds: adapter_parameters, `gradient` orders."""
+    return {f"{name}.update.{key}": tensor for name, layer in adapted_layers(model)
+            for key, tensor in layer.update.state_dict().items()}
+
+
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
-          seed=0, cycle=0):
+          seed=0, cycle=0, gradients=None):
     """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
     and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
@@ -335,12 +357,16 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
-    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted.
-    """
+    gradients: for groups "gradient", what gradient_norms returns; {}: load_state_dict follows.
+    seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
+    missing = [name for name in linears if gradients and name not in gradients]
+    if missing or (groups == "gradient") != (gradients is not None):
+        raise ValueError("groups gradient, and no others, take gradients of every target: see "
+                         "mora.gradient_norms")
     for parameter in model.parameters():
         parameter.requires_grad_(train_rest and parameter.requires_grad)
     oversized, input_folds = [], {}
@@ -354,8 +380,12 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
                       else Square(*shape, rank, operator, groups))
         if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
-            siblings = (name.rpartition(".")[0], *shape)
+            siblings = name if groups == "gradient" else (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
+            if gradients:
+                orders = [norms.argsort(descending=True, stable=True) for norms in gradients[name]]
+                update.fold_in.set_order(orders[0])
+                update.fold_out.set_order(orders[1])
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
@@ -382,6 +412,30 @@ def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
     if alpha < 0 or rslora and not alpha:
         raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
+
+
+def gradient_norms(model, losses, targets=PROJECTIONS):
+    """{name: (norms of the columns, norms of the rows)} of the gradient of each target's (out, in).
+    losses: yields losses of a plain model, as (loss_of(model, batch) for batch in a_few). Processes
+    add the gradients of theirs. Raises ValueError if nothing finite comes out."""
+    linears, norms = find_targets(model, targets), {}
+    frozen = [linear.weight for linear in linears.values() if not linear.weight.requires_grad]
+    for linear in linears.values():
+        linear.weight.requires_grad_().grad = torch.zeros_like(linear.weight)
+    for loss in losses:
+        loss.backward()
+    for name, linear in linears.items():
+        gradient = linear.weight.grad.float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradient)
+        gradient = gradient.T if is_transposed(linear) else gradient
+        norms[name] = gradient.norm(dim=0), gradient.norm(dim=1)
+    for weight in frozen:
+        weight.requires_grad_(False)
+    model.zero_grad()
+    if not 0 < sum(columns.sum().item() for columns, _ in norms.values()) < math.inf:
+        raise ValueError("the losses have no finite gradient: groups gradient needs one")
+    return norms
 
 
 def is_transposed(module):
@@ -481,14 +535,13 @@ def merged_weights(model):
         merged = layer.merged().to(layer.weight.dtype)
         weights[f"{name}.weight"] = merged.T.contiguous() if layer.transposed else merged
         del weights[f"{name}._extra_state"]
-    for name, _ in adapter_parameters(model):
+    for name in adapter_tensors(model):
         del weights[name]
     return weights
 
 
 def save_pretrained_merged(model):
-    """Let `save_pretrained` of a transformers model write merged weights, until merge: its own
-    would write updates that from_pretrained ignores."""
+    """Let `save_pretrained` write merged weights: from_pretrained would ignore the updates."""
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = functools.partial(_save_merged, model)
 
@@ -501,12 +554,10 @@ def _save_merged(model, folder, *, state_dict=None, **options):
 
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
     """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
-
     The function is unchanged. The optimizer forgets the states of the adapters alone, step counts
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
-    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained.
-    """
+    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained."""
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad]
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
     if states != len(parameters):

@@ -39,8 +39,7 @@ def build_optimizer(cfg, model, device):
 
 
 def parameter_groups(cfg, model):
-    """Return torch's parameter groups, with two keys more: "ratio" to the schedule's rate, "muon".
-    Parameters that learn alike are in one group."""
+    """Return torch's parameter groups with keys of ours: "ratio" to the schedule's rate, "muon"."""
     updates = {parameter for _, parameter in mora.adapter_parameters(model)}
     groups, uses_muon = {}, cfg.optimizer == "muon"
     for name, parameter in model.named_parameters():
@@ -61,12 +60,10 @@ def parameter_groups(cfg, model):
 
 class AdamWMuon(torch.optim.AdamW):
     """AdamW, but the groups with muon = True take Muon's step: momentum, then orthogonalization.
-
     Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
     scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
     arXiv 2502.16982) and both take the same rates. This is torch.optim.Muon with match_rms_adamw,
-    except that matrices of one shape are orthogonalized in one batch: far fewer kernels.
-    """
+    except that matrices of one shape are orthogonalized in one batch: far fewer kernels."""
 
     @torch.no_grad()
     def step(self):
@@ -109,10 +106,8 @@ class AdamWMuon(torch.optim.AdamW):
 
 def orthogonalize(matrices):
     """Return matrices of one shape with their singular values moved to about 1, in float32.
-
     Five Newton-Schulz steps, in bfloat16 on a GPU (float32 elsewhere, where equal runs must agree
-    to rounding). Rows and columns are padded with zeros to multiples of 8, which matrix units need.
-    """
+    to rounding). Rows and columns are padded with zeros to multiples of 8, for matrix units."""
     rows, columns = matrices[0].shape
     x = torch.stack(matrices)
     x = x.bfloat16() if x.is_cuda else x
@@ -130,9 +125,7 @@ def orthogonalize(matrices):
 
 def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
     """Take one step at a learning rate; return (loss, gradient norm before clipping), a tensor.
-
-    batch: see batches.py. The loss is this process's mean. grad_clip 0: no clipping.
-    """
+    batch: see batches.py. The loss is this process's mean. grad_clip 0: no clipping."""
     loss = accumulate_gradients(model, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = mora.whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
@@ -145,11 +138,9 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 
 def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
-
     batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; the
     weights correct for unequal token counts. DDP all-reduces the gradients once, in the last
-    micro-batch. FSDP scatters those of each: their sum would be whole on every rank.
-    """
+    micro-batch. FSDP scatters those of each: their sum would be whole on every rank."""
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1

@@ -11,8 +11,7 @@ import sys
 import time
 from contextlib import suppress
 
-from config import (  # before torch: Ctrl-C; isort: skip
-    Arguments, as_user_error, at_least, command_line, need)
+from config import Arguments, as_user_error, at_least, command_line, need  # first; isort: skip
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,10 +40,8 @@ def merge_for_reading(model):
 def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None,
              generator=None):
     """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache.
-
     vocab_size: ids from here on are never drawn. temperature 0: the likeliest. top_k: draw among so
-    many, 0: all. stop: the token that ends the text, not yielded. generator: a CPU torch.Generator.
-    """
+    many, 0: all. stop: the token that ends the text, not yielded. generator: on the CPU."""
     cache = model.new_cache()
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
@@ -73,11 +70,8 @@ def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
 @torch.no_grad()
 def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     """greedy() of one batch, without padding and without a mask: all rows advance in lockstep.
-
     The first forward pass reads as many tokens as the shortest prompt has, each later pass one. At
-    a position inside its prompt a row takes the prompt's token, after it the likeliest. Once half
-    of the rows have ended, these leave the batch.
-    """
+    a position inside its prompt a row takes the prompt's token, after it the likeliest."""
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
     ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],

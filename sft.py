@@ -93,8 +93,7 @@ def usable(row, format_name):
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
-    """Samples as shards, of stages of `usable` rows; see shards.prepare.
-    format_name: of ROW_FORMATS. seq_len, too_long: see encode."""
+    """Samples as shards, of stages of `usable` rows; see shards.prepare, ROW_FORMATS and encode."""
     tok = tokenizer.load(tokenizer_name)
     own_template = format_name == "messages" and tok.chat_template
     template = own_template or ROW_FORMATS[format_name][2]
@@ -107,20 +106,16 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
 def uuid_pairs(count, seed):
     """Yield rows: a random UUID (version 4, with hyphens) as prompt, another as response."""
     generator = random.Random(seed)
-
-    def draw():
-        return str(uuid.UUID(int=generator.getrandbits(128), version=4))
-
     for _ in range(count):
-        yield {"prompt": draw() + "\n", "response": draw()}
+        first, second = (uuid.UUID(int=generator.getrandbits(128), version=4) for _ in range(2))
+        yield {"prompt": f"{first}\n", "response": str(second)}
 
 
 # ---- rows -> samples
 
 def encode(tok, row, format_name, seq_len=0, too_long="drop"):
-    """(words, counters) of a row.
-    A sample of more than seq_len tokens (0: no limit) is dropped, or cut if too_long is "truncate".
-    Dropped are also samples without a learned token, and chats that the chat template refuses."""
+    """(words, counters) of a row. A sample of more than seq_len tokens (0: no limit) is dropped, or
+    cut if too_long is "truncate". Samples without a learned token and refused chats are dropped."""
     try:
         words, size = encode_row(tok, row, format_name)
     except RefusedChat as reason:  # one row of many; each reason is printed once
@@ -138,10 +133,9 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
 
 def encode_row(tok, row, format_name):
     """(ids with the flag LEARNED, bytes of the responses) of a row.
-    A chat follows the tokenizer's template if it has one, Tulu's otherwise. A response ends with
-    end-of-text, which is learned. A chat template writes end-of-text itself; if it does not, only
-    the last answer gets one. Text that the template writes after end-of-text (a line break) is not
-    learned, and what follows the last learned token is left out."""
+    A response ends with end-of-text, which is learned. A chat template writes end-of-text itself;
+    if it does not, only the last answer gets one. Text that the template writes after end-of-text
+    (a line break) is not learned, and what follows the last learned token is left out."""
     by_template = format_name == "messages" and tok.chat_template
     turns = turns_of(tok, row, format_name)
     encode_turn = tok.encode_template if by_template else tok.encode_part

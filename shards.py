@@ -62,16 +62,13 @@ def encode_text(tok, text):
 
 def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None):
     """Write a corpus as shards and a manifest, and return the manifest.
-
     A killed preparation of the same request is continued, a finished one is not repeated. Raises
     UserError for a folder that holds another corpus, and for a corpus without a token.
-
     tok: see tokenizer.load. request: a JSON object that names the corpus; equal requests give equal
     shards. stages: [(read, into)]: read() yields documents, in an order that is always the same,
     into the splits of these names; no name: every 100th is validation. limits: {split: tokens}, 0:
-    no limit. encode(tok, document) returns (words uint32, counters), words None if the document is
-    left out. facts: more keys of a manifest of samples.
-    """
+    none. encode(tok, document) returns (words uint32, counters), words None if it is left out.
+    facts: more keys of a manifest of samples."""
     folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
@@ -196,8 +193,7 @@ def read_progress(path, request):
 
 
 def encoded(pool, encode, read, into, first):
-    """Yield ([(split, words, counters)], index after them) of chunks of a stage's documents, in
-    order; a few are in memory. first: the index of the first document."""
+    """Yield ([(split, words, counters)], index after them) of chunks of documents from `first`."""
     def encode_chunk(chunk):
         parts = []
         for index, document in chunk:
@@ -235,8 +231,7 @@ def read_manifest(folder):
 
 def check_value(value, example, path, where=""):
     """Raise UserError unless a value of a JSON file is of the type of an example.
-    A dict needs the keys of the example; the entries of a list are compared with its first entry.
-    where: the place of the value in the file."""
+    A dict needs the example's keys; the entries of a list are compared with its first entry."""
     kinds = (int, float) if isinstance(example, float) else (type(example),)
     intact(type(value) in kinds, path,
            f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
@@ -314,8 +309,7 @@ class Tokens:
         return words
 
     def must_suit(self, model, tok, where):
-        """Raise UserError if a model cannot be used with these tokens.
-        tok: the model's tokenizer, None if unknown. where: the path of the model."""
+        """Raise UserError if the model of the path `where` does not fit. tok: its own, or None."""
         if tok:
             advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
             need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "

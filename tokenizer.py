@@ -109,9 +109,8 @@ class Tiktoken:
              "between its ids, which tokenizer.json cannot express")
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", **tokens,
-            "clean_up_tokenization_spaces": False})
+        write_json(Path(folder) / "tokenizer_config.json", tokens | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
 
 
 def in_letters(token):
@@ -142,8 +141,7 @@ class Json:
         self.chat_template = read_text(template_file) if own_file else self._text("chat_template")
 
     def _text(self, key):
-        """A text of tokenizer_config.json, or None: some files hold {"content": text}, or a list
-        of chat templates with names."""
+        """A text of tokenizer_config.json or None; also of {"content": text} or named templates."""
         value = self.config.get(key)
         if isinstance(value, list):
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}

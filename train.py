@@ -38,6 +38,7 @@ from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_scales, kee
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
+GRADIENT_STEPS = 4  # the first ones, whose batches choose the groups "gradient"
 # keys that a resumed run may not change, beside the model's shape and the adapters' settings
 FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restart_every",
          "restart_steps", "lora_plus_ratio", "optimizer", "rest_lr", "residual_init", "base_dtype")
@@ -53,7 +54,8 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest, cycle = check_run_folder(cfg, rank)
-    optimizer = prepare_model(cfg, model, device, cycle)
+    losses = None if newest else first_losses(model, batches)
+    optimizer = prepare_model(cfg, model, device, cycle, losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
@@ -89,8 +91,7 @@ def train(cfg):
         if done % 10 == 0:  # long before a weight outgrows its FP8 scale
             fit_scales(model, only_if_tight=True)
 
-        # read the numbers now and then, and always before weights are saved; all ranks read the
-        # same and stop together
+        # read the numbers now and then, always before a save; all ranks read and stop alike
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
                 or world == 1 and signals):
             losses, norms, stopping = agree(numbers, bool(signals), world, done, cfg)
@@ -182,12 +183,26 @@ def check_run_folder(cfg, rank):
     return newest, state["cycle"]
 
 
-def prepare_model(cfg, model, device, cycle):
-    """Adapt, move, set precision, compile, in this order and in place; return the optimizer."""
-    if cfg.adapter():
-        with as_user_error(f"method {cfg.method}", ValueError):
-            mora.adapt(model, **cfg.adapter(), cycle=cycle)
-    on_gpu = device.type == "cuda"
+def first_losses(model, batches):
+    """Yield the losses of this process's rows of the first steps, for groups "gradient"."""
+    for step in range(GRADIENT_STEPS):
+        for inputs, targets, *weight in zip(*batches.load(step), strict=True):
+            yield model(inputs, targets) * (weight[0] if weight else 1)
+
+
+def prepare_model(cfg, model, device, cycle, losses=None):
+    """Adapt, move, set precision, compile, in this order and in place; return the optimizer.
+    losses: of a new run, for groups "gradient"; a checkpoint holds the groups."""
+    on_gpu, options = device.type == "cuda", cfg.adapter()
+    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
+    model.compute_dtype = torch.bfloat16 if half else torch.float32
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    with as_user_error(f"method {cfg.method}", ValueError):
+        if cfg.groups == "gradient":
+            model.to(device)
+            options["gradients"] = mora.gradient_norms(model, losses, cfg.targets) if losses else {}
+        if options:
+            mora.adapt(model, **options, cycle=cycle)
     if cfg.matmul == "fp8" or cfg.base_dtype == "float8":  # a CPU emulates it, for tests
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(device) >= (8, 9)
         need(has_fp8 and device.type != "mps", "FP8 needs a GPU of compute capability 8.9 or more "
@@ -203,9 +218,6 @@ def prepare_model(cfg, model, device, cycle):
         for module in (*model.model.layers, model):  # a block is whole, in float32, in its forward
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     model.to(device)
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
-    model.compute_dtype = torch.bfloat16 if half else torch.float32
-    model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:

@@ -253,6 +253,8 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--method=full", "--base_dtype=bfloat16"], "method full freezes nothing"),
     ("", ["--targets=q_proj,lm_head"], "may not name lm_head"),
     ("", ["--targets="], "targets names no layer"),
+    ("", ["--groups=gradient", "--shard"], "weights, which shard cuts: use other groups, or no"),
+    ("", ["--method=lora", "--groups=gradient"], "method lora takes no groups, got 'gradient'"),
     ("", ["--num_key_value_heads=3"], "heads 8 must be a multiple of num_key_value_heads 3"),
     ("", ["--hidden_size=60"], "hidden_size 60"),
     ("", ["--rest_lr=-1"], "rest_lr must be a number from 0 to 4294967295, got -1"),

@@ -21,6 +21,8 @@ def square(k, d, rank, operator, groups="permute", cycle=1):
     update = mora.Square(k, d, rank, operator, groups).double()
     update.fold_in.move(cycle, seed=2 * cycle)
     update.fold_out.move(cycle, seed=2 * cycle + 1)
+    for fold in (update.fold_in, update.fold_out) if groups == "gradient" else ():
+        fold.set_order(torch.randperm(fold.features))
     with torch.no_grad():
         update.M.copy_(torch.randn(update.M.shape, dtype=torch.float64))
     return update
@@ -188,8 +190,12 @@ def test_every_operator_moves_its_groups(operator):
 
 METHODS = [("lora", {}), ("lora", {"lora_A": "orthogonal", "alpha": 2.0, "rslora": True}),
            ("lora", {"lora_A": "frozen"}), ("lora", {"dora": True}), ("mora", {"dora": True})]
+NORMS = {"q_proj": (torch.randn(24).abs(), torch.randn(40).abs()),
+         "up_proj": (torch.randn(40).abs(), torch.randn(24).abs())}
 METHODS += [("mora", {"operator": operator, "groups": groups})
-            for operator, groups in zip(OPERATORS, GROUPS, strict=True)]
+            for operator, groups in zip(OPERATORS, GROUPS[:4], strict=True)]
+METHODS += [("mora", {"operator": operator, "groups": "gradient", "gradients": NORMS})
+            for operator in ("truncate", "share")]
 
 
 def optimizer_of(model):
