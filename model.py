@@ -299,7 +299,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 
 
 class Float8Products(nn.Module):
-    """The two large products of one layer. No quantized copy of W is kept between them."""
+    """The two large products of one layer. Compiled code keeps W in e4m3 between them."""
 
     def __init__(self, scale):
         super().__init__()
