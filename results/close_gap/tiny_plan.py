@@ -1,0 +1,47 @@
+"""The tiny probe of the variants: 300 steps of a byte-level model, on a CPU.
+
+    OMP_NUM_THREADS=1 python results/sweep.py results/close_gap/tiny_plan.py OUT --per_gpu=2
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import applied
+
+CONFIG = "configs/tiny_mora.py"
+EVALUATE = []
+COMMON = ["--eval_every=300", "--save_every=300", "--keep=1", "--log_every=25"]
+CYCLES = ["--groups=permute", "--restart_every=25", "--restart_warmup=0"]
+FULL = ["--method=full"]
+
+
+def run(variant, rank=4, seed=1337, words=CYCLES, **more):
+    """Return {name: (config, words)} of one run; rank 0: full rank."""
+    size = [f"--rank={rank}"] if rank else []
+    options = [f"--{key}={value}" for key, value in more.items()]
+    name = " ".join([variant, f"r{rank}", f"s{seed}", *(option[2:] for option in options)])
+    return {name: (CONFIG, [*COMMON, *words, *size, f"--seed={seed}", *options])}
+
+
+def PREPARE(name):
+    return applied(name.split()[0])
+
+
+RUNS = {
+    **run("none"), **run("none", 16), **run("none", 0, words=FULL),
+    **run("maps=svd:2"), **run("maps=svd:1"),
+    **run("full_layer=matrix:25:0.045", 0, words=FULL),
+    **run("slices=21"),
+    **run("maps=random:2"), **run("maps=sample:2"),
+    **run("init_std=0.5"), **run("init_std=2"),
+    **run("noise_decay=0.9"), **run("warm=30"),
+    **run("none", operator="truncate"),
+    **run("full_layer=block:25", 0, words=FULL), **run("full_layer=kind:25", 0, words=FULL),
+    **run("stagger=4", restart_every=6),
+    **run("two_maps=permute"),
+    **run("budget=q_proj:0.5;k_proj:0.5;v_proj:1.5;o_proj:1.5;down_proj:1.5"),
+    **run("keep_momentum=1"), **run("lr_boost=2:10"), **run("base_decay=0.9"),
+    **run("residual_std=0"), **run("none", operator="decouple"),
+    **run("init_std=0.5", 0, words=FULL), **run("init_std=2", 0, words=FULL),
+    **run("none", seed=1), **run("none", 16, seed=1), **run("none", 0, seed=1, words=FULL),
+}
