@@ -232,6 +232,41 @@ def lr_boost(patches, value):
     before_steps(patches, step)
 
 
+def cycle_lr(patches, value):
+    """HIGH:LOW:EVERY. The rate of the matrices falls in a line from HIGH to LOW times the
+    schedule's in each cycle of EVERY steps: what is merged and then frozen is annealed first."""
+    high, low, every = map(float, value.split(":"))
+
+    def step(step, model, optimizer, batch):
+        done = step % every / every
+        for group in optimizer.param_groups:
+            if group["muon"]:
+                group["ratio"] = high + (low - high) * done
+
+    before_steps(patches, step)
+
+
+def merge_mean(patches, last):
+    """A restart merges the mean of M over the last LAST steps of the cycle, not its last value:
+    the noise of the steps is averaged out before it is frozen. The function changes a little."""
+    sums, recent = {}, int(last)
+
+    def note(step, model, optimizer, batch):
+        for _, p in mora.adapter_parameters(model):
+            queue = sums.setdefault(p, [])
+            queue.append(p.detach().clone())
+            del queue[:-recent]
+
+    def restart(original, model, *args):
+        for _, p in mora.adapter_parameters(model):
+            p.data.copy_(torch.stack(sums[p]).mean(0))
+        sums.clear()
+        return original(model, *args)
+
+    before_steps(patches, note)
+    wrap(patches, mora, "restart", restart)
+
+
 # ------------------------------------------------------------ other updates
 
 def replace_updates(patches, make):
@@ -323,6 +358,32 @@ def two_maps(patches, groups):
 
     wrap(patches, mora, "r_hat", lambda _, rank, n, m, even=False: math.isqrt(int(rank * (n + m))))
     replace_updates(patches, make)
+
+
+def fold_draw(patches, kinds):
+    """uniform: permutations are drawn from all, not from rolled runs. signs: a fold multiplies the
+    features by random signs, new in each cycle; otherwise all groups hold sums alone, and every
+    cycle has the sum of all features again. Or uniform+signs."""
+    def init(original, self, features, *args):
+        original(self, features, *args)
+        self.register_buffer("sign", torch.ones(features), persistent=False)
+
+    @torch.no_grad()
+    def move(original, self, cycle, seed):
+        original(self, cycle, seed)
+        bits = torch.randint(2, (self.features,), generator=torch.Generator().manual_seed(seed + 1))
+        self.sign.copy_(2.0 * bits - 1)
+
+    if "uniform" in kinds:
+        wrap(patches, mora, "rolled_order", lambda _, position, width, generator: position[
+            torch.randperm(len(position), generator=generator)])
+    if "signs" in kinds:
+        wrap(patches, mora.Fold, "__init__", init)
+        wrap(patches, mora.Fold, "move", move)
+        wrap(patches, mora.Fold, "forward", lambda original, self, x, multiple=1:
+             original(self, x * self.sign.to(x.dtype), multiple))
+        wrap(patches, mora.Fold, "adjoint", lambda original, self, blocks:
+             original(self, blocks) * self.sign.to(blocks.dtype))
 
 
 class Projected(nn.Module):
@@ -482,7 +543,7 @@ def none(patches, _):
 
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    lr_boost, budget, two_maps, maps, slices, none)}
+    lr_boost, cycle_lr, merge_mean, budget, two_maps, fold_draw, maps, slices, none)}
 
 
 @contextlib.contextmanager
