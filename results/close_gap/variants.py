@@ -537,13 +537,68 @@ def slices(patches, value):
     before_steps(patches, renew)
 
 
+class Blocks(nn.Module):
+    """dW has m blocks of their own, M_1 ... M_m, on a permuted diagonal: m = d k / (r (d + k)), the
+    budget of rank r, but dW has full rank, and Muon makes it nearly orthogonal."""
+
+    def __init__(self, in_features, out_features, rank):
+        super().__init__()
+        k, d = self.sizes = in_features, out_features
+        self.m = max(1, round(d * k / (rank * (d + k))))
+        self.widths = -(-k // self.m), -(-d // self.m)
+        self.M = nn.ParameterList(torch.zeros(self.widths[::-1]) for _ in range(self.m))
+        for name, n in (("columns", k), ("rows", d)):
+            self.register_buffer(name, torch.arange(n))
+            self.register_buffer(f"{name}_inverse", torch.arange(n))
+
+    @torch.no_grad()
+    def start_cycle(self, cycle, generator):
+        torch._foreach_zero_(list(self.M))
+        for order, inverse in ((self.columns, self.columns_inverse),
+                               (self.rows, self.rows_inverse)):
+            order.copy_(torch.randperm(len(order), generator=generator, device="cpu"))
+            inverse.copy_(order.argsort())
+
+    def cut(self, x, order, inverse):
+        """(tokens, n) -> (tokens, m, width), permuted and padded."""
+        x = mora.Permute.apply(x, order, inverse)
+        return F.pad(x, (0, -x.shape[-1] % self.m)).unflatten(-1, (self.m, -1))
+
+    def compress(self, x):
+        return self.cut(x[None].flatten(0, -2), self.columns, self.columns_inverse)
+
+    def gradients(self, compressed, dy):
+        dy = self.cut(dy[None].flatten(0, -2), self.rows, self.rows_inverse)
+        return list(torch.einsum("tmo,tmi->moi", dy, compressed).float().unbind())
+
+    def delta(self):
+        (k, d), (width_in, width_out) = self.sizes, self.widths
+        M = torch.stack(list(self.M))  # (m, out, in)
+        is_own = torch.eye(self.m, device=M.device)[:, None, :, None]
+        wide = (is_own * M[:, :, None]).reshape(self.m * width_out, self.m * width_in)
+        return wide[:d, :k][self.rows_inverse][:, self.columns_inverse]
+
+    def forward(self, x):
+        return F.linear(x, self.delta().to(x.dtype))
+
+
+def blocks(patches, value):
+    """The update is Blocks of the config's rank, times VALUE if there is one."""
+    def make(name, layer, keys):
+        d, k = layer.matrix.shape
+        return Blocks(k, d, keys["rank"] * float(value or 1))
+
+    replace_updates(patches, make)
+
+
 def none(patches, _):
     """Nothing: a baseline."""
 
 
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    lr_boost, cycle_lr, merge_mean, budget, two_maps, fold_draw, maps, slices, none)}
+    lr_boost, cycle_lr, merge_mean, budget, two_maps, fold_draw, maps, slices, blocks,
+    none)}
 
 
 @contextlib.contextmanager
