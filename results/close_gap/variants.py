@@ -470,14 +470,21 @@ def set_maps(update, gradient, mode):
             others = torch.randperm(count - width // 2, generator=generator) + width // 2
             chosen = torch.cat((chosen[:width // 2], others[:width - width // 2]))
         U, V = U[:, chosen.to(U.device)], V[:, chosen.to(V.device)]
-    projected = gradient if update.P is None else U.T @ gradient
-    projected = projected if update.Q is None else projected @ V
     if update.P is not None:
         update.P.copy_(U.T * (d / width) ** 0.5)
     if update.Q is not None:
         update.Q.copy_(V.T * (k / width) ** 0.5)
     update.generator = None
-    return torch.linalg.svdvals(projected).sum() / s.sum()
+    return share_held(update, gradient)
+
+
+@torch.no_grad()
+def share_held(update, gradient):
+    """The share of a gradient's nuclear norm that the maps of a Projected hold."""
+    (rows, columns), (d, k) = update.M.shape, gradient.shape
+    held = gradient if update.P is None else update.P @ gradient * (rows / d) ** 0.5
+    held = held if update.Q is None else held @ update.Q.T * (columns / k) ** 0.5
+    return torch.linalg.svdvals(held).sum() / torch.linalg.svdvals(gradient).sum()
 
 
 def maps(patches, value):
@@ -497,6 +504,9 @@ def maps(patches, value):
         if not stale:
             return
         gradients = full_gradients(model, batch)
+        if step:  # what the maps of the cycle that ends hold of the gradient now
+            old = [share_held(layer.update, gradients[layer]) for layer in stale]
+            say(f"step {step}: the old maps hold {torch.stack(old).mean().item():.3f}")
         held = torch.stack([set_maps(layer.update, gradients[layer], mode) for layer in stale])
         say(f"step {step}: {len(stale)} new maps hold {held.mean().item():.3f} of the nuclear norm")
 
