@@ -458,9 +458,15 @@ def set_maps(update, gradient, mode):
     (rows, columns), (d, k) = update.M.shape, gradient.shape
     width, generator = min(rows, columns), update.generator
     U, s, V = singular_vectors(gradient)
-    if mode == "random":
-        U, V = (torch.linalg.qr(torch.randn(n, width, generator=generator).to(gradient.device))[0]
-                for n in (d, k))
+    if mode in ("random", "bulk"):
+        spaces = []
+        for n, top in ((d, U), (k, V)):
+            draw = torch.randn(n, width, generator=generator).to(gradient.device)
+            if mode == "bulk":  # nothing of the largest eighth
+                top = top[:, :min(d, k) // 8]
+                draw -= top @ (top.T @ draw)
+            spaces.append(torch.linalg.qr(draw)[0])
+        U, V = spaces
     else:  # svd: the largest; sample: drawn by singular value, so that cycles cover new ones
         weights, count = s.cpu().double(), min(d, k)
         chosen = torch.arange(width)
@@ -489,7 +495,8 @@ def share_held(update, gradient):
 
 def maps(patches, value):
     """MODE:SIDES. dW = P^T M Q with P and Q renewed at each restart. MODE: svd, sample, half: of
-    the singular vectors of W's gradient of one batch; random. SIDES 2: a square M as MoRA's; 1: M
+    the singular vectors of W's gradient of one batch; random; bulk: random in the space without
+    the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
     of all outputs x some inputs (GaLore's budget in the weights). Restarts come from the config."""
     mode, sides = value.split(":")
 
