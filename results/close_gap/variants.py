@@ -322,11 +322,11 @@ class OtherFold(mora.Fold):
 
 
 class Pair(nn.Module):
-    """dW = dW1 + dW2, two squares of half the budget each on different groups."""
+    """dW = dW1 + dW2, two updates that share the budget; width: what the first one needs of x."""
 
-    def __init__(self, first, second):
+    def __init__(self, first, second, width):
         super().__init__()
-        self.parts = nn.ModuleList([first, second])
+        self.parts, self.width = nn.ModuleList([first, second]), width
 
     def start_cycle(self, cycle, generator):
         for part in self.parts:
@@ -339,7 +339,7 @@ class Pair(nn.Module):
         return torch.cat([part.compress(x) for part in self.parts], dim=-1)
 
     def gradients(self, compressed, dy):
-        first, second = compressed.chunk(2, dim=-1)
+        first, second = compressed.split((self.width, compressed.shape[-1] - self.width), dim=-1)
         return self.parts[0].gradients(first, dy) + self.parts[1].gradients(second, dy)
 
     def delta(self):
@@ -354,10 +354,30 @@ def two_maps(patches, groups):
             layer, keys["rank"] / 2, keys | {"groups": groups})
         for fold in (second.fold_in, second.fold_out):
             fold.__class__ = OtherFold
-        return Pair(first, second)
+        return Pair(first, second, -(-len(first.M) // mora.ALIGNED) * mora.ALIGNED)
 
     wrap(patches, mora, "r_hat", lambda _, rank, n, m, even=False: math.isqrt(int(rank * (n + m))))
     replace_updates(patches, make)
+
+
+def mixed(patches, share):
+    """LoRA of this share of the rank, which is never restarted and finds its own directions, plus
+    MoRA of the rest, which restarts and covers the others."""
+    def make(name, layer, keys):
+        (d, k), own = layer.matrix.shape, round(float(share) * keys["rank"])
+        return Pair(mora.LowRank(k, d, own), square(layer, keys["rank"] - own, keys), k)
+
+    def restart(original, model, *args):
+        pairs = {layer: layer.update for _, layer in mora.adapted_layers(model)}
+        for layer, pair in pairs.items():
+            layer.update = pair.parts[1]
+        report = original(model, *args)
+        for layer, pair in pairs.items():
+            layer.update = pair
+        return report
+
+    replace_updates(patches, make)
+    wrap(patches, mora, "restart", restart)
 
 
 def fold_draw(patches, kinds):
@@ -614,7 +634,7 @@ def none(patches, _):
 
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    lr_boost, cycle_lr, merge_mean, budget, two_maps, fold_draw, maps, slices, blocks,
+    lr_boost, cycle_lr, merge_mean, budget, two_maps, mixed, fold_draw, maps, slices, blocks,
     none)}
 
 
