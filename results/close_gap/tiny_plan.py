@@ -37,7 +37,7 @@ RUNS = {
     **run("fold_draw=signs"), **run("none", lr=2e-2), **run("none", operator="decouple", lr=2e-2),
     **run("maps=svd:2", lr=4e-3), **run("warm=30"),
     **run("budget=q_proj:2;k_proj:2;v_proj:2;o_proj:2"), **run("maps=bulk:2"),
-    **run("init_std=0.5"), **run("mixed=0.5"), **run("stagger=4", restart_every=6),
+    **run("mixed=0.5"), **run("init_std=0.5"), **run("stagger=4", restart_every=6),
     **run("maps=random:2", 16), **run("none", dora=True), **run("blocks", lr=4e-2),
     **run("cycle_lr=0:2:25"), **run("noise_decay=0.9"),
 }
