@@ -12,6 +12,7 @@ CONFIG = "configs/tiny_mora.py"
 EVALUATE = []
 COMMON = ["--eval_every=300", "--save_every=300", "--keep=1", "--log_every=25"]
 CYCLES = ["--groups=permute", "--restart_every=25", "--restart_warmup=0"]
+LORA = ["--method=lora"]
 FULL = ["--method=full"]
 
 
@@ -37,7 +38,8 @@ RUNS = {
     **run("fold_draw=signs"), **run("none", lr=2e-2), **run("none", operator="decouple", lr=2e-2),
     **run("maps=svd:2", lr=4e-3), **run("warm=30"),
     **run("budget=q_proj:2;k_proj:2;v_proj:2;o_proj:2"), **run("maps=bulk:2"),
-    **run("mixed=0.5"), **run("init_std=0.5"), **run("stagger=4", restart_every=6),
+    **run("mixed=0.5"), **run("none", words=LORA, method="lora"), **run("mixed=0.75"),
+    **run("init_std=0.5"), **run("stagger=4", restart_every=6),
     **run("maps=random:2", 16), **run("none", dora=True), **run("blocks", lr=4e-2),
     **run("cycle_lr=0:2:25"), **run("noise_decay=0.9"),
 }
