@@ -3,9 +3,11 @@
     python results/sweep.py results/pretrain_60m/plan.py OUT --per_gpu=3 --seconds=500
 
 A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, data
-folders to evaluate every model on too. A run with a line in OUT/runs.jsonl is done. No run starts
-that would end after --seconds; a stopped sweep can be started again. Logs: OUT/*.log.
+folders to evaluate every model on too. PREPARE(name), if a plan has it, is a context (`with`) that
+the run is in. A run with a line in OUT/runs.jsonl is done. No run starts that would end after
+--seconds; a stopped sweep can be started again. Logs: OUT/*.log.
 """
+import contextlib
 import json
 import os
 import runpy
@@ -83,7 +85,8 @@ def work(plan, out, deadline):
             continue
         started = time.time()
         try:
-            line = run_one(name, [config, *words], values["EVALUATE"], out)
+            with values.get("PREPARE", contextlib.nullcontext)(name):
+                line = run_one(name, [config, *words], values["EVALUATE"], out)
         except Exception as error:  # one run that fails must not end the sweep
             if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
                 (out / "claims" / name).unlink()

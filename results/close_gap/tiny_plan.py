@@ -1,0 +1,45 @@
+"""The tiny probe of the variants: 300 steps of a byte-level model, on a CPU.
+
+    OMP_NUM_THREADS=1 python results/sweep.py results/close_gap/tiny_plan.py OUT --per_gpu=2
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import applied
+
+CONFIG = "configs/tiny_mora.py"
+EVALUATE = []
+COMMON = ["--eval_every=300", "--save_every=300", "--keep=1", "--log_every=25"]
+CYCLES = ["--groups=permute", "--restart_every=25", "--restart_warmup=0"]
+LORA = ["--method=lora"]
+FULL = ["--method=full"]
+
+
+def run(variant, rank=4, seed=1337, words=CYCLES, **more):
+    """Return {name: (config, words)} of one run; rank 0: full rank."""
+    size = [f"--rank={rank}"] if rank else []
+    options = [f"--{key}={value}" for key, value in more.items()]
+    name = " ".join([variant, f"r{rank}", f"s{seed}", *(option[2:] for option in options)])
+    return {name: (CONFIG, [*COMMON, *words, *size, f"--seed={seed}", *options])}
+
+
+def PREPARE(name):
+    return applied(name.split()[0])
+
+
+RUNS = {
+    **run("none"), **run("none", 16), **run("none", 0, words=FULL),
+    **run("maps=svd:2"), **run("maps=svd:1"),
+    **run("full_layer=matrix:25:0.045", 0, words=FULL),
+    **run("slices=21"),
+    **run("maps=random:2"), **run("maps=sample:2"),
+    **run("cycle_lr=2:0:25"), **run("merge_mean=10"), **run("slices=21", lr=4e-2),
+    **run("fold_draw=signs"), **run("none", lr=2e-2), **run("none", operator="decouple", lr=2e-2),
+    **run("maps=svd:2", lr=4e-3), **run("warm=30"),
+    **run("budget=q_proj:2;k_proj:2;v_proj:2;o_proj:2"), **run("maps=bulk:2"),
+    **run("mixed=0.5"), **run("none", words=LORA, method="lora"), **run("mixed=0.75"),
+    **run("init_std=0.5"), **run("stagger=4", restart_every=6),
+    **run("maps=random:2", 16), **run("none", dora=True), **run("blocks", lr=4e-2),
+    **run("cycle_lr=0:2:25"), **run("noise_decay=0.9"),
+}
