@@ -2,8 +2,8 @@
 
 A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in. Each
 run adds a line to OUT/scores.jsonl. Answers come from a merged copy with bfloat16 matrices on a
-GPU, as those of evaluate.py. Losses of samples are computed without torch.compile: their lengths
-and numbers of rows would be compiled for nothing.
+GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
+lengths would be compiled for one or two passes.
 """
 import contextlib
 import copy
@@ -58,8 +58,8 @@ def answers(model, samples, limit=0, batch=512):
 
 def keep(cfg, line):
     """Add a line to OUT/scores.jsonl; the run's own folder is OUT/runs/NAME."""
-    with open(Path(cfg.out).parents[1] / "scores.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open(Path(cfg.out).parents[1] / "scores.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())  # at once: other processes write there too
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def at_the_end(name):
 
 @contextlib.contextmanager
 def losses():
-    """No answers; the losses of samples without torch.compile."""
+    """No answers; losses without torch.compile."""
     loss = eager(evaluate.perplexity)
     with replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss):
         yield
