@@ -1,4 +1,4 @@
-"""Write metrics.json from runs.jsonl: bits per byte at the best rate of every method.
+"""Write metrics.json from sweep.jsonl: bits per byte at the best rate of every method.
 
     python results/continual/metrics.py
 
@@ -40,5 +40,5 @@ def summarize(records, plan):
 
 if __name__ == "__main__":
     plan = runpy.run_path(str(FOLDER / "plan.py"))
-    metrics = summarize(rates.read(FOLDER / "runs.jsonl"), plan)
+    metrics = summarize(rates.read(FOLDER / "sweep.jsonl"), plan)
     (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """The sweep of results/continual: continual pretraining of a 135M model on two domains.
 
 Biomedical text once, 212 steps of 32 x 1,024 tokens; finance three times, 209 steps of 16 x 1,024.
-The runs of earlier sweeps, in runs.jsonl beside this file, decide which rates and seeds follow.
+The runs of earlier sweeps, in sweep.jsonl beside this file, decide which rates and seeds follow.
 """
 import sys
 from pathlib import Path
@@ -49,6 +49,6 @@ def make(group, lr, seed, steps=0):
 # the untrained model: one step at a rate that changes no weight
 RUNS = {f"{domain}-base": make((domain, "fft", "adamw"), 1e-30, rates.SEED, steps=1)
         for domain in DOMAINS}
-RECORDS = {name: record for name, record in rates.read(FOLDER / "runs.jsonl").items()
+RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").items()
            if name not in RUNS}
 RUNS |= rates.runs(GROUPS, RECORDS, score, make)
