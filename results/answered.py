@@ -1,0 +1,142 @@
+"""Greedy answers of runs of results/sweep.py, for plans whose task is scored by them.
+
+A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in. Each
+run adds a line to OUT/scores.jsonl. Answers come from a merged copy with bfloat16 matrices on a
+GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
+lengths would be compiled for one or two passes.
+"""
+import contextlib
+import copy
+import functools
+import json
+import lzma
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import evaluate
+import tokenizer
+import train
+from sample import merge_for_reading
+from shards import open_split
+
+ALL_RIGHT = 0.999  # share of right digits at which a run of UUID pairs has nothing more to learn
+
+
+@contextlib.contextmanager
+def replaced(module, **functions):
+    """Functions of a module that are others inside a `with` block."""
+    before = {name: getattr(module, name) for name in functions}
+    try:
+        for name, function in functions.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+def eager(function):
+    """A function that is called without torch.compile."""
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        with torch.compiler.set_stance("force_eager"):
+            return function(*arguments, **options)
+    return call
+
+
+def answers(model, samples, limit=0, batch=512):
+    """Return evaluate.answers of a model in training, which stays as it is."""
+    model = copy.deepcopy(model)
+    merge_for_reading(model)
+    tok = tokenizer.load(samples.tokenizer, samples.folder)
+    return evaluate.answers(model, tok, samples, batch, limit)
+
+
+def keep(cfg, line):
+    """Add a line to OUT/scores.jsonl; the run's own folder is OUT/runs/NAME."""
+    with open(Path(cfg.out).parents[1] / "scores.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())  # at once: other processes write there too
+
+
+@contextlib.contextmanager
+def at_the_end(name):
+    """Answer the validation questions after training: {"name", "numbers": share of right ones,
+    "right": "0110...", "answers": [number or null]}. The texts are in OUT/answers-NAME.jsonl.xz."""
+    run = train.train
+
+    def train_and_answer(cfg):
+        model, started = run(cfg), time.time()
+        samples = open_split(cfg.data, "val", verify=False)
+        records = answers(model, samples, limit=LIMIT)
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        folder = Path(cfg.out).parents[1]
+        (folder / f"answers-{name}.jsonl.xz").write_bytes(lzma.compress(text))
+        own, right = ([evaluate.number(record[key]) for record in records]
+                      for key in ("answer", "reference"))
+        keep(cfg, {"name": name, "numbers": evaluate.scores(records, samples.format)["numbers"],
+                   "right": "".join(str(int(a == b is not None))
+                                    for a, b in zip(own, right, strict=True)),
+                   "answers": [a if a is None else str(a) for a in own],
+                   "answer_seconds": round(time.time() - started, 1)})
+        return model
+
+    with losses(), replaced(train, train=train_and_answer):
+        yield
+
+
+@contextlib.contextmanager
+def losses():
+    """No answers; losses without torch.compile."""
+    loss = eager(evaluate.perplexity)
+    with replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss):
+        yield
+
+
+@contextlib.contextmanager
+def during(name):
+    """Answer SOME of the UUIDs at each evaluation, and ALL at the end or where nearly all digits
+    are right, which ends the run: {"name", "curve": [[step, share of right digits, pairs]]}."""
+    run, loss, state = train.train, eager(evaluate.perplexity), {"curve": []}
+
+    def look(model, samples, *settings):
+        """Scores of an evaluation; evaluations are counted, since they do not know their step."""
+        scores, cfg, curve = loss(model, samples, *settings), state["cfg"], state["curve"]
+        step = min(state["evaluations"] * cfg.eval_every, cfg.steps)
+        state["evaluations"] += 1
+        if step:
+            digits, pairs = share(model, samples, SOME), SOME
+            if digits >= ALL_RIGHT or step == cfg.steps:
+                digits, pairs = share(model, samples, ALL), ALL
+            curve.append([step, digits, pairs])
+            print(f"digits {digits:.4f} of {pairs}", flush=True)
+            if digits >= ALL_RIGHT and step < cfg.steps:
+                state["model"] = model
+                os.kill(os.getpid(), signal.SIGTERM)  # train.py saves and stops
+        return scores
+
+    def train_until_right(cfg):
+        state.update(cfg=cfg, evaluations=0)
+        try:
+            model = run(cfg)
+        except SystemExit:
+            if "model" not in state:  # somebody else stopped it
+                raise
+            model = state["model"]
+        keep(cfg, {"name": name, "curve": state["curve"]})
+        return model
+
+    with replaced(train, train=train_until_right, perplexity=look):
+        yield
+
+
+def share(model, samples, pairs):
+    records = answers(model, samples, pairs, batch=1000)
+    return evaluate.scores(records, "uuid")["digits"]
+
+
+LIMIT, SOME, ALL = (int(os.environ.get(key, default)) for key, default in
+                    (("LIMIT", 0), ("SOME", 1000), ("ALL", 10000)))  # smaller ones for trials

@@ -1,0 +1,44 @@
+"""Write metrics.json from sweep.jsonl: bits per byte at the best rate of every method.
+
+    python results/continual/metrics.py
+
+Prints the grids. Means are over the seeds at the best rate; `seeds` says how many there are.
+"""
+import json
+import runpy
+import sys
+from pathlib import Path
+from statistics import mean, pstdev
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
+
+def summarize(records, plan):
+    """Return the flat numbers: of each domain its data, the untrained model and every method."""
+    numbers = {}
+    for domain, setting in plan["DOMAINS"].items():
+        trained = setting["steps"] * setting["batch_size"] * plan["SEQ_LEN"]
+        numbers |= {f"{domain}.tokens": setting["tokens"], f"{domain}.tokens_trained": trained}
+        if base := records.get(f"{domain}-base"):
+            numbers |= {f"{domain}.base.bits_per_byte": base["bits_per_byte"],
+                        f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"]}
+    trained = {name: record for name, record in records.items() if not name.endswith("-base")}
+    for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
+        domain, method, optimizer = group
+        name = f"{domain}.{method}" + (".muon" if optimizer == "muon" else "")
+        own, wiki = ([record[key] for record in seeds]
+                     for key in ("bits_per_byte", "wiki_val_bits_per_byte"))
+        numbers |= {f"{name}.bits_per_byte": mean(own), f"{name}.bits_per_byte_std": pstdev(own),
+                    f"{name}.wiki_bits_per_byte": mean(wiki),
+                    f"{name}.lr": seeds[0]["config"]["lr"], f"{name}.bracketed": int(is_inside),
+                    f"{name}.seeds": len(seeds),
+                    f"{name}.parameters": seeds[0]["trainable_parameters"]}
+    return numbers
+
+
+if __name__ == "__main__":
+    plan = runpy.run_path(str(FOLDER / "plan.py"))
+    metrics = summarize(rates.read(FOLDER / "sweep.jsonl"), plan)
+    (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

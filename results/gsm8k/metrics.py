@@ -1,0 +1,127 @@
+"""Write metrics.json: losses, exact match and paired tests, from the logs beside this file.
+
+    python results/gsm8k/metrics.py
+
+runs.jsonl: an earlier program's, without answers; a method of sweep.jsonl replaces its numbers.
+sweep.jsonl, scores.jsonl: of plan.py. A.vs.B.difference is A's exact match minus B's, a mean over
+seeds; low and high bound 95 % of a bootstrap over questions; p is that of a sign-flip test of the
+questions (McNemar's null hypothesis, for several seeds): the chance of so large a difference if A
+and B answered every question alike. Both take the runs as given: seeds vary on top of it.
+"""
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from statistics import mean, pstdev
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
+DRAWS = 20_000
+PAIRS = [("mora_rotate_r8", "lora"), ("mora_share_r256", "lora"), ("mora_share_r256", "fft"),
+         ("mora_rotate_r8", "fft"), ("mora_rotate_r8.muon", "lora.muon"),
+         ("mora_share_r256.muon", "fft.muon"), ("mora_share_r256.muon", "mora_rotate_r8.muon"),
+         *((f"{method}.muon", method) for method in
+           ("mora_rotate_r8", "lora", "mora_share_r256", "fft"))]
+
+
+def earlier(path):
+    """Return the flat numbers of runs.jsonl: of each method the seeds at its best rate."""
+    methods, numbers = {}, {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        methods.setdefault(record["method"], []).append(record)
+    for method, records in methods.items():
+        best = min((record for record in records if record["seed"] == rates.SEED),
+                   key=lambda record: record["dev_loss"])
+        seeds = [record for record in records if record["lr"] == best["lr"]]
+        numbers |= {f"{method}.exact_match": mean(record["numbers"] for record in seeds),
+                    f"{method}.seeds": len(seeds), f"{method}.lr": best["lr"],
+                    f"{method}.test_loss": mean(record["test_loss"] for record in seeds),
+                    f"{method}.dev_loss": best["dev_loss"],
+                    f"{method}.parameters": best.get("trainable_parameters")}
+    return {name: number for name, number in numbers.items()
+            if number is not None and name != "base.lr"}
+
+
+def of_seeds(name, records):
+    """Return the flat numbers of the runs of one rate, the first that of the search."""
+    losses = [record["val_loss"] for record in records]
+    numbers = {f"{name}.test_loss": mean(losses), f"{name}.test_loss_std": pstdev(losses),
+               f"{name}.dev_loss": math.log(records[0]["gsm8k_dev_ppl"]),
+               f"{name}.seeds": len(records), f"{name}.lr": records[0]["config"]["lr"],
+               f"{name}.parameters": records[0]["trainable_parameters"]}
+    if all("numbers" in record for record in records):
+        shares = [record["numbers"] for record in records]
+        numbers |= {f"{name}.exact_match": mean(shares), f"{name}.exact_match_std": pstdev(shares)}
+    return numbers
+
+
+def right_answers(records):
+    """Return, for each question, the share of the runs that answered it right, an array."""
+    return np.mean([[int(digit) for digit in record["right"]] for record in records], axis=0)
+
+
+def paired(a, b, generator):
+    """Return the numbers of two methods' shares of right runs per question."""
+    difference = a - b
+    observed, moved = difference.mean(), difference[difference != 0]
+    means, flips = [], []
+    for _ in range(DRAWS // 1000):  # in parts, for less memory
+        drawn = generator.integers(len(difference), size=(1000, len(difference)))
+        means.append(difference[drawn].mean(axis=1))
+        signs = generator.integers(2, size=(1000, len(moved))) * 2 - 1
+        flips.append(signs @ moved / len(difference))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    as_large = (np.abs(np.concatenate(flips)) >= abs(observed) - 1e-12).sum()
+    return {"difference": observed, "low": low, "high": high, "p": (as_large + 1) / (DRAWS + 1)}
+
+
+def methods_of(records, plan):
+    """Return {name in metrics.json: records by seed} of sweep.jsonl."""
+    found = {}
+    fixed = {group: (lr, True) for group, lr in (plan["FIXED"] | plan["BASES"]).items()}
+    searched = {group: (seeds[0]["config"]["lr"], is_inside) for group, seeds, is_inside in
+                rates.report(records, plan["SEARCHED"], plan["score"])}
+    for group, (lr, is_inside) in (fixed | searched).items():
+        task, method, optimizer = group
+        name = method + (".muon" if optimizer == "muon" else "")
+        name += "" if task == "gsm8k" else f".{task}"
+        names = (rates.name_of(group, seed, lr) for seed in plan["SEEDS"])
+        seeds = [records[name] for name in names
+                 if name in records and "error" not in records[name]]
+        if seeds:
+            found[name] = seeds, is_inside
+    return found
+
+
+def summarize(plan):
+    numbers, scores = earlier(FOLDER / "runs.jsonl"), rates.read(FOLDER / "scores.jsonl")
+    records = {name: record | scores.get(name, {})
+               for name, record in rates.read(FOLDER / "sweep.jsonl").items()}
+    base = records.pop(plan["BASE"], None)
+    methods = methods_of(records, plan)
+    for name, (seeds, is_inside) in methods.items():
+        numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
+        numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
+    if base:
+        numbers |= {"base.exact_match": base["numbers"], "base.test_loss": base["val_loss"],
+                    "base.dev_loss": math.log(base["gsm8k_dev_ppl"])}
+    generator = np.random.default_rng(0)
+    for first, second in PAIRS:
+        if all(name in methods and all("right" in record for record in methods[name][0])
+               for name in (first, second)):
+            a, b = (right_answers(methods[name][0]) for name in (first, second))
+            result = paired(a, b, generator)
+            numbers |= {f"{first}.vs.{second}.{key}": round(float(value), 6)
+                        for key, value in result.items()}
+            print(first, "vs", second, *(f"{key} {value:.4f}" for key, value in result.items()))
+    return numbers
+
+
+if __name__ == "__main__":
+    metrics = summarize(runpy.run_path(str(FOLDER / "plan.py")))
+    (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,0 +1,58 @@
+"""The sweep of results/gsm8k: Muon beside AdamW, three seeds, answers kept; bases of three types.
+
+AdamW runs at the rates that an earlier search chose (runs.jsonl). Muon's rates are searched: the
+runs of earlier sweeps, in sweep.jsonl beside this file, decide which rates and seeds follow.
+"""
+import math
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
+import answered  # noqa: E402
+import rates  # noqa: E402
+
+CONFIG = "configs/gsm8k.py"
+EVALUATE = ["data/gsm8k_dev"]  # chooses rates; the validation split of data/gsm8k_fit is the test
+COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64", "--eval_every=1000", "--save_every=1000",
+          "--keep=1"]
+METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
+           "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
+# {method: (AdamW's best rate, the middle of Muon's)}
+RATES = {"mora_rotate_r8": (1e-2, 1e-2), "lora": (1e-2, 1e-2), "mora_share_r256": (1e-3, 1e-3),
+         "fft": (3e-4, 3e-4)}
+SEARCHED = {("gsm8k", method, "muon"): muon for method, (_, muon) in RATES.items()}
+FIXED = {("gsm8k", method, "adamw"): adamw for method, (adamw, _) in RATES.items()}
+BASES = {(dtype, "mora_rotate_r8", "adamw"): 1e-2 for dtype in ("bfloat16", "float8")}
+SEEDS = (rates.SEED, *rates.MORE_SEEDS)
+
+
+def score(record):
+    """What chooses a rate: the loss on held-out training questions."""
+    return (math.log(record["gsm8k_dev_ppl"]),)
+
+
+def make(group, lr, seed):
+    """Return (config file, words) of a run."""
+    task, method, optimizer = group
+    words = [*METHODS[method], *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}"]
+    return CONFIG, [*words, f"--base_dtype={task}"] if group in BASES else words
+
+
+def PREPARE(name):
+    """Keep the answers of all runs but those on bases of other types, whose losses are compared."""
+    is_base = rates.parts_of(name)[0] in BASES
+    return answered.losses() if is_base else answered.at_the_end(name)
+
+
+def at_known_rates(groups, seed):
+    return {rates.name_of(group, seed, lr): make(group, lr, seed) for group, lr in groups.items()}
+
+
+BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that changes nothing
+RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
+for number in SEEDS:
+    RUNS |= at_known_rates(FIXED, number)
+RUNS |= rates.runs(SEARCHED, rates.read(FOLDER / "sweep.jsonl"), score, make)
+for number in SEEDS:
+    RUNS |= at_known_rates(BASES, number)

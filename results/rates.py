@@ -1,0 +1,102 @@
+"""What sweeps of fine-tuning share: names of runs, rates tried until the best is inside, its seeds.
+
+A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them: a plan grows with
+what is known, and grow.py runs it again. First every method runs at three rates (its centre in
+front), then, where the best is the lowest or the highest, at the next one further out, then with
+more seeds at the best rate.
+A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
+"""
+import json
+import math
+
+SEED, MORE_SEEDS = 1337, (1338, 1339)
+MOST_RATES = 7
+WORST = (math.inf,)  # score of a run that diverged; those of others are tuples too, less is better
+
+
+def read(path):
+    """Return the records of a file of JSON lines by run name, {} if the file does not exist."""
+    lines = path.read_text().splitlines() if path.exists() else ()
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def name_of(group, seed, lr):
+    """Return the name of a run; group: (task, method, optimizer)."""
+    return "-".join((*group, f"s{seed}", f"{lr:g}"))
+
+
+def parts_of(name):
+    """Return ((task, method, optimizer), seed, rate) of a run's name."""
+    task, method, optimizer, seed, lr = name.split("-", 4)
+    return (task, method, optimizer), int(seed[1:]), float(lr)
+
+
+def beside(lr, count):
+    """Return the rate that is `count` places after lr on the grid 1, 3, 10, 30, ..."""
+    exponent, is_three = divmod(round(2 * math.log10(lr)) + count, 2)
+    return float(f"{3 if is_three else 1}e{exponent}")
+
+
+def scores_of(records, group, score, seed=SEED):
+    """Return {rate: score} of a group's runs with one seed. A run that failed otherwise than by
+    diverging (which is a UserError) has no score: remove its line, and it runs again."""
+    found = {}
+    for name, record in records.items():
+        own, own_seed, lr = parts_of(name)
+        if own == group and own_seed == seed:
+            error = record.get("error", "")
+            if error and "UserError" not in error:
+                print(f"{name} failed: {error}")
+                continue
+            found[lr] = WORST if error else score(record)
+    return found
+
+
+def best(scores):
+    """Return (the rate with the least score or None, whether worse ones lie on both sides)."""
+    if not scores or min(scores.values()) == WORST:
+        return None, False
+    rate = min(scores, key=scores.get)
+    return rate, min(scores) < rate < max(scores)
+
+
+def rates_to_run(centre, scores):
+    """Return rates in the order in which they should run, those with a score among them."""
+    rates = [centre, beside(centre, -1), beside(centre, 1)]
+    rates += [lr for lr in scores if lr not in rates]
+    rate, is_inside = best(scores)
+    if set(rates) <= set(scores) and not is_inside and len(rates) < MOST_RATES:
+        rate = rate or min(rates)  # where all diverged, lower
+        rates.append(beside(rate, 1 if rate == max(rates) else -1))
+    return rates
+
+
+def runs(groups, records, score, make):
+    """Return {name: make(group, lr, seed)}: the runs of a plan, the most informative first.
+
+    groups: {(task, method, optimizer): rate in the middle}, the most important first.
+    """
+    stages = {}
+    for group, centre in groups.items():
+        scores = scores_of(records, group, score)
+        rate, is_inside = best(scores)
+        wanted = [(i, lr, SEED) for i, lr in enumerate(rates_to_run(centre, scores))]
+        wanted += [(MOST_RATES + i, rate, seed) for i, seed in enumerate(MORE_SEEDS) if is_inside]
+        for stage, lr, seed in wanted:
+            stages.setdefault(stage, {})[name_of(group, seed, lr)] = make(group, lr, seed)
+    return {name: run for stage in sorted(stages) for name, run in stages[stage].items()}
+
+
+def report(records, groups, score):
+    """Yield (group, records of its best rate by seed, whether that is inside); prints the grids."""
+    for group in groups:
+        scores = scores_of(records, group, score)
+        rate, is_inside = best(scores)
+        if rate is None:
+            continue
+        print(*group, f"best {rate:g},", "inside its grid" if is_inside else "AT THE EDGE")
+        for lr, value in sorted(scores.items()):
+            print(f"    {lr:g}:", *(f"{number:.4f}" for number in value))
+        names = (name_of(group, seed, rate) for seed in (SEED, *MORE_SEEDS))
+        yield group, [records[name] for name in names
+                      if name in records and "error" not in records[name]], is_inside

@@ -1,0 +1,52 @@
+"""Write metrics.json: digits right of every method, from runs.jsonl, sweep.jsonl and scores.jsonl.
+
+    python results/uuid/metrics.py
+
+Prints the grids: a rate's first step with 99 % (10,000: none) and minus its digits at the end.
+"""
+import json
+import runpy
+import sys
+from pathlib import Path
+from statistics import mean, pstdev
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
+STEPS = (100, 300, 500, 700, 900)
+
+
+def of_seeds(name, records, is_inside, steps_to_99):
+    """Return the flat numbers of the runs of one rate. Means; steps_to_99 is the slowest seed's,
+    and is left out if one never gets there. A run that ended early counts with its last digits."""
+    curves = [record["curve"] for record in records]
+    final, firsts = [curve[-1][1] for curve in curves], [steps_to_99(curve) for curve in curves]
+    last = max(curve[-1][0] for curve in curves)
+    numbers = {f"{name}.accuracy_final": mean(final), f"{name}.accuracy_final_std": pstdev(final)}
+    if all(firsts):
+        numbers[f"{name}.steps_to_99"] = max(firsts)
+    numbers |= {f"{name}.lr": records[0]["config"]["lr"], f"{name}.steps": last,
+                f"{name}.parameters": records[0]["trainable_parameters"],
+                f"{name}.seeds": len(records), f"{name}.bracketed": int(is_inside)}
+    for at in STEPS:
+        if at <= last:
+            numbers[f"{name}.accuracy_at_{at}"] = mean(
+                max((step, digits) for step, digits, _ in curve if step <= at)[1]
+                for curve in curves)
+    return numbers
+
+
+def summarize(plan):
+    numbers = {}
+    found = rates.report(plan["read"](), plan["GROUPS"], plan["score"])
+    for (task, method, optimizer), seeds, is_inside in found:
+        name = method + (".muon" if optimizer == "muon" else "")
+        name += ".decay" if task == "decay" else ""
+        numbers |= of_seeds(name, seeds, is_inside, plan["steps_to_99"])
+    return numbers
+
+
+if __name__ == "__main__":
+    metrics = summarize(runpy.run_path(str(FOLDER / "plan.py")))
+    (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,0 +1,67 @@
+"""results/rates.py and results/gsm8k/metrics.py: which runs follow from which, and paired tests."""
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+spec = importlib.util.spec_from_file_location("rates", RESULTS / "rates.py")
+rates = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rates)
+GROUP = ("task", "method", "muon")
+
+
+def score(record):
+    return (record["loss"],)
+
+
+def planned(losses, centre=1e-2):
+    """Names' ends ("s1337-0.01") of the runs that follow from {name's end: loss or error}."""
+    records = {f"task-method-muon-{end}": {"error": loss} if isinstance(loss, str) else
+               {"loss": loss} for end, loss in losses.items()}
+    found = rates.runs({GROUP: centre}, records, score, lambda *run: run)
+    return [name.removeprefix("task-method-muon-") for name in found]
+
+
+def test_the_grid_has_two_rates_per_power_of_ten():
+    assert [rates.beside(1e-3, count) for count in range(-3, 4)] == [
+        3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    assert rates.beside(3e-4, 1) == 1e-3 and rates.beside(0.3, 2) == 3.0
+
+
+def test_names_are_read_back():
+    name = rates.name_of(GROUP, 7, 3e-5)
+    assert rates.parts_of(name) == (GROUP, 7, 3e-5)
+
+
+def test_the_middle_rate_runs_first_then_its_neighbours():
+    assert planned({}) == ["s1337-0.01", "s1337-0.003", "s1337-0.03"]
+
+
+def test_a_best_rate_at_the_edge_is_followed_further_out():
+    first = {"s1337-0.01": 2.0, "s1337-0.003": 3.0, "s1337-0.03": 1.0}
+    assert planned(first)[3:] == ["s1337-0.1"]
+    assert planned(first | {"s1337-0.1": 0.5})[4:] == ["s1337-0.3"]
+
+
+def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():
+    losses = {"s1337-0.01": 2.0, "s1337-0.003": 3.0, "s1337-0.03": "UserError: step 9: loss nan"}
+    assert planned(losses)[3:] == ["s1338-0.01", "s1339-0.01"]
+    assert planned(losses | {"s1337-0.03": "OutOfMemoryError: no memory"})[3:] == []
+
+
+@pytest.mark.parametrize("a, b, low, high", [
+    ([1] * 30 + [0] * 70, [0] * 30 + [0] * 70, 0, 1e-3),  # 30 questions for A, none for B
+    ([1, 0] * 50, [0, 1] * 50, 0.9, 1),                   # 50 each
+    ([1] * 8 + [0] * 92, [0] * 7 + [0] * 93, 0.005, 0.011),  # McNemar's exact p is 2 / 2 ** 8
+])
+def test_the_paired_test(a, b, low, high, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    paired = runpy.run_path(str(RESULTS / "gsm8k" / "metrics.py"))["paired"]
+    result = paired(np.array(a, float), np.array(b, float), np.random.default_rng(0))
+    assert result["difference"] == pytest.approx(np.mean(a) - np.mean(b))
+    assert low <= result["p"] <= high
+    assert result["low"] <= result["difference"] <= result["high"]
