@@ -9,19 +9,21 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 FOLDER = Path(__file__).parent
-GRID_SEED = 1337
+GRID_SEED, GRID_STEPS = 1337, 1000
 
 
 def groups(records):
     """Return {(method, optimizer, matmul): [records]}.
 
     A run's name is method-optimizer-lr-rest_lr-seed, and then the options that the method lacks in
-    plan.py: other restarts, say, which make it another method here.
+    plan.py: other restarts, say, which make it another method here. So do more tokens: full.66m.
     """
     result = {}
     for record in records:
         config, (method, *_, last) = record["config"], record["name"].split("-")
-        if not last.startswith("s") and "matmul" not in last:
+        if config["steps"] != GRID_STEPS:
+            method = f"{method}.{config['steps'] * 32768 / 1e6:.0f}m"
+        elif not last.startswith("s") and "matmul" not in last:
             method = f"{method}.{last}"
         key = (method, config["optimizer"], config["matmul"])
         result.setdefault(key, []).append(record)

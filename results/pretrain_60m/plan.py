@@ -29,6 +29,18 @@ def runs(method, optimizer, rates, rest_rates, seed=1337, **more):
             for lr in rates for rest in rest_rates}
 
 
+def longer(method, optimizer, lr, rest_lr, seed, steps):
+    """As runs, of one run with more steps of 32,768 tokens."""
+    return runs(method, optimizer, [lr], [rest_lr], seed, steps=steps, eval_every=steps,
+                save_every=steps)
+
+
+BEST = {("full", "muon"): (2e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
+        ("mora_share", "muon"): (2e-3, 3.2e-2), ("remora_permute", "muon"): (4e-3, 6.4e-2),
+        ("full", "adamw"): (1e-3, 1.6e-2), ("lora", "adamw"): (2e-3, 4e-3),
+        ("mora_share", "adamw"): (1e-3, 1.6e-2), ("remora_alternate", "muon"): (2e-3, 6.4e-2),
+        ("relora", "muon"): (4e-3, 3.2e-2), ("remora_permute", "adamw"): (1e-3, 8e-3)}
+
 RUNS = {
     # FP8 or not, three seeds each
     **runs("mora_share", "muon", [2e-3], [1.6e-2]),
@@ -75,3 +87,10 @@ RUNS = {
     **runs("remora_alternate", "adamw", [5e-4, 1e-3], [8e-3, 1.6e-2]),
     **runs("relora", "adamw", [1e-3, 2e-3], [8e-3, 1.6e-2]),
 }
+
+# 66 M tokens, three seeds, at the best rates of the grids; 131 M for four methods
+for seed in (1337, 1, 2):
+    for (method, optimizer), rates in BEST.items():
+        RUNS |= longer(method, optimizer, *rates, seed, 2000)
+for method in ("full", "lora", "mora_share", "remora_permute"):
+    RUNS |= longer(method, "muon", *BEST[method, "muon"], 1337, 4000)
