@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import finish
 from safetensors.torch import load_file, save_file
 from test_mora import small_model
 from test_train import records
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import checkpoint
@@ -128,6 +130,19 @@ def test_losses_without_a_finite_gradient_are_refused():
         mora.gradient_norms(model, [])
     with pytest.raises(ValueError, match="no finite gradient"):
         mora.gradient_norms(model, (loss * torch.nan for loss in losses(model, 0)))
+
+
+@pytest.mark.parametrize("groups", ("permute", "gradient"))
+def test_torchs_own_ddp_broadcasts_the_order(groups):
+    """As the Trainer wraps a model: neither gloo nor NCCL sends 16-bit integers."""
+    norms = {"q": (torch.rand(24), torch.rand(40))} if groups == "gradient" else None
+    model = mora.adapt(nn.ModuleDict({"q": nn.Linear(24, 40)}), targets=("q",), rank=3,
+                       groups=groups, gradients=norms)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model["q"])(torch.randn(3, 24)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------
