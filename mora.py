@@ -367,8 +367,9 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
-    missing = [name for name in linears if gradients and name not in gradients]
-    if missing or (groups == "gradient") != (gradients is not None):
+    unfit = [name for name, linear in linears.items() if gradients
+             and tuple(map(len, gradients.get(name, ()))) != features_of(linear)]
+    if unfit or (groups == "gradient") != (gradients is not None):
         raise ValueError("groups gradient, and no others, take gradients of every target: see "
                          "mora.gradient_norms")
     for parameter in model.parameters():
