@@ -125,7 +125,7 @@ class Fold(nn.Module):
         self.inverse[order] = torch.arange(len(order), device=order.device).to(self.inverse)
 
     def narrow(self):
-        """Hold the order in 16 bits if they suffice: read faster, but no broadcast of DDP takes it."""
+        """Hold the order in 16 bits if they suffice: read faster, but DDP cannot broadcast them."""
         if self.order is not None and self.features < 2 ** 15:
             self.order, self.inverse = self.order.short(), self.inverse.short()
 
