@@ -196,13 +196,13 @@ def prepare_model(cfg, model, device, cycle, losses=None):
     on_gpu, options = device.type == "cuda", cfg.adapter()
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
-    model.checkpoint_blocks = cfg.checkpoint_blocks
     with as_user_error(f"method {cfg.method}", ValueError):
         if cfg.groups == "gradient":
-            model.to(device)
+            model.to(device).checkpoint_blocks = True  # the pass is not compiled: it takes memory
             options["gradients"] = mora.gradient_norms(model, losses, cfg.targets) if losses else {}
         if options:
             mora.adapt(model, **options, cycle=cycle)
+    model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.matmul == "fp8" or cfg.base_dtype == "float8":  # a CPU emulates it, for tests
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(device) >= (8, 9)
         need(has_fp8 and device.type != "mps", "FP8 needs a GPU of compute capability 8.9 or more "
@@ -218,6 +218,8 @@ def prepare_model(cfg, model, device, cycle, losses=None):
         for module in (*model.model.layers, model):  # a block is whole, in float32, in its forward
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     model.to(device)
+    for fold in filter(lambda module: isinstance(module, mora.Fold), model.modules()):
+        fold.narrow()  # data_parallel broadcasts no buffers
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import finish
 from safetensors.torch import load_file, save_file
-from test_mora import small_model
+from test_mora import NORMS, small_model
 from test_train import records
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import checkpoint
@@ -116,10 +118,13 @@ def test_merged_and_compiled_layers_are_the_layer(operator):
 @pytest.mark.parametrize("options, message", [
     (dict(groups="gradient"), "take gradients of every target: see mora.gradient_norms"),
     (dict(groups="permute", gradients={}), "groups gradient, and no others, take gradients"),
-    (dict(groups="gradient", gradients={"up_proj": ()}), "gradients of every target")])
+    (dict(groups="gradient", gradients={"up_proj": ()}), "gradients of every target"),
+    (dict(groups="gradient", gradients=NORMS | {"up_proj": NORMS["q_proj"]}), "of every target")])
 def test_gradients_that_are_missing_or_not_wanted_are_refused(options, message):
+    model = small_model()
     with pytest.raises(ValueError, match=message):
-        mora.adapt(small_model(), targets=("q_proj", "up_proj"), **options)
+        mora.adapt(model, targets=("q_proj", "up_proj"), **options)
+    assert not mora.adapted_layers(model)
 
 
 def test_losses_without_a_finite_gradient_are_refused():
@@ -128,6 +133,19 @@ def test_losses_without_a_finite_gradient_are_refused():
         mora.gradient_norms(model, [])
     with pytest.raises(ValueError, match="no finite gradient"):
         mora.gradient_norms(model, (loss * torch.nan for loss in losses(model, 0)))
+
+
+@pytest.mark.parametrize("groups", ("permute", "gradient"))
+def test_torchs_own_ddp_broadcasts_the_order(groups):
+    """As the Trainer wraps a model: neither gloo nor NCCL sends 16-bit integers."""
+    norms = {"q": (torch.rand(24), torch.rand(40))} if groups == "gradient" else None
+    model = mora.adapt(nn.ModuleDict({"q": nn.Linear(24, 40)}), targets=("q",), rank=3,
+                       groups=groups, gradients=norms)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model["q"])(torch.randn(3, 24)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------
@@ -282,8 +300,22 @@ def test_the_first_steps_are_read_without_changing_them(corpus):
     halves = [sum(train.first_losses(model, Batches(tokens, 0, 16, 8, 2, rank=rank, world=2)))
               for rank in (0, 1)]
     assert sum(halves) == whole
+
+
+def test_the_pass_keeps_inputs_of_blocks_alone():
+    """It is not compiled, and whole activations would take more memory than the run's steps."""
+    def first_losses():
+        given.append(model.checkpoint_blocks)
+        yield from losses(model, 0)
+
+    cfg, model, given = Config(groups="gradient", device="cpu", compile="off"), llama(), []
+    train.prepare_model(cfg, model, torch.device("cpu"), 0, first_losses())
+    assert given == [True] and not model.checkpoint_blocks
+    plain = llama()
+    norms = mora.gradient_norms(plain, losses(plain, 0))
+    for name, layer in mora.adapted_layers(model):
+        assert (norms[name][0][layer.update.fold_in.order.long()].diff() <= 0).all()
     with pytest.raises(UserError, match="method mora: the losses have no finite gradient"):
-        cfg = Config(groups="gradient", device="cpu", compile="off")
         train.prepare_model(cfg, llama(), torch.device("cpu"), 0, iter(()))
 
 

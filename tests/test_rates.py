@@ -1,4 +1,4 @@
-"""results/rates.py and results/gsm8k/metrics.py: which runs follow from which, and paired tests."""
+"""results/rates.py, gsm8k/metrics.py: which runs follow from which, paired tests; a variant."""
 import importlib.util
 import runpy
 import sys
@@ -65,3 +65,9 @@ def test_the_paired_test(a, b, low, high, monkeypatch):
     assert result["difference"] == pytest.approx(np.mean(a) - np.mean(b))
     assert low <= result["p"] <= high
     assert result["low"] <= result["difference"] <= result["high"]
+
+
+def test_a_variant_that_starts_at_full_rank_still_runs(run):
+    variants = runpy.run_path(str(RESULTS / "close_gap" / "variants.py"))
+    with variants["applied"]("warm=3"):
+        run("--groups=permute", "--steps=6")

@@ -173,9 +173,9 @@ def warm(patches, steps):
     is a full-rank run with --init_from after it, on one schedule and without a step more."""
     settings = []
 
-    def prepare(original, cfg, model, device, cycle):
+    def prepare(original, cfg, *args):
         settings.append(cfg)
-        return original(dataclasses.replace(cfg, method="full"), model, device, cycle)
+        return original(dataclasses.replace(cfg, method="full"), *args)
 
     def switch(step, model, optimizer_, _):
         if step == int(steps):
