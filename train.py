@@ -218,12 +218,13 @@ def prepare_model(cfg, model, device, cycle, losses=None):
         for module in (*model.model.layers, model):  # a block is whole, in float32, in its forward
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     model.to(device)
-    for fold in filter(lambda module: isinstance(module, mora.Fold), model.modules()):
-        fold.narrow()  # data_parallel broadcasts no buffers
+    for module in model.modules():
+        if isinstance(module, mora.Fold):
+            module.narrow()  # data_parallel broadcasts no buffers
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
-        model.compile_parts(compute_again=cfg.method == "mora")  # cheap: folds
+        model.compile_parts(compute_again=cfg.method == "mora")  # folds are cheap
     return build_optimizer(cfg, model, device)
 
 

@@ -2,7 +2,7 @@
 
     python results/grow.py results/gsm8k out/gsm8k 500 --gpus=2 --per_gpu=2
 
-Runs of earlier calls are those of sweep.jsonl and scores.jsonl in the plan's folder, the first
+Runs of earlier starts are those of sweep.jsonl and scores.jsonl in the plan's folder, the first
 argument; both are brought up to date there after each pass of sweep.py, whose options follow.
 """
 import json

@@ -39,6 +39,7 @@ def claim(out, name):
 def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
     head, *lines = read_lines(folder / "log.jsonl")
+    head["config"]["out"] = name  # not a path of the machine
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "val_ppl" in line]
     return {"name": name, "val_ppl": scores[-1]["val_ppl"], "val_loss": scores[-1]["val_loss"],
