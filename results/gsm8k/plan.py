@@ -50,9 +50,9 @@ def at_known_rates(groups, seed):
 
 
 BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that changes nothing
+COMPARED = BASES | {group: lr for group, lr in FIXED.items() if group[1] == "mora_rotate_r8"}
 RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
-for number in SEEDS:
-    RUNS |= at_known_rates(FIXED, number)
+for groups in (COMPARED, FIXED):
+    for number in SEEDS:
+        RUNS |= at_known_rates(groups, number)
 RUNS |= rates.runs(SEARCHED, rates.read(FOLDER / "sweep.jsonl"), score, make)
-for number in SEEDS:
-    RUNS |= at_known_rates(BASES, number)
