@@ -121,11 +121,10 @@ def read_hugging_face(folder):
     load_weights(model, copies, folder, assign=True)
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
                        read_json(generation, dict) if generation.exists() else None)
-    name = config.get("tokenizer")
+    own = str(folder) if (folder / "tokenizer.json").exists() else None
+    name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
-    if name:
-        return model, tokenizer.load(name, folder)
-    return model, tokenizer.load(str(folder)) if (folder / "tokenizer.json").exists() else None
+    return model, name and tokenizer.load(name, folder)
 
 
 def base_weights(folder):

@@ -301,7 +301,7 @@ def as_user_error(where, *errors):
     try:
         yield
     except errors as error:
-        raise UserError(f"{where}: {one_line(error):.400}") from error
+        raise UserError(f"{where}: {one_line(error) or type(error).__name__:.400}") from error
 
 
 def check(cfg):

@@ -24,8 +24,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import (  # before torch: Ctrl-C; isort: skip
-    Arguments, UserError, at_least, command_line, need, one_line)
+from config import Arguments, UserError, at_least, command_line, need, one_line  # isort: skip
 
 import sft
 import tokenizer
@@ -283,7 +282,7 @@ COMMANDS = {  # (function, its options)
 }
 
 
-def parse_arguments(argv):
+def main(argv):
     parser = Arguments(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (function, options) in COMMANDS.items():
@@ -291,11 +290,7 @@ def parse_arguments(argv):
         command.set_defaults(function=function)
         for option in options.split():
             command.add_argument(option, **OPTIONS[option])
-    return parser.parse_args(argv)
-
-
-def main(argv):
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     args.function(args)
 
 

@@ -16,8 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from config import (  # before torch: Ctrl-C; isort: skip
-    Arguments, as_user_error, at_least, command_line, lock, need)
+from config import Arguments, as_user_error, at_least, command_line, lock, need  # isort: skip
 
 import torch
 from safetensors import SafetensorError

@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 import shards
 import tokenizer
-from config import UserError, need
+from config import UserError, as_user_error, need
 from shards import FIRST, LEARNED, LeftOut
 
 ALPACA = ("Below is an instruction that describes a task. "
@@ -267,12 +267,10 @@ def compiled(template):
 
 def render(tok, messages, generation_prompt):
     """The text of some messages, with the prompt that opens an answer if generation_prompt."""
-    try:
+    with as_user_error(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}",
+                       TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError,
+                       TypeError, ValueError):
         template = compiled(tok.chat_template)
         LimitedSandbox.state.steps = 0
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
                                **tok.special_tokens)
-    except (TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
-            ValueError) as error:
-        raise UserError(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}: "
-                        f"{str(error) or type(error).__name__}") from None

@@ -303,9 +303,8 @@ class Tokens:
         expected = shard["tokens"] * dtype.itemsize
         intact(size == expected, path, f"it should hold {expected} bytes and holds {size}")
         words = np.memmap(path, dtype, mode="r")
-        checksum = zlib.crc32(words) if self.verify else shard["crc32"]
-        intact(checksum == shard["crc32"], path,
-               f"its checksum is {checksum}, expected {shard['crc32']}")
+        crc = zlib.crc32(words) if self.verify else shard["crc32"]
+        intact(crc == shard["crc32"], path, f"its checksum is {crc}, expected {shard['crc32']}")
         return words
 
     def must_suit(self, model, tok, where):

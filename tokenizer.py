@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, need, read_json, write_json
+from config import UserError, as_user_error, need, read_json, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
@@ -57,8 +57,7 @@ def load(name, folder=None):
         return Tiktoken(tiktoken.get_encoding(name))
     except OSError as error:  # the exceptions of requests are OSErrors
         raise UserError(f"tokenizer {name} could not be downloaded ({type(error).__name__}): run "
-                        "once with a network, or set TIKTOKEN_CACHE_DIR to a tiktoken cache that "
-                        "holds it") from None
+                        "once with a network, or set TIKTOKEN_CACHE_DIR to a cache of it") from None
 
 
 def without_surrogates(text):
@@ -147,7 +146,7 @@ class Json:
             named = {choice.get("name"): choice for choice in value if isinstance(choice, dict)}
             value = named.get("default", {}).get("template")
         text = value.get("content", value) if isinstance(value, dict) else value
-        need(text is None or isinstance(text, str),
+        need(isinstance(text, str | None),
              f"{self.config_file}: {key} must be text, is {text!r:.80}")
         return text
 
@@ -182,7 +181,5 @@ class Json:
 
 def read_text(path, parse=str):
     """parse(text) of a file in UTF-8; raises UserError."""
-    try:
+    with as_user_error(f"{path} cannot be read", Exception):  # tokenizers raises bare Exceptions
         return parse(path.read_bytes().decode())
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{path} cannot be read: {error}") from None
