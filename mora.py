@@ -234,6 +234,13 @@ class Square(nn.Module):
         return self.fold_out.adjoint(columns).T
 
 
+def whole_weight(weight, update, dtype):
+    """W + dW in W's dtype. A product that dW needs (LoRA's B A) has operands of `dtype`: bfloat16,
+    in which it takes a tenth of float32's time, rounds dW no more than W + dW is rounded later."""
+    with torch.autocast(weight.device.type, dtype, dtype.itemsize == 2, cache_enabled=False):
+        return weight + update.delta()
+
+
 class MergedLinear(torch.autograd.Function):
     """y = (W + dW) x: one product forward and one for dx, without full rank's third, W's gradient.
     W + dW is saved, and update.compress(x): for MoRA r^ numbers per block and token, never x.
@@ -242,7 +249,7 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
         ctx.update, ctx.products, ctx.parameters = update, products, parameters
-        compressed, merged = update.compress(x), weight + update.delta()
+        compressed, merged = update.compress(x), whole_weight(weight, update, x.dtype)
         if products is None:
             weight = merged = merged.to(x.dtype)
         ctx.save_for_backward(compressed, weight)
@@ -256,7 +263,8 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        dx = dy @ weight if products is None else products.dx(dy, weight + update.delta())
+        W = weight if products is None else whole_weight(weight, update, dy.dtype)
+        dx = dy @ W if products is None else products.dx(dy, W)
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 

@@ -224,7 +224,7 @@ def prepare_model(cfg, model, device, cycle, losses=None):
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
-        model.compile_parts(compute_again=cfg.method == "mora")  # folds are cheap
+        model.compile_parts(compute_again=cfg.method != "full")  # costs adapters nothing
     return build_optimizer(cfg, model, device)
 
 

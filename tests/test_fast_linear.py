@@ -1,15 +1,21 @@
 """The merged product and its backward equal the two paths, in value and gradients."""
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sympy import Integer
 from test_mora import SHAPES
 from torch import nn
+from torch._inductor.choices import InductorChoices
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mora
+from model import kernel_choices
 from mora import OPERATORS
 
 KINDS = ("lora",) + OPERATORS
@@ -241,3 +247,33 @@ def test_dropout_takes_two_paths_and_warns_once():
     nn.init.normal_(model[0].update.M)
     x = torch.randn(64, 8)
     assert not torch.equal(model(x), model(x))
+
+
+def test_a_bfloat16_step_makes_dW_from_bfloat16_operands():
+    """LoRA's B A takes longest in float32, and W + dW is rounded to bfloat16 anyway."""
+    adapted = layer("lora", (64, 48, 4), torch.float32, bias=False)
+    A, B = adapted.update.A.detach(), adapted.update.B.detach()
+    x = torch.randn(30, 64).bfloat16()
+    y = adapted(x)
+    delta = B.bfloat16() @ A.bfloat16() * adapted.update.scale
+    assert torch.equal(y, F.linear(x, (adapted.weight + delta).bfloat16()))
+    exact = x.double() @ adapted.merged().double().T
+    adapted.merges = False
+    assert (y - exact).norm() < 1.2 * (adapted(x) - exact).norm() < 6e-3 * exact.norm()
+
+
+def test_rows_are_held_in_registers():
+    """The installed torch asks as it did when this was written, and answers others as before."""
+    hints = torch._inductor.runtime.hints.ReductionHint
+    sizes = SimpleNamespace(sizevars=SizeVarAllocator())
+
+    def held(choices, hint, length):
+        features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=Integer(length))
+        with V.set_graph_handler(sizes):
+            return choices.should_use_persistent_reduction(features, False)
+
+    ours = kernel_choices()
+    for length in (64, 1024, 5504, 16384, 16385):
+        assert held(InductorChoices, hints.INNER, length) == (length <= 1024)
+        assert held(ours, hints.INNER, length) == (length <= 16384)
+        assert held(ours, hints.OUTER, length) == held(InductorChoices, hints.OUTER, length)
