@@ -2,7 +2,8 @@
 
     python results/gsm8k/metrics.py
 
-runs.jsonl: an earlier program's, without answers; a method of sweep.jsonl replaces its numbers.
+runs.jsonl: an earlier program's, without answers; a method that has as many seeds in sweep.jsonl
+replaces its numbers.
 sweep.jsonl, scores.jsonl: of plan.py. A.vs.B.difference is A's exact match minus B's, a mean over
 seeds; low and high bound 95 % of a bootstrap over questions; p is that of a sign-flip test of the
 questions (McNemar's null hypothesis, for several seeds): the chance of so large a difference if A
@@ -105,6 +106,8 @@ def summarize(plan):
     base = records.pop(plan["BASE"], None)
     methods = methods_of(records, plan)
     for name, (seeds, is_inside) in methods.items():
+        if len(seeds) < numbers.get(f"{name}.seeds", 0):
+            continue  # the search is not over: the earlier program's numbers stand
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
     if base:
