@@ -211,7 +211,8 @@ class Llama(nn.Module):
         second sequence length makes torch compile once more, for every length. compute_again:
         backward computes the inputs of its products again, where torch would have kept them."""
         from torch._inductor import config as inductor_config  # here: it takes a second
-        inductor_config.inductor_choices_class = kernel_choices
+        if hasattr(inductor_config, "inductor_choices_class"):  # not in torch 2.9
+            inductor_config.inductor_choices_class = kernel_choices
         torch._functorch.config.ban_recompute_materialized_backward = not compute_again
         for block in self.model.layers:  # without checks of the groups' indices, which take time
             block.compile(options={"assert_indirect_indexing": False})
