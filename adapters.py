@@ -87,8 +87,7 @@ def save(model, folder, base=None):
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
     UserError if other parameters train beside the updates, or the updates are of several kinds."""
     config, updates = config_of(model, base), mora.adapter_tensors(model)
-    rest = [name for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in updates]
+    rest = [n for n, p in model.named_parameters() if p.requires_grad and n not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
          "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
     write(Path(folder), config, updates)
@@ -249,8 +248,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     Returns {"rank", "bytes", "error": the largest relative Frobenius error of a dW}."""
     folder, config, error = Path(folder), config_of(model, base), 0.0
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
-    squares = {name: getattr(layer.update, "inner", layer.update)
-               for name, layer in mora.adapted_layers(model)}
+    squares = {name: getattr(m.update, "inner", m.update) for name, m in mora.adapted_layers(model)}
     updates = {name: p for name, p in mora.adapter_parameters(model) if name.endswith("magnitude")}
     width = rank or max(len(square.M) for square in squares.values())
     for name, square in squares.items():

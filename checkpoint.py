@@ -14,7 +14,6 @@ import os
 import shutil
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -134,8 +133,7 @@ def base_weights(folder):
         weight_map = read_json(index, dict).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         need(files and all(isinstance(file, str) and Path(file).name == file for file in files),
-             f"{index}: weight_map must map names of tensors to files of the folder, got "
-             f"{str(weight_map)[:60]}")
+             f"{index}: weight_map must map tensors to files of the folder, got {weight_map!s:.60}")
     weights = {}
     for file in sorted(set(files)):
         weights |= read_tensors(folder / file)[0]
@@ -191,10 +189,8 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
             adapters.write(beside / "adapter", config, updates)
         torch.save(optimizer_state, beside / "optimizer.pt")
         endings = "*.pt", "*/*.json", "*/*.jinja", "*/*.safetensors"  # init_from may hold more
-        files = sorted(path for ending in endings for path in beside.glob(ending))
-        names = [path.relative_to(beside).as_posix() for path in files]
-        with ThreadPoolExecutor() as pool:
-            records = dict(zip(names, pool.map(file_record, files), strict=True))
+        records = {path.relative_to(beside).as_posix(): file_record(path)
+                   for ending in endings for path in sorted(beside.glob(ending))}
         write_json(beside / "state.json", {
             "step": step, "cycle": cycle, "val_loss": val_loss, "config": dataclasses.asdict(cfg),
             "fp8_scales": {name: float(scale) for name, scale in fp8_scales(model).items()},
@@ -212,15 +208,12 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
 
 
 def must_be_finite(weights, step, cfg):
-    """Raise UserError if a tensor of {name: tensor} holds nan or inf. Synchronizes once."""
-    # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
-    own = {name: weight.to_local() if hasattr(weight, "to_local") else weight
-           for name, weight in weights.items()}  # of a sharded weight, this rank's part
-    names = [name for name, weight in own.items() if torch.is_tensor(weight) and weight.numel()
-             and weight.dtype != torch.float8_e4m3fn]
-    extremes = torch.stack([torch.stack(own[name].aminmax()).float() for name in names])
-    for name, finite in zip(names, extremes.isfinite().all(dim=1).tolist(), strict=True):
-        if not finite:
+    """Raise UserError if a tensor of {name: tensor} holds nan or inf."""
+    for name, weight in weights.items():
+        own = weight.to_local() if hasattr(weight, "to_local") else weight  # this rank's part
+        is_checked = torch.is_tensor(own) and own.numel() and own.dtype != torch.float8_e4m3fn
+        # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
+        if is_checked and not torch.stack(own.aminmax()).isfinite().all():
             raise diverged(cfg, step, f"{name} is not finite, so nothing was saved")
 
 
@@ -257,10 +250,9 @@ def best_of(run):
     """The checkpoint of a run with the lowest validation loss; damaged ones are left out."""
     losses = {}
     for step in steps_of(run):
-        with contextlib.suppress(UserError):
-            losses[step] = read_state(step).get("val_loss")
-    scored = [step for step, loss in losses.items() if isinstance(loss, float)]
-    return min(scored, key=losses.get, default=None)
+        with contextlib.suppress(UserError, TypeError, ValueError):  # no number
+            losses[step] = float(read_state(step).get("val_loss"))
+    return min(losses, key=losses.get, default=None)
 
 
 def read_state(step):
