@@ -7,8 +7,7 @@ The keys of the first complete row decide the format of all rows:
     messages                      chats, [{"role", "content"}]: the tokenizer's own chat template,
                                   or Tulu's; every answer is learned
     instruction, output, [input]  Alpaca's two templates
-    question, answer              GSM8K: Alpaca's template without input
-    query, response               MetaMath: Alpaca's template without input
+    question, answer              GSM8K; query, response: MetaMath; Alpaca's template without input
     prompt, response              both as they are
 
 A sample holds the tokens that open a document, the prompt, the response and end-of-text. The last
@@ -22,6 +21,7 @@ import threading
 import uuid
 import warnings
 from functools import lru_cache, partial
+from itertools import count
 
 import numpy as np
 from jinja2 import TemplateError, nodes
@@ -200,7 +200,7 @@ TEMPLATE_LENGTH = 10_000_000    # characters of a string
 class LimitedSandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox with limits on the number of steps and on the length of strings."""
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    state = threading.local()  # .steps of the chat that this thread writes
+    state = threading.local()  # .steps counts those of the chat that this thread writes
 
     def _parse(self, source, name, filename):
         """The syntax tree, in which loops iterate over `counted`, and `concat` computes `a ~ b`."""
@@ -216,15 +216,11 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
 
     def counted(self, values):
         for value in values:
-            self.count_step()
+            limit(next(self.state.steps), TEMPLATE_STEPS, "steps")
             yield value
 
-    def count_step(self):
-        self.state.steps += 1
-        limit(self.state.steps, TEMPLATE_STEPS, "steps")
-
     def call(self, context, function, *args, **options):
-        self.count_step()
+        limit(next(self.state.steps), TEMPLATE_STEPS, "steps")
         return super().call(context, function, *args, **options)
 
     def call_binop(self, context, operator, left, right):
@@ -271,6 +267,6 @@ def render(tok, messages, generation_prompt):
                        TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError,
                        TypeError, ValueError):
         template = compiled(tok.chat_template)
-        LimitedSandbox.state.steps = 0
+        LimitedSandbox.state.steps = count(1)
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
                                **tok.special_tokens)

@@ -5,6 +5,7 @@ files in the current folder; a content that is not text or bytes is written as J
 """
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -435,7 +436,7 @@ def test_templates_within_the_limits_write_what_jinja_writes():
                 "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}"
                 "{% for m in messages recursive %}{{ m.role }}{% endfor %}")
     ours = sft.compiled(template)
-    sft.LimitedSandbox.state.steps = 0
+    sft.LimitedSandbox.state.steps = itertools.count(1)
     theirs = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     assert ours.render(messages=CHAT) == theirs.from_string(template).render(messages=CHAT)
 
