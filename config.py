@@ -86,8 +86,7 @@ class Config:
 
     method: str = key("mora", "full: all trains; frozen: embeddings, norms, head; lora, mora: an "
                       "update of each target, too", ("full", *mora.METHODS), group="method")
-    rank: int = key(8, "rank of LoRA; MoRA has one square matrix with at most as many parameters",
-                    FROM_1)
+    rank: int = key(8, "rank of LoRA; MoRA's matrix has at most as many parameters", FROM_1)
     operator: str = key("share", "how inputs and outputs are folded", mora.OPERATORS, MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)

@@ -143,8 +143,7 @@ def hub_stage(name, words, make, splits, skip_bad=None, config=None, split="trai
         for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
             yield from table.to_pylist()
 
-    advice = ("check the network, or set HF_ENDPOINT to a mirror; with the files at hand: python "
-              f"data.py {words}")
+    advice = f"check the network, set HF_ENDPOINT to a mirror, or use files: python data.py {words}"
     return partial(documents, [(name, advice, rows)], make, skip_bad), splits
 
 
@@ -185,7 +184,6 @@ def checksum(path):
 # ---- commands
 
 def prepare_stdlib(folder="data/stdlib"):
-    """Prepare the standard library; returns the manifest."""
     request = {"source": f"Python {platform.python_version()} standard library"}
     return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, [])])
 
@@ -232,7 +230,6 @@ def prepare_uuid(args):
 
 
 def check(args):
-    """Read every shard of a prepared folder: checksums and token ids."""
     folder = f"data/{args.name}"
     manifest = read_manifest(folder)
     for split, totals in manifest["splits"].items():

@@ -46,10 +46,9 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
         dist.all_reduce(totals)
     nats, count = totals.tolist()
     loss = nats / count
-    scored_tokens = tokens.totals.get("learned", tokens.totals["tokens"])
-    bits_per_byte = loss / math.log(2) * scored_tokens / tokens.totals["bytes"]
-    return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte,
-            "tokens": int(count)}
+    tokens_per_byte = tokens.totals.get("learned", tokens.totals["tokens"]) / tokens.totals["bytes"]
+    return {"loss": loss, "ppl": math.exp(min(loss, 700)),
+            "bits_per_byte": loss / math.log(2) * tokens_per_byte, "tokens": int(count)}
 
 
 def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):

@@ -113,7 +113,6 @@ class Tiktoken:
 
 
 def in_letters(token):
-    """The bytes of a token in GPT-2's letters."""
     return token.decode("latin1").translate(LETTERS)
 
 
