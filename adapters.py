@@ -80,8 +80,6 @@ def read_config(folder):
     return config
 
 
-# ---- write
-
 def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
@@ -135,8 +133,6 @@ def config_of(model, base=None):
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "inference_mode": True, "bias": "none"}
 
-
-# ---- read
 
 def read_tensors(file):
     """({name: tensor}, metadata) of a safetensors file."""

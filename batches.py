@@ -17,9 +17,8 @@ SORTED_STEPS = 32  # the samples of this many steps are sorted by length togethe
 class Prefetcher:
     """batches(step) returns this process's self.load(step); a thread loads the next step then."""
 
-    def __init__(self, reader, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0,
-                 world=1):
-        self.reader, self.seed, self.seq_len, self.batch_size = reader, seed, seq_len, batch_size
+    def __init__(self, data, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
+        self.data, self.seed, self.seq_len, self.batch_size = data, seed, seq_len, batch_size
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device, self.pool, self.loading = torch.device(device), ThreadPoolExecutor(1), {}
         self.epoch_order = lru_cache(2)(self._epoch_order)
@@ -63,7 +62,7 @@ class Batches(Prefetcher):
         """The ids (seq_len + 1,) of the index-th window of the run; index counts across epochs."""
         epoch, position = divmod(index, self.windows)
         window = int(self.epoch_order(epoch)[position])
-        return self.reader.read(window * self.seq_len, self.seq_len + 1)
+        return self.data.read(window * self.seq_len, self.seq_len + 1)
 
     def load(self, step):
         """(inputs, targets) of this process, each (accumulation, micro_batch, seq_len) int64."""
@@ -95,7 +94,7 @@ class SampleBatches(Prefetcher):
 
     def _epoch_order(self, epoch):
         """The samples (steps_per_epoch, batch_size) of an epoch, as indices."""
-        generator, lengths = np.random.default_rng((self.seed, epoch)), self.reader.lengths
+        generator, lengths = np.random.default_rng((self.seed, epoch)), self.data.lengths
         shuffled = generator.permutation(len(lengths))[:self.steps_per_epoch * self.batch_size]
         parts, size = [], SORTED_STEPS * self.batch_size
         for part in (shuffled[i:i + size] for i in range(0, len(shuffled), size)):
@@ -110,17 +109,17 @@ class SampleBatches(Prefetcher):
 
     def count_tokens(self, step):
         """Tokens of a step over all processes, without padding."""
-        return int(self.reader.lengths[self.samples_of(step)].sum()) - self.batch_size
+        return int(self.data.lengths[self.samples_of(step)].sum()) - self.batch_size
 
     def load(self, step):
         """(inputs, targets, weights) of this process: lists with one entry per micro-batch.
         Inputs and targets are (micro_batch, padded length) int64. A weight is the micro-batch's
         number of learned tokens, divided by the mean over the step's micro-batches: so the mean
         weighted loss is that of the global batch's learned tokens, whatever the micro-batches."""
-        every, learned = self.samples_of(step), self.reader.learned
+        every, learned = self.samples_of(step), self.data.learned
         own = self.own_rows(every)
         mean_learned = learned[every].sum() / (self.batch_size // self.micro_batch)
-        rows = (self.reader.rows(which, self.seq_len) for which in own)
+        rows = (self.data.rows(which, self.seq_len) for which in own)
         inputs, targets = ([*map(self.to_device, parts)] for parts in zip(*rows, strict=True))
         return inputs, targets, (learned[own].sum(1) / mean_learned).tolist()
 

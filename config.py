@@ -480,8 +480,6 @@ def at_least(minimum, kind=int, largest=LARGEST):
     return lambda text: number("", to_number(text), kind, minimum, largest)
 
 
-# ---- files
-
 def read_json(path, kind=object):
     """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
     with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):

@@ -181,8 +181,6 @@ def checksum(path):
         return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
 
 
-# ---- commands
-
 def prepare_stdlib(folder="data/stdlib"):
     request = {"source": f"Python {platform.python_version()} standard library"}
     return prepare(folder, tokenizer.load("bytes"), request, [(stdlib_texts, [])])
@@ -239,8 +237,6 @@ def check(args):
                 tokens.read(position, len(shard))
     print(f"{folder} is complete: {summary(manifest)}")
 
-
-# ---- the command line
 
 def folder_name(word):
     """An argparse type: the name of a folder inside data/."""

@@ -40,12 +40,11 @@ def build_optimizer(cfg, model, device):
 
 def parameter_groups(cfg, model):
     """Return torch's parameter groups with keys of ours: "ratio" to the schedule's rate, "muon"."""
-    updates = {parameter for _, parameter in mora.adapter_parameters(model)}
     groups, uses_muon = {}, cfg.optimizer == "muon"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector, is_update = parameter.ndim < 2, parameter in updates
+        is_vector, is_update = parameter.ndim < 2, ".update." in name
         is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
         ratio = cfg.lora_plus_ratio if is_b else 1.0

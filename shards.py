@@ -63,12 +63,11 @@ def encode_text(tok, text):
 def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts=None):
     """Write a corpus as shards and a manifest, and return the manifest.
     A killed preparation of the same request is continued, a finished one is not repeated. Raises
-    UserError for a folder that holds another corpus, and for a corpus without a token.
-    tok: see tokenizer.load. request: a JSON object that names the corpus; equal requests give equal
-    shards. stages: [(read, into)]: read() yields documents, in an order that is always the same,
-    into the splits of these names; no name: every 100th is validation. limits: {split: tokens}, 0:
-    none. encode(tok, document) returns (words uint32, counters), words None if it is left out.
-    facts: more keys of a manifest of samples."""
+    UserError for a folder of another corpus, and for a corpus without a token. tok: see
+    tokenizer.load. request: a JSON object that names the corpus; equal requests give equal shards.
+    stages: [(read, into)]: read() yields documents, always in the same order, into the splits of
+    these names; no name: every 100th is validation. limits: {split: tokens}, 0: none. encode(tok,
+    document): (words uint32, counters), words None: left out. facts: more keys of the manifest."""
     folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}

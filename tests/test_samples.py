@@ -61,7 +61,7 @@ def test_every_sample_at_most_once_per_epoch(twelve_steps):
 
 
 def test_samples_of_similar_length_share_a_micro_batch(twelve_steps):
-    batches, lengths = twelve_steps, twelve_steps.reader.lengths
+    batches, lengths = twelve_steps, twelve_steps.data.lengths
     padded = sum(inputs.numel() for step in range(12) for inputs in batches(step)[0])
     used = np.concatenate([batches.samples_of(step) for step in range(12)])
     real = int((lengths[used] - 1).sum())
@@ -76,7 +76,7 @@ def test_samples_of_similar_length_share_a_micro_batch(twelve_steps):
 def test_a_row_is_padded_to_the_longest_of_its_micro_batch_and_a_multiple_of_8(twelve_steps):
     for step in range(24):
         which = twelve_steps.samples_of(step)
-        longest = twelve_steps.reader.lengths[which].reshape(-1, 4).max(1) - 1
+        longest = twelve_steps.data.lengths[which].reshape(-1, 4).max(1) - 1
         widths = [inputs.shape[1] for inputs in twelve_steps(step)[0]]
         assert widths == [-(-length // 8) * 8 for length in longest]
 
