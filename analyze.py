@@ -107,8 +107,7 @@ def read_log(run, x="step"):
     "seconds", the sum of tokens / tokens_per_s over the intervals between lines."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
-    lines = {key: {record["step"]: record for record in records if key in record}
-             for key in ("loss", "val_loss")}
+    lines = {key: {r["step"]: r for r in records if key in r} for key in ("loss", "val_loss")}
     logged = sorted(lines["loss"])
     need(logged, f"{path} has no training loss yet: a run writes one per log_every steps")
     headers = [record for record in records if "tokens_per_step" in record]
