@@ -360,12 +360,17 @@ def two_maps(patches, groups):
     replace_updates(patches, make)
 
 
-def mixed(patches, share):
-    """LoRA of this share of the rank, which is never restarted and finds its own directions, plus
-    MoRA of the rest, which restarts and covers the others."""
+def mixed(patches, value):
+    """SHARE[:SCALE]. LoRA of this share of the rank, which is never restarted and finds its own
+    directions, plus MoRA of the rest, which restarts and covers the others. SCALE multiplies B A,
+    and with Muon LoRA's rate therefore."""
+    share, scale = ([float(part) for part in value.split(":")] + [1.0])[:2]
+
     def make(name, layer, keys):
-        (d, k), own = layer.matrix.shape, round(float(share) * keys["rank"])
-        return Pair(mora.LowRank(k, d, own), square(layer, keys["rank"] - own, keys), k)
+        (d, k), own = layer.matrix.shape, round(share * keys["rank"])
+        low_rank = mora.LowRank(k, d, own)
+        low_rank.scale = scale
+        return Pair(low_rank, square(layer, keys["rank"] - own, keys), k)
 
     def restart(original, model, *args):
         pairs = {layer: layer.update for _, layer in mora.adapted_layers(model)}
