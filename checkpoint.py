@@ -26,7 +26,7 @@ import mora
 import tokenizer
 from adapters import as_user_error, read_tensors
 from config import TINY, Config, UserError, heads_fit, need, number, one_line, read_json, write_json
-from model import Llama, LlamaConfig, fp8_scales
+from model import Llama, LlamaConfig, fit_scales, fp8_scales
 from shards import fingerprint
 
 BEST = "of a run: the checkpoint of the lowest validation loss; default: the newest"
@@ -250,9 +250,10 @@ def best_of(run):
     """The checkpoint of a run with the lowest validation loss; damaged ones are left out."""
     losses = {}
     for step in steps_of(run):
-        with contextlib.suppress(UserError, TypeError, ValueError):  # no number
-            losses[step] = float(read_state(step).get("val_loss"))
-    return min(losses, key=losses.get, default=None)
+        with contextlib.suppress(UserError):
+            losses[step] = read_state(step).get("val_loss")
+    scored = [step for step, loss in losses.items() if isinstance(loss, float)]
+    return min(scored, key=losses.get, default=None)
 
 
 def read_state(step):
@@ -333,6 +334,7 @@ def resume(path, model, optimizer):
                 values[key] = mora.as_sharded(value, p) if value.ndim else value
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
+    fit_scales(model)  # if the run had none
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
         scale.fill_(state["fp8_scales"].get(name, scale))
     return state

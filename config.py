@@ -129,7 +129,7 @@ class Config:
                      ("auto", "float32", "bfloat16"))
     base_dtype: str = key("float32", "dtype of the frozen weights; float8: with FP8 products",
                           ("float32", "bfloat16", "float8"))
-    matmul: str = key("bf16", "fp8: products with frozen weights in FP8", ("bf16", "fp8"))
+    matmul: str = key("bf16", "fp8: training's products W x and dy W in FP8", ("bf16", "fp8"))
     shard: bool = key(False, "a part of the weights, gradients and optimizer state per GPU (FSDP)")
     checkpoint_blocks: bool = key(False, "compute blocks again backward: less memory, more time")
     compile: str = key("auto", "torch.compile; auto: on for cuda", ("auto", "on", "off"))

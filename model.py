@@ -296,7 +296,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # In training, y = x W^T and dx = dy W of the blocks' linear layers in e4m3, W or W + dW (mora.py):
 #     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
-# Gradients of weights stay in the computation's dtype, evaluation and checkpoints in float32.
+# Gradients of weights stay in the computation's dtype, so does evaluation; checkpoints in float32.
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
 # fit_scales(model, only_if_tight=True), every ten steps, renews scales long before that.
 
@@ -405,14 +405,14 @@ def fit_scales(model, only_if_tight=False):
     for scale, (before, entry) in zip(scales.values(), numbers, strict=True):  # synchronized once
         is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
-            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-30) * ROOM / LARGEST)))
+            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / LARGEST)))
             renewed += 1
     return renewed
 
 
 def kernel_choices():
     """torch.compile's choices, but rows of up to 16,384 numbers stay in registers, not 1,024. A
-    cast to FP8 reads a row for its largest entry and again to scale it (5 % of a step at 1.3b)."""
+    cast to FP8 reads a row for its largest entry and again to scale it (3.5 % of a 1.3b step)."""
     from torch._inductor.choices import InductorChoices  # here: they load the compiler
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V

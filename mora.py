@@ -234,11 +234,11 @@ class Square(nn.Module):
         return self.fold_out.adjoint(columns).T
 
 
-def whole_weight(weight, update, dtype):
-    """W + dW in W's dtype. A product that dW needs (LoRA's B A) has operands of `dtype`: bfloat16,
-    in which it takes a tenth of float32's time, rounds dW no more than W + dW is rounded later."""
-    with torch.autocast(weight.device.type, dtype, dtype.itemsize == 2, cache_enabled=False):
-        return weight + update.delta()
+def delta_of(update, device, dtype):
+    """dW, in autocast or not. A product that it needs (LoRA's B A) has operands of `dtype`: in
+    bfloat16 it rounds dW no more than W + dW is rounded later, in a tenth of float32's time."""
+    with torch.autocast(device.type, dtype, dtype.itemsize == 2, cache_enabled=False):
+        return update.delta()
 
 
 class MergedLinear(torch.autograd.Function):
@@ -249,7 +249,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, update, products, *parameters):
         ctx.update, ctx.products, ctx.parameters = update, products, parameters
-        compressed, merged = update.compress(x), whole_weight(weight, update, x.dtype)
+        compressed = update.compress(x)
+        merged = weight + delta_of(update, x.device, x.dtype)
         if products is None:
             weight = merged = merged.to(x.dtype)
         ctx.save_for_backward(compressed, weight)
@@ -263,8 +264,10 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        W = weight if products is None else whole_weight(weight, update, dy.dtype)
-        dx = dy @ W if products is None else products.dx(dy, W)
+        if products is None:
+            dx = dy @ weight
+        else:
+            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -303,20 +306,23 @@ class AdaptedLinear(nn.Module):
         elif torch.is_grad_enabled():
             y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
         else:
-            y = F.linear(x, self.merged().to(x.dtype))
+            y = F.linear(x, self.merged(x.dtype).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def merged(self):
-        """W + dW, (out, in), in float32 or float64."""
-        delta = self.update.delta()
-        return self.matrix.to(delta.dtype) + delta
+    def merged(self, dtype=torch.float32):
+        """W + dW, (out, in), in float32 or float64; products in dW have operands of `dtype`."""
+        if self.weight.dtype == torch.float8_e4m3fn:
+            raise RuntimeError("W is in 8 bits, which round a small dW away: merge.py adds the "
+                               "update to the original weights")
+        delta = delta_of(self.update, self.weight.device, dtype)
+        return self.matrix.to(torch.promote_types(self.weight.dtype, torch.float32)) + delta
 
     @torch.no_grad()
     def merge_(self):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
         with whole_parameters(self):
-            delta = self.update.delta()
-            self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
+            delta = delta_of(self.update, self.weight.device, torch.float32)
+            self.matrix.copy_(self.merged())
         return delta.square().sum()
 
     def extra_repr(self):

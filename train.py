@@ -34,7 +34,7 @@ import tokenizer
 from batches import Batches, SampleBatches
 from config import UserError, as_user_error, need
 from evaluate import perplexity
-from model import Llama, LlamaConfig, block_linears, fit_scales, fp8_scales, keep_in_fp8, use_fp8
+from model import Llama, LlamaConfig, block_linears, fit_scales, keep_in_fp8, use_fp8
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
@@ -206,7 +206,7 @@ def prepare_model(cfg, model, device, cycle, losses=None):
     if cfg.matmul == "fp8" or cfg.base_dtype == "float8":  # a CPU emulates it, for tests
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(device) >= (8, 9)
         need(has_fp8 and device.type != "mps", "FP8 needs a GPU of compute capability 8.9 or more "
-             f"(Ada, Hopper), {device} has less: leave out --matmul and --base_dtype")
+             f"(Ada, Hopper), {device} has less: leave out --matmul=fp8, --base_dtype=float8")
     if cfg.base_dtype == "float8":
         keep_in_fp8(model)
     for name, parameter in model.named_parameters():
@@ -224,7 +224,7 @@ def prepare_model(cfg, model, device, cycle, losses=None):
     if cfg.matmul == "fp8":
         use_fp8(model)
     if cfg.compile == "on" or cfg.compile == "auto" and on_gpu:
-        model.compile_parts(compute_again=cfg.method != "full")  # costs adapters nothing
+        model.compile_parts(compute_again=cfg.method != "full")  # LoRA and MoRA lose no speed
     return build_optimizer(cfg, model, device)
 
 
@@ -267,6 +267,7 @@ def stop_on_signal():
 def header(cfg, model, device, world, first_step, batches):
     """Return the first record of a run in log.jsonl: what ran where."""
     name, parameters = f"{device.type}, {torch.get_num_threads()} threads", [*model.parameters()]
+    linears = block_linears(model).values()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {"config": dataclasses.asdict(cfg), "start": first_step,
@@ -277,7 +278,8 @@ def header(cfg, model, device, world, first_step, batches):
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
-            "fp8_layers": len(fp8_scales(model)), "linear_layers": len(block_linears(model)),
+            "fp8_layers": sum(layer.products is not None for layer in linears),
+            "linear_layers": len(linears),
             "tokens_per_step": batches.tokens_per_step, "step_is": batches.description}
 
 
@@ -299,7 +301,7 @@ class Log:
         print("{trainable_parameters:,} of {parameters:,} parameters train on {processes} x "
               "{device}, {dtype}; a step is {step_is} in {accumulate} x {micro_batch} sequences "
               "per process".format(**head))
-        if cfg.matmul == "fp8":
+        if cfg.matmul == "fp8" or cfg.base_dtype == "float8":
             print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
                   .format(**head))
         self.send = tracker(cfg, head["config"]) if cfg.log_to else None

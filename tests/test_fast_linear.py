@@ -255,11 +255,24 @@ def test_a_bfloat16_step_makes_dW_from_bfloat16_operands():
     A, B = adapted.update.A.detach(), adapted.update.B.detach()
     x = torch.randn(30, 64).bfloat16()
     y = adapted(x)
+    with torch.no_grad():  # reentrant checkpointing: its loss must be that of its gradients
+        assert torch.equal(adapted(x), y)
     delta = B.bfloat16() @ A.bfloat16() * adapted.update.scale
     assert torch.equal(y, F.linear(x, (adapted.weight + delta).bfloat16()))
     exact = x.double() @ adapted.merged().double().T
     adapted.merges = False
     assert (y - exact).norm() < 1.2 * (adapted(x) - exact).norm() < 6e-3 * exact.norm()
+
+
+def test_autocast_rounds_no_weight_that_is_merged():
+    adapted = layer("lora", (64, 48, 4), torch.float32, bias=False)
+    adapted.weight.data.normal_()
+    exact, changes = adapted.merged(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted.merged(), exact)
+        changes.append(adapted.merge_())
+    assert torch.equal(adapted.weight, exact)
+    assert changes[0] == adapted.update.delta().square().sum()
 
 
 def test_rows_are_held_in_registers():

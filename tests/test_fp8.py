@@ -135,6 +135,27 @@ def test_a_scale_is_renewed_before_it_overflows():
         assert fit_scales(model, only_if_tight=True) == renewed
 
 
+def test_a_weight_of_zeros_can_grow():
+    """Some begin from zero blocks: the first step's change must fit."""
+    model = llama()
+    with torch.no_grad():
+        for layer in block_linears(model).values():
+            layer.weight.zero_()
+    use_fp8(model)
+    with torch.no_grad():
+        for layer in block_linears(model).values():
+            layer.weight.fill_(0.3)
+    assert model(*ids_and_targets()).isfinite()
+
+
+def test_8_bits_are_not_merged():
+    model = llama("lora")
+    keep_in_fp8(model)
+    for merging in (mora.merge, mora.merged_weights):
+        with pytest.raises(RuntimeError, match="original weights"):
+            merging(model)
+
+
 def test_only_sizes_of_multiples_of_16_are_converted():
     model = llama("mora", intermediate_size=40)
     use_fp8(model)
@@ -165,7 +186,8 @@ def test_resume_is_bitwise_identical(run):
     saved = [json.loads((folder / last / "state.json").read_text())["fp8_scales"]
              for folder in (whole, out)]
     assert len(saved[0]) == 14 and saved[0] == saved[1]
-    other = resumed(run, whole, "without_scales", fp8_scales={})
+    others = {name: 1.5 * scale for name, scale in saved[0].items()}
+    other = resumed(run, whole, "other_scales", fp8_scales=others)
     assert not same(whole / last, other / last)
 
 
@@ -180,11 +202,20 @@ def test_two_processes_and_checkpointed_blocks_change_little(run, group, tmp_pat
     assert one == pytest.approx(two, rel=2e-3)
 
 
+GROWING = ["--hidden_size=32", "--intermediate_size=48", "--method=full", "--optimizer=muon",
+           "--lr=1", "--rest_lr=1e-3", "--warmup=20", "--log_every=20", "--eval_every=20",
+           "--save_every=20"]
+
+
 def test_scales_are_renewed_between_the_lines_of_the_log(run):
     """Weights that grow fiftyfold before the first line: 20 steps that nobody reads."""
-    run("--matmul=fp8", "--hidden_size=32", "--intermediate_size=48", "--method=full",
-        "--optimizer=muon", "--lr=1", "--rest_lr=1e-3", "--warmup=20", "--log_every=20",
-        "--eval_every=20", "--save_every=20")
+    run("--matmul=fp8", *GROWING)
+
+
+def test_a_run_without_fp8_goes_on_with_it(run):
+    """The scales are those of the weights it has now, not of its first ones."""
+    out = run(*GROWING)
+    run(*GROWING, "--matmul=fp8", "--steps=22", f"--out={out}", "--resume")
 
 
 def test_compiled_code_is_the_same_and_not_compiled_again():
