@@ -8,6 +8,7 @@ A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power
 """
 import json
 import math
+from statistics import stdev
 
 SEED, MORE_SEEDS = 1337, (1338, 1339)
 MOST_RATES = 7
@@ -18,6 +19,11 @@ def read(path):
     """Return the records of a file of JSON lines by run name, {} if the file does not exist."""
     lines = path.read_text().splitlines() if path.exists() else ()
     return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def spread(values):
+    """Return the standard deviation of a sample, 0 of a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def name_of(group, seed, lr):

@@ -14,7 +14,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 
 import numpy as np
 
@@ -51,13 +51,13 @@ def earlier(path):
 def of_seeds(name, records):
     """Return the flat numbers of the runs of one rate, the first that of the search."""
     losses = [record["val_loss"] for record in records]
-    numbers = {f"{name}.test_loss": mean(losses), f"{name}.test_loss_std": pstdev(losses),
+    numbers = {f"{name}.test_loss": mean(losses), f"{name}.test_loss_std": rates.spread(losses),
                f"{name}.dev_loss": math.log(records[0]["gsm8k_dev_ppl"]),
                f"{name}.seeds": len(records), f"{name}.lr": records[0]["config"]["lr"],
                f"{name}.parameters": records[0]["trainable_parameters"]}
     if all("numbers" in record for record in records):
         shares = [record["numbers"] for record in records]
-        numbers |= {f"{name}.exact_match": mean(shares), f"{name}.exact_match_std": pstdev(shares)}
+        numbers |= {f"{name}.exact_match": mean(shares), f"{name}.exact_match_std": rates.spread(shares)}
     return numbers
 
 

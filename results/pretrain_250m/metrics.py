@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median, pstdev
+from statistics import median, stdev
 
 FOLDER = Path(__file__).parent
 
@@ -42,7 +42,7 @@ def summarize(folder):
             differences = {step: fp8[step] - losses[step] for step in steps}
             numbers |= {f"{method}_fp8.{optimizer}.loss_difference_{step}": difference
                         for step, difference in differences.items()}
-            numbers[f"{method}_fp8.{optimizer}.loss_difference_std"] = pstdev(differences.values())
+            numbers[f"{method}_fp8.{optimizer}.loss_difference_std"] = stdev(differences.values())
     return {name: round(number, 4) for name, number in numbers.items()}
 
 

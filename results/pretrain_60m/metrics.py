@@ -6,7 +6,7 @@ Prints the grids, and for each best whether it lies inside its grid on both axes
 """
 import json
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 
 FOLDER = Path(__file__).parent
 GRID_SEED, GRID_STEPS = 1337, 1000
@@ -48,10 +48,12 @@ def summarize(records):
         rates = (best["lr"], best["rest_lr"])
         seeds = [run for run in runs
                  if (run["config"]["lr"], run["config"]["rest_lr"]) == rates]
+        perplexities = [run["val_ppl"] for run in seeds]
         inside = bracketed([run["config"] for run in grid], best)
         name = f"{method}.{optimizer}" + (f".{matmul}" if matmul != "bf16" else "")
-        numbers |= {f"{name}.wiki_ppl_mean": round(mean(run["val_ppl"] for run in seeds), 2),
-                    f"{name}.wiki_ppl_std": round(pstdev(run["val_ppl"] for run in seeds), 2),
+        spread = stdev(perplexities) if len(seeds) > 1 else 0.0
+        numbers |= {f"{name}.wiki_ppl_mean": round(mean(perplexities), 2),
+                    f"{name}.wiki_ppl_std": round(spread, 2),
                     f"{name}.c4_ppl_mean": round(mean(run["c4_sample_ppl"] for run in seeds), 1),
                     f"{name}.lr": rates[0], f"{name}.rest_lr": rates[1],
                     f"{name}.seeds": len(seeds), f"{name}.rates_tried": len(grid),
