@@ -30,7 +30,8 @@ def summarize(records, plan):
         name = f"{domain}.{method}" + (".muon" if optimizer == "muon" else "")
         own, wiki = ([record[key] for record in seeds]
                      for key in ("bits_per_byte", "wiki_val_bits_per_byte"))
-        numbers |= {f"{name}.bits_per_byte": mean(own), f"{name}.bits_per_byte_std": rates.spread(own),
+        numbers |= {f"{name}.bits_per_byte": mean(own),
+                    f"{name}.bits_per_byte_std": rates.spread(own),
                     f"{name}.wiki_bits_per_byte": mean(wiki),
                     f"{name}.lr": seeds[0]["config"]["lr"], f"{name}.bracketed": int(is_inside),
                     f"{name}.seeds": len(seeds),

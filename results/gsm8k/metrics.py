@@ -57,7 +57,8 @@ def of_seeds(name, records):
                f"{name}.parameters": records[0]["trainable_parameters"]}
     if all("numbers" in record for record in records):
         shares = [record["numbers"] for record in records]
-        numbers |= {f"{name}.exact_match": mean(shares), f"{name}.exact_match_std": rates.spread(shares)}
+        numbers |= {f"{name}.exact_match": mean(shares),
+                    f"{name}.exact_match_std": rates.spread(shares)}
     return numbers
 
 

@@ -23,7 +23,8 @@ def of_seeds(name, records, is_inside, steps_to_99):
     curves = [record["curve"] for record in records]
     final, firsts = [curve[-1][1] for curve in curves], [steps_to_99(curve) for curve in curves]
     last = max(curve[-1][0] for curve in curves)
-    numbers = {f"{name}.accuracy_final": mean(final), f"{name}.accuracy_final_std": rates.spread(final)}
+    numbers = {f"{name}.accuracy_final": mean(final),
+               f"{name}.accuracy_final_std": rates.spread(final)}
     if all(firsts):
         numbers[f"{name}.steps_to_99"] = max(firsts)
     numbers |= {f"{name}.lr": records[0]["config"]["lr"], f"{name}.steps": last,
