@@ -31,24 +31,23 @@ def run(variant, lr=4e-3, rest_lr=6.4e-2, words=CYCLES, restart_every=100, **mor
     return {name: (CONFIG, [*COMMON, *words, *every, *rates, *options])}
 
 
+def mixed(value, rest_lr=3.2e-2, restart_every=10, **more):
+    return run(f"mixed={value}", rest_lr=rest_lr, restart_every=restart_every, **more)
+
+
 def PREPARE(name):
     return applied(name.split()[0])
 
 
 RUNS = {
-    **run("none"),
-    # LoRA that stays plus MoRA that restarts, half the rank each: far ahead in the tiny probe, the
-    # more so with short cycles. LoRA is best at rest_lr 3.2e-2, permuted groups at 6.4e-2
-    **run("mixed=0.5", rest_lr=3.2e-2), **run("mixed=0.5", rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.5", rest_lr=3.2e-2, restart_every=10), **run("mixed=0.5", restart_every=25),
-    **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0),
-    **run("mixed=0.5", rest_lr=3.2e-2, restart_every=5),
-    **run("mixed=0.5", lr=8e-3, rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.5", lr=2e-3, rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.75", rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.25", rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.5,warm=100", rest_lr=3.2e-2, restart_every=25),
-    **run("mixed=0.5,init_std=0.5", rest_lr=3.2e-2, restart_every=25),
+    # LoRA that stays plus MoRA that restarts: far ahead in the tiny probe, with short cycles and a
+    # small share of LoRA. LoRA is best at rest_lr 3.2e-2, permuted groups at 6.4e-2
+    **mixed("0.25"), **mixed("0.25:2"), **mixed("0.25", restart_every=25), **mixed("0.5"),
+    **mixed("0.5:2"), **mixed("0.125"), **mixed("0.25", rest_lr=6.4e-2), **mixed("0.25", lr=8e-3),
+    **mixed("0.25", lr=2e-3), **mixed("0.25", restart_every=5), **mixed("0.25", restart_every=50),
+    **mixed("0.25", rank=80),
+    **run("none"), **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0),
+    **mixed("0.25,warm=100"), **mixed("0.25,init_std=0.5"),
     # LoRA restarted without a new warm-up: is it the restart or the warm-up that hurts ReLoRA?
     **run("none", rest_lr=3.2e-2, words=LORA, restart_every=200),
     # random dense maps instead of folds; the gradient's largest directions: at 1.2e-3 dW has the
