@@ -42,10 +42,10 @@ def PREPARE(name):
 RUNS = {
     # LoRA that stays plus MoRA that restarts: far ahead in the tiny probe, with short cycles and a
     # small share of LoRA. LoRA is best at rest_lr 3.2e-2, permuted groups at 6.4e-2
-    **mixed("0.25"), **mixed("0.25:2"), **mixed("0.25", restart_every=25), **mixed("0.5"),
-    **mixed("0.5:2"), **mixed("0.125"), **mixed("0.25", rest_lr=6.4e-2), **mixed("0.25", lr=8e-3),
-    **mixed("0.25", lr=2e-3), **mixed("0.25", restart_every=5), **mixed("0.25", restart_every=50),
-    **mixed("0.25", rank=80),
+    **mixed("0.25:2"), **mixed("0.25"), **mixed("0.125:2"), **mixed("0.5"),
+    **mixed("0.25:2", restart_every=25), **mixed("0.25:2", restart_every=5),
+    **mixed("0.25:2", rest_lr=6.4e-2), **mixed("0.25:2", lr=8e-3), **mixed("0.25:2", lr=2e-3),
+    **mixed("0.25:4"), **mixed("0.25:2", restart_every=50), **mixed("0.25:2", rank=80),
     **run("none"), **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0),
     **mixed("0.25,warm=100"), **mixed("0.25,init_std=0.5"),
     # LoRA restarted without a new warm-up: is it the restart or the warm-up that hurts ReLoRA?
