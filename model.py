@@ -296,7 +296,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # In training, y = x W^T and dx = dy W of the blocks' linear layers in e4m3, W or W + dW (mora.py):
 #     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
-# Gradients of weights stay in the computation's dtype, so does evaluation; checkpoints in float32.
+# Gradients of weights and evaluation use the computation's dtype; checkpoints hold float32.
 # A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
 # fit_scales(model, only_if_tight=True), every ten steps, renews scales long before that.
 

@@ -5,10 +5,14 @@
 Prints the grids, and for each best whether it lies inside its grid on both axes.
 """
 import json
+import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+from rates import spread  # noqa: E402
+
 GRID_SEED, GRID_STEPS = 1337, 1000
 
 
@@ -51,9 +55,8 @@ def summarize(records):
         perplexities = [run["val_ppl"] for run in seeds]
         inside = bracketed([run["config"] for run in grid], best)
         name = f"{method}.{optimizer}" + (f".{matmul}" if matmul != "bf16" else "")
-        spread = stdev(perplexities) if len(seeds) > 1 else 0.0
         numbers |= {f"{name}.wiki_ppl_mean": round(mean(perplexities), 2),
-                    f"{name}.wiki_ppl_std": round(spread, 2),
+                    f"{name}.wiki_ppl_std": round(spread(perplexities), 2),
                     f"{name}.c4_ppl_mean": round(mean(run["c4_sample_ppl"] for run in seeds), 1),
                     f"{name}.lr": rates[0], f"{name}.rest_lr": rates[1],
                     f"{name}.seeds": len(seeds), f"{name}.rates_tried": len(grid),

@@ -1,0 +1,100 @@
+"""Write metrics.json from the logs beside this file and those of the runs that it names.
+
+    python results/fp8/metrics.py
+
+SHAPE.METHOD.over_full: tokens per second over those of full rank in bf16 of the same file; so
+peak_over_full. loss_difference: FP8 minus bf16, nats per token of the validation split. Deviations
+are those of a sample.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER.parent
+sys.path.insert(0, str(RESULTS))
+from rates import read, spread  # noqa: E402
+
+BASES = {"float32": "gsm8k", "bfloat16": "bfloat16", "float8": "float8"}  # {base: task in a name}
+
+
+def read_table(file, shape):
+    """Return {(method, "tokens_per_s" or "peak_gib"): number} of a shape in bench.py's output."""
+    numbers, shown = {}, ""
+    for line in file.read_text().splitlines():
+        words = line.replace(",", "").split()
+        if ", 1 x " in line:
+            shown = words[0]
+        elif shown == shape and words[1].isdigit():
+            numbers |= {(words[0], "tokens_per_s"): int(words[1]),
+                        (words[0], "peak_gib"): float(words[4])}
+    return numbers
+
+
+def of_shape(shape, file):
+    """Return the flat numbers of a table, with what each method has to full rank in bf16."""
+    table, numbers = read_table(file, shape), {}
+    for (method, key), value in table.items():
+        ratio = {"tokens_per_s": "over_full", "peak_gib": "peak_over_full"}[key]
+        numbers |= {f"{shape}.{method}.{key}": value,
+                    f"{shape}.{method}.{ratio}": round(value / table["full", key], 3)}
+    for method, other in (("mora_fp8", "full_fp8"), ("remora_permute_fp8", "mora_fp8")):
+        ratio = table[method, "tokens_per_s"] / table[other, "tokens_per_s"]
+        numbers[f"{shape}.{method}.over_{other}"] = round(ratio, 3)
+    return numbers
+
+
+def of_7b():
+    """Return the flat numbers of the rows of 7b in where_first.txt."""
+    rows = re.findall(r"^7b (\S+) (.*?): ([\d,]+) tokens/s, .*?, ([\d.]+) GiB",
+                      (FOLDER / "where_first.txt").read_text(), re.MULTILINE)
+    numbers, speeds = {}, {}
+    for method, changes, speed, peak in rows:  # then mora_fp8 was what mora_fp8_base is now
+        name = "mora_fp8_base" if method == "mora_fp8" and "float32" not in changes else method
+        speeds[name] = int(speed.replace(",", ""))
+        numbers |= {f"7b.{name}.tokens_per_s": speeds[name], f"7b.{name}.peak_gib": float(peak)}
+    return numbers | {f"7b.{name}.over_mora": round(speed / speeds["mora"], 3)
+                      for name, speed in speeds.items()}
+
+
+def of_60m():
+    """Return the flat numbers of three seeds with and without FP8."""
+    records, numbers = read(RESULTS / "pretrain_60m" / "runs.jsonl"), {}
+    for name, method in (("mora", "mora_share"), ("full", "full")):
+        names = [f"{method}-muon-0.002-0.016-s{seed}" for seed in (1337, 1, 2)]
+        for key, end in ((name, ""), (f"{name}_fp8", "-matmulfp8")):
+            values = [records[run + end]["val_ppl"] for run in names]
+            numbers |= {f"60m.{key}.ppl_mean": round(mean(values), 2),
+                        f"60m.{key}.ppl_std": round(spread(values), 2),
+                        f"60m.{key}.seeds": len(values)}
+        changes = [records[f"{run}-matmulfp8"]["val_loss"] - records[run]["val_loss"]
+                   for run in names]
+        numbers |= {f"60m.{name}_fp8.loss_difference_mean": round(mean(changes), 4),
+                    f"60m.{name}_fp8.loss_difference_std": round(spread(changes), 4)}
+    return numbers
+
+
+def others():
+    """Return the differences at 250m, the errors of gradients, the losses on three bases."""
+    losses = json.loads((RESULTS / "pretrain_250m" / "metrics.json").read_text())
+    errors = json.loads((FOLDER / "gradients.json").read_text())["mora"]
+    numbers = {f"250m.{name}_fp8.loss_difference_{key}":
+               losses[f"{name}_fp8.muon.loss_difference_{key}"]
+               for name in ("mora", "full") for key in (1500, 2000, "std")}
+    numbers |= {f"gradient_error_{key}": round(error, 4) for key, error in errors.items()}
+    records = read(RESULTS / "gsm8k" / "sweep.jsonl")
+    for base, task in BASES.items():
+        values = [record["val_loss"] for name, record in records.items()
+                  if name.startswith(f"{task}-mora_rotate_r8-adamw-")]
+        numbers |= {f"gsm8k.{base}.test_loss_mean": round(mean(values), 4),
+                    f"gsm8k.{base}.test_loss_std": round(spread(values), 4),
+                    f"gsm8k.{base}.seeds": len(values)}
+    return numbers
+
+
+if __name__ == "__main__":
+    metrics = (of_shape("1.3b", FOLDER / "bench.txt")
+               | of_shape("250m", FOLDER / "bench_250m_7b.txt") | of_7b() | of_60m() | others())
+    (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
