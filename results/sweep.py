@@ -36,6 +36,42 @@ def claim(out, name):
         return False
 
 
+def change_of(layer, first):
+    """Return dW of a projection, float32, since its first weight: restarts' merges and update."""
+    import torch
+
+    import mora
+    if layer.weight.dtype == torch.float8_e4m3fn:  # it takes no merge: the update is all of dW
+        return mora.delta_of(layer.update, layer.weight.device, torch.float32)
+    weight = layer.merged() if hasattr(layer, "merged") else layer.weight
+    return weight - first.to(layer.weight)  # in the base's type, so that its rounding cancels
+
+
+def measure_blocks(model, first):
+    """Return the trainable share of the blocks' projections and the mean spectrum of their dW.
+
+    first: the model before training. Singular values come from the smaller Gram matrix, which is
+    several times faster; they are exact to 1e-8 of the largest, and ranks count to 1e-3 of it.
+    """
+    import torch
+
+    from analyze import mean_measures
+    from model import block_linears
+    before, layers, values = block_linears(first), block_linears(model), {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            delta = change_of(layer, before[name].weight).double()
+            delta = delta if len(delta) <= delta.shape[1] else delta.T
+            squares = torch.linalg.eigvalsh(delta @ delta.T)
+            values[name] = squares.flip(0).clamp(min=0).sqrt().cpu()
+    trained = sum(p.numel() for layer in layers.values() for p in layer.parameters()
+                  if p.requires_grad)
+    total = sum(layer.weight.numel() for layer in layers.values())
+    means = mean_measures(values)["all"]
+    return {"trainable_block_fraction": round(trained / total, 4),
+            "spectrum": {key: float(f"{value:.4g}") for key, value in means.items()}}
+
+
 def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
     head, *lines = read_lines(folder / "log.jsonl")
@@ -54,23 +90,25 @@ def run_one(name, words, folders, out):
     """Train one run and evaluate it; return its record."""
     import torch
 
+    import train
     from config import load
     from evaluate import perplexity
     from shards import open_split
-    from train import train
     torch.compiler.reset()
     folder, started = out / "runs" / name, time.time()
     shutil.rmtree(folder, ignore_errors=True)
     cfg = load([*words, f"--out={folder}"], None)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    model = train(cfg)
+    model = train.train(cfg)
     extra = {"peak_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)}  # 0 on a CPU
     for data in folders:
         tokens = open_split(data, "val", verify=False)
         scores = perplexity(model, tokens, cfg.seq_len, 32, limit=cfg.eval_tokens)
         extra |= {f"{Path(data).name}_{key}": scores[key] for key in ("ppl", "bits_per_byte")}
-    result = record(name, folder, {**extra, "seconds": round(time.time() - started, 1)})
+    extra["seconds"] = round(time.time() - started, 1)
+    _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
+    result = record(name, folder, {**extra, **measure_blocks(model, first)})
     shutil.rmtree(folder)
     return result
 
