@@ -72,6 +72,12 @@ def test_frozen_blocks_change_by_nothing(swept):
     assert record["spectrum"]["largest"] == record["spectrum"]["rank"] == 0
 
 
+def test_the_change_of_a_run_from_a_checkpoint_is_since_that_checkpoint(run, swept):
+    before = run("--method=lora", "--lr=0.03")
+    record, _ = swept(f"--init_from={before}", "--lr=1e-30", "--steps=2")
+    assert record["spectrum"]["largest"] < 1e-6
+
+
 def test_the_rounding_of_a_bfloat16_base_is_no_change(swept):
     record, _ = swept("--base_dtype=bfloat16", "--train_rest=false", "--lr=1e-30", "--steps=2",
                       "--warmup=0")

@@ -1,0 +1,96 @@
+"""metrics.json of results/pretrain_60m: which runs a number comes from."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).resolve().parent.parent / "results" / "pretrain_60m" / "metrics.py"
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    spec = importlib.util.spec_from_file_location("pretrain_metrics", FILE)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FILE.parent.parent))
+        spec.loader.exec_module(module)
+    return module
+
+
+def made_up(method, ppl, lr=2e-3, rest_lr=3.2e-2, seed=1337, steps=1000, options="", **more):
+    """A record; options: the end of its name."""
+    config = {"seed": seed, "steps": steps, "batch_size": 64, "seq_len": 512, "optimizer": "muon",
+              "matmul": "fp8" if "fp8" in options else "bf16", "lr": lr, "rest_lr": rest_lr}
+    return {"name": f"{method}-muon-{lr:g}-{rest_lr:g}-s{seed}{options}", "config": config,
+            "val_ppl": ppl, "c4_sample_ppl": 5 * ppl, "bits_per_byte": 1.25, "peak_gib": seed / 100,
+            "c4_sample_bits_per_byte": 1.5, "tokens_per_s": 1000.4 + seed, **more}
+
+
+def longer(*args, steps=2000, options="", **more):
+    options += f"-steps{steps}-eval_every{steps}-save_every{steps}"
+    return made_up(*args, steps=steps, options=options, **more)
+
+
+CROSS = [made_up("full", 40.0), made_up("full", 42.0, lr=1e-3), made_up("full", 43.0, lr=4e-3),
+         made_up("full", 41.0, rest_lr=1.6e-2), made_up("full", 44.0, rest_lr=6.4e-2)]
+
+
+def test_without_longer_runs_the_numbers_are_those_of_the_best_rates_of_the_grid(metrics):
+    numbers = metrics.summarize([*CROSS, made_up("full", 38.0, seed=1)])
+    expected = {"wiki_ppl_mean": 39.0, "wiki_ppl_std": 1.41, "c4_ppl_mean": 195.0, "lr": 2e-3,
+                "rest_lr": 3.2e-2, "seeds": 2, "tokens_m": 33, "wiki_bits_per_byte_mean": 1.25,
+                "c4_bits_per_byte_mean": 1.5, "peak_gib": 13.37, "tokens_per_s": 1669,
+                "grid_ppl": 40.0, "rates_tried": 5, "bracketed": 1}
+    assert numbers == {f"full.muon.{key}": value for key, value in expected.items()}
+
+
+def test_one_longer_run_replaces_the_grid_but_not_the_numbers_about_it(metrics):
+    numbers = metrics.summarize([*CROSS, longer("full", 30.0, lr=1e-3)])
+    found = {key.removeprefix("full.muon."): value for key, value in numbers.items()}
+    assert (found["wiki_ppl_mean"], found["tokens_m"], found["seeds"]) == (30.0, 66, 1)
+    assert (found["lr"], found["grid_ppl"], found["rates_tried"]) == (1e-3, 40.0, 5)
+    assert "wiki_ppl_std" not in found
+
+
+def test_rates_with_more_seeds_win_then_the_better_ones(metrics):
+    seeds = [longer("full", ppl, seed=seed) for seed, ppl in ((1337, 33.0), (1, 34.0), (2, 35.0))]
+    other = [longer("full", 30.0, lr=4e-3), longer("full", 31.0, lr=4e-3, seed=1)]
+    third = longer("full", 29.0, lr=4e-3, seed=2)
+    before, after = metrics.summarize(seeds + other), metrics.summarize([*seeds, *other, third])
+    assert (before["full.muon.wiki_ppl_mean"], before["full.muon.wiki_ppl_std"]) == (34.0, 1.0)
+    assert (after["full.muon.wiki_ppl_mean"], after["full.muon.lr"]) == (30.0, 4e-3)
+
+
+def test_runs_of_131_m_tokens_have_their_own_names(metrics):
+    numbers = metrics.summarize([longer("full", 25.0, steps=4000)])
+    assert numbers == {"full.muon.131m.wiki_ppl": 25.0, "full.muon.131m.c4_ppl": 125.0}
+
+
+@pytest.mark.parametrize("options, name", [
+    ("", "lora.muon"), ("-rank80", "lora_r80.muon"), ("-matmulfp8", "lora.muon.fp8"),
+    ("-restart_every50", "lora.restart_every50.muon")])
+@pytest.mark.parametrize("make", (made_up, longer))
+@pytest.mark.parametrize("seed", (1, 1337))
+def test_options_of_a_name(metrics, make, options, name, seed):
+    numbers = metrics.summarize([make("lora", 50.0, options=options, seed=seed)])
+    if make is longer or seed == metrics.GRID_SEED:
+        assert {key.rpartition(".")[0] for key in numbers} == {name}
+    else:
+        assert numbers == {}  # a seed of a grid that has not run
+
+
+def test_spectra_are_means_of_the_runs_that_have_them(metrics):
+    measured = {"trainable_block_fraction": 0.0984}
+    runs = [longer("lora", 40.0), longer("lora", 41.0, seed=1, **measured, spectrum={
+        "singular_above_0.1": 20.0, "rank": 30.0}), longer("lora", 41.0, seed=2, spectrum={
+            "singular_above_0.1": 21.0, "rank": 32.0}, **measured)]
+    numbers = metrics.summarize([*runs, made_up("full", 40.0)])
+    assert numbers["lora.muon.singular_above_0.1"] == 20.5 and numbers["lora.muon.rank"] == 31.0
+    assert numbers["lora.trainable_block_fraction"] == 0.0984
+    assert not any("full.muon.rank" in key or "full.trainable" in key for key in numbers)
+
+
+def test_a_failed_run_is_left_out(metrics, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"name": "a", "error": "UserError: nan"}\n{"name": "b", "val_ppl": 1.0}\n')
+    assert [run["name"] for run in metrics.read_runs(path)] == ["b"]
