@@ -47,6 +47,14 @@ RUNS = {
     **mixed("0.25:2", rest_lr=6.4e-2), **mixed("0.25:2", lr=8e-3), **mixed("0.25:2", lr=2e-3),
     **mixed("0.25:4"), **mixed("0.25:2", restart_every=50), **mixed("0.25:2", rank=80),
     **run("none"), **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0),
+    # the share that LoRA has, and how often MoRA restarts beside it: 0 is never
+    **mixed("0.5", restart_every=0), **mixed("0.5", restart_every=50), **mixed("0.75"),
+    **mixed("0.5", seed=1), **mixed("0.5", seed=2),
+    # few more parameters: scales of the rows of W + dW, weights of features in their groups; and
+    # other rates of LoRA's B
+    **run("none", dora=True), **run("weighted=1"),
+    **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0, lora_plus_ratio=4),
+    **run("none", rest_lr=3.2e-2, words=LORA, restart_every=0, lora_plus_ratio=0.25),
     **mixed("0.25,warm=100"), **mixed("0.25,init_std=0.5"),
     # LoRA restarted without a new warm-up: is it the restart or the warm-up that hurts ReLoRA?
     **run("none", rest_lr=3.2e-2, words=LORA, restart_every=200),
@@ -60,6 +68,6 @@ RUNS = {
     **run("budget=q_proj:2;k_proj:2;v_proj:2;o_proj:2"),
     # full rank of a part at a time
     **run("full_layer=block:25", rest_lr=3.2e-2, words=FULL),
-    **run("stagger=8", restart_every=12), **run("none", dora=True),
+    **run("stagger=8", restart_every=12),
     **run("cycle_lr=0.5:1.5:100"), **run("keep_momentum=1"),
 }

@@ -213,6 +213,30 @@ def keep_momentum(patches, factor):
     wrap(patches, mora, "restart", restart)
 
 
+def full_momentum(patches, _):
+    """A restart gives M the momentum that it would have had: that of W's gradient at full rank,
+    seen by the new groups. No adapter can have it (it needs full rank's state): it tells what a
+    forgotten momentum costs."""
+    momenta = {}
+
+    def note(step, model, optimizer_, batch):
+        for layer, gradient in full_gradients(model, batch).items():
+            momenta.setdefault(layer, torch.zeros_like(gradient)).lerp_(
+                gradient, 1 - optimizer.MUON_MOMENTUM)
+
+    def restart(original, model, optimizer_, *args):
+        report = original(model, optimizer_, *args)
+        for layer, momentum in momenta.items():
+            M = next(p for n, p in layer.update.named_parameters() if n.endswith("M"))
+            with torch.enable_grad():
+                inner = (layer.update.delta() * momentum).sum()
+            optimizer_.state[M] = {"momentum": torch.autograd.grad(inner, M)[0]}
+        return report
+
+    wrap(patches, mora, "restart", restart)
+    before_steps(patches, note)
+
+
 def lr_boost(patches, value):
     """BOOST:STEPS. The rate of the matrices is (1 + (BOOST - 1) exp(-t / STEPS)) times the
     schedule's, t the steps since the last restart."""
@@ -277,6 +301,7 @@ def replace_updates(patches, make):
         for name, layer in layers:
             with layer.weight.device:
                 layer.update = make(name, layer, keys)
+            layer.merges = hasattr(layer.update, "gradients")
         mora.start_cycle(layers, keys["seed"], keys["cycle"])
         count = sum(p.numel() for _, p in mora.adapter_parameters(model))
         total = sum(p.numel() for p in block_matrices(model).values())
@@ -357,6 +382,34 @@ def two_maps(patches, groups):
         return Pair(first, second, -(-len(first.M) // mora.ALIGNED) * mora.ALIGNED)
 
     wrap(patches, mora, "r_hat", lambda _, rank, n, m, even=False: math.isqrt(int(rank * (n + m))))
+    replace_updates(patches, make)
+
+
+class Weighted(nn.Module):
+    """dW = diag(v) dW' diag(w): features have a learned weight in their groups, which stays with a
+    feature when the groups move. v and w are d + k parameters, learned by AdamW."""
+
+    def __init__(self, part, in_features, out_features):
+        super().__init__()
+        self.part = part
+        self.w = nn.Parameter(torch.ones(in_features))
+        self.v = nn.Parameter(torch.ones(out_features))
+
+    def start_cycle(self, cycle, generator):
+        self.part.start_cycle(cycle, generator)
+
+    def forward(self, x):
+        return F.linear(x, self.delta().to(x.dtype))
+
+    def delta(self):
+        return self.v[:, None] * self.part.delta() * self.w
+
+
+def weighted(patches, _):
+    def make(name, layer, keys):
+        out_features, in_features = layer.matrix.shape
+        return Weighted(square(layer, keys["rank"], keys), in_features, out_features)
+
     replace_updates(patches, make)
 
 
@@ -639,8 +692,8 @@ def none(patches, _):
 
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    lr_boost, cycle_lr, merge_mean, budget, two_maps, mixed, fold_draw, maps, slices, blocks,
-    none)}
+    full_momentum, lr_boost, cycle_lr, merge_mean, budget, two_maps, weighted, mixed,
+    fold_draw, maps, slices, blocks, none)}
 
 
 @contextlib.contextmanager
