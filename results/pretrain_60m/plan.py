@@ -63,6 +63,7 @@ RUNS = {
     **runs("mora_share", "muon", [1e-3, 4e-3], [3.2e-2]),
     **runs("full", "muon", [2e-3], [1.6e-2, 3.2e-2, 6.4e-2, 0.128]),
     **runs("full", "muon", [1e-3, 4e-3], [3.2e-2, 6.4e-2]),
+    **runs("full", "muon", [8e-3], [6.4e-2]), **runs("full", "muon", [4e-3], [0.128]),
     **runs("remora_permute", "muon", [4e-3], [6.4e-2], seed=1),
     **runs("remora_permute", "muon", [4e-3], [6.4e-2], seed=2),
     **runs("lora", "muon", [4e-3], [3.2e-2], seed=1),
