@@ -87,6 +87,9 @@ RUNS = {
     **runs("remora_permute", "adamw", [5e-4], [8e-3, 1.6e-2]),
     **runs("remora_alternate", "adamw", [5e-4, 1e-3], [8e-3, 1.6e-2]),
     **runs("relora", "adamw", [1e-3, 2e-3], [8e-3, 1.6e-2]),
+    # 25 % of the block parameters
+    **runs("lora", "muon", [4e-3], [3.2e-2], rank=80),
+    **runs("mora_share", "muon", [2e-3], [3.2e-2], rank=80),
 }
 
 # 66 M tokens, three seeds, at the best rates of the grids; 131 M for four methods
