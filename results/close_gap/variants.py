@@ -413,6 +413,54 @@ def weighted(patches, _):
     replace_updates(patches, make)
 
 
+class Hadamard(nn.Module):
+    """dW = (B A) * (D C) elementwise, of rank up to (r / 2)^2 from r (in + out) parameters: FedPara
+    (arXiv 2108.06098), LoHa in peft. plus: dW = (B A) * (1 + D C), which starts as a LoRA."""
+
+    def __init__(self, in_features, out_features, rank, plus):
+        super().__init__()
+        self.factors = nn.ModuleList(mora.LowRank(in_features, out_features, rank // 2)
+                                     for _ in range(2))
+        self.plus = plus
+
+    def start_cycle(self, cycle, generator):
+        first, second = self.factors
+        first.start_cycle(cycle, generator)
+        second.start_cycle(cycle, generator)
+        if not self.plus:
+            with torch.no_grad():  # entries of about 1, from factors that learn as fast as LoRA's
+                for p in (second.A, second.B):
+                    p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+                second.scale = 100 / len(second.A) ** 0.5
+
+    def forward(self, x):
+        return F.linear(x, self.delta().to(x.dtype))
+
+    def delta(self):
+        first, second = (part.delta() for part in self.factors)
+        return first * (second + 1 if self.plus else second)
+
+
+def hadamard(patches, plus):
+    def make(name, layer, keys):
+        out_features, in_features = layer.matrix.shape
+        return Hadamard(in_features, out_features, keys["rank"], plus == "plus")
+
+    replace_updates(patches, make)
+
+
+def orthogonal(patches, gain):
+    """The blocks' matrices at the start are orthogonal, times a gain in their root mean square."""
+    def build(original, cfg, tokens):
+        cfg, model = original(cfg, tokens)
+        for weight in block_matrices(model).values():
+            scale = float(gain) * weight.std() * max(weight.shape) ** 0.5
+            nn.init.orthogonal_(weight.data, scale.item())
+        return cfg, model
+
+    wrap(patches, train, "build_model", build)
+
+
 def mixed(patches, value):
     """SHARE[:SCALE]. LoRA of this share of the rank, which is never restarted and finds its own
     directions, plus MoRA of the rest, which restarts and covers the others. SCALE multiplies B A,
@@ -692,8 +740,8 @@ def none(patches, _):
 
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    full_momentum, lr_boost, cycle_lr, merge_mean, budget, two_maps, weighted, mixed,
-    fold_draw, maps, slices, blocks, none)}
+    full_momentum, lr_boost, cycle_lr, merge_mean, budget, two_maps, weighted, hadamard,
+    orthogonal, mixed, fold_draw, maps, slices, blocks, none)}
 
 
 @contextlib.contextmanager
