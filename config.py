@@ -53,9 +53,8 @@ class UserError(argparse.ArgumentTypeError):
 
 
 def key(default, explanation, allowed=(), only=(), group=""):
-    """A field of Config: its default, and what --help prints and check verifies.
-    allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
-    methods that can have the key. group: heading of the keys from here on."""
+    """A field of Config. allowed: the choices of a string ("" means unset), or (least, most) of a
+    number. only: the methods that can have the key. group: heading of the keys from here on."""
     return dataclasses.field(default=default, metadata={
         "explanation": f"{', '.join(only)} only: {explanation}" if only else explanation,
         "allowed": allowed, "only": only, "group": group})
@@ -455,13 +454,11 @@ def command_line(main):
                 text += "; free some space and run the same command again"
         print(f"error{where}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _interrupt(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    raise SystemExit(130)
 
 
 class Arguments(argparse.ArgumentParser):

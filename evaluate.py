@@ -10,7 +10,6 @@ or, where each reference names a number after ####, whether the numbers are equa
 """
 import json
 import math
-import os
 import re
 from decimal import Decimal
 from statistics import fmean
@@ -125,12 +124,12 @@ def main(argv):
     merge_for_reading(model)
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        with open(args.out or os.devnull, "w") as file:  # opened first: answers take long
+        with open(args.out or "/dev/null", "w") as file:  # opened first: answers take long
             rows = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
             file.writelines(json.dumps(row) + "\n" for row in rows)
         result = scores(rows, tokens.format)
     else:
-        window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+        window = model.trained_seq_len or model.cfg.max_position_embeddings
         if is_samples:
             window = int(tokens.lengths.max())
         seq_len = min(args.seq_len or window, len(tokens))

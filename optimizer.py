@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import mora
 
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic, torch.optim.Muon's default
 BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at once
 
 
@@ -113,7 +112,7 @@ def orthogonalize(matrices):
     x = F.pad(x, (0, -columns % 8, 0, -rows % 8))
     x = x.mT if rows > columns else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's quintic, torch.optim.Muon's default
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

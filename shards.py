@@ -105,9 +105,8 @@ def changes(before, now):
 
 
 class SplitWriter:
-    """Counts the documents of one split and writes their words as shards.
-    totals: counters, and "shards": [{"file", "tokens", "crc32"}] of those on disk. limit: stop with
-    the document that reaches this number of tokens; 0: no limit."""
+    """Counts the documents of one split and writes their words as shards. totals: as SPLIT.
+    limit: stop with the document that reaches this number of tokens; 0: no limit."""
 
     def __init__(self, folder, split, dtype, totals, limit):
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
