@@ -7,8 +7,7 @@
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
     python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (docs/figures.py, matplotlib); `spectra` also prints a
-table, of the measures of Figure 5 of the paper (arXiv 2405.12130) and others.
+Every command writes a picture, --png=FILE, with matplotlib; `spectra` also prints a table.
 """
 import json
 import runpy
