@@ -34,10 +34,9 @@ class Prefetcher:
         return ids.to(self.device)
 
     def __call__(self, step):
-        future = self.loading.pop(step, None)
-        batch = future.result() if future else self.load(step)
+        future = self.loading.get(step) or self.pool.submit(self.load, step)
         self.loading = {step + 1: self.pool.submit(self.load, step + 1)}
-        return batch
+        return future.result()
 
 
 class Batches(Prefetcher):

@@ -108,8 +108,7 @@ def rope_config(config, where):
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
     every directory written from the model: (special tokens, generation_config.json or None).
-    model.trained_seq_len: the tokens per sequence in training, or None; they can be fewer than
-    max_position_embeddings, after --init_from."""
+    model.trained_seq_len: tokens per sequence in training, or None if the directory has none."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file, dict)
     cfg, weights = llama_config(config, file), base_weights(folder)

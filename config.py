@@ -513,9 +513,7 @@ def lock(folder, doing):
         need(held, f"{folder} is in use by {file.read().strip() or 'another process'}: {doing} "
              "needs it alone; wait for that process, or end it")
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
+            path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
             yield
         finally:
             path.unlink(missing_ok=True)

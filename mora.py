@@ -122,8 +122,7 @@ class Fold(nn.Module):
     def set_order(self, order):
         """Put feature order[i] at place i, in place: no recompilation."""
         self.order.copy_(order)
-        order = order.to(self.inverse.device)
-        self.inverse[order] = torch.arange(len(order), device=order.device).to(self.inverse)
+        self.inverse.copy_(order.argsort())
 
     def narrow(self):
         """Hold the order in 16 bits if they suffice: read faster, but DDP cannot broadcast them."""

@@ -136,9 +136,8 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 
 def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
-    batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; the
-    weights correct for unequal token counts. DDP all-reduces the gradients once, in the last
-    micro-batch. FSDP scatters those of each: their sum would be whole on every rank."""
+    batch: see batches.py. DDP all-reduces the gradients once, in the last micro-batch. FSDP
+    scatters those of each: their sum would be whole on every rank."""
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1

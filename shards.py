@@ -219,8 +219,7 @@ def read_manifest(folder):
 
 
 def check_value(value, example, path, where=""):
-    """Raise UserError unless a value of a JSON file is of the type of an example.
-    A dict needs the example's keys; the entries of a list are compared with its first entry."""
+    """Raise UserError unless a value of a JSON file has the types and keys of an example."""
     intact(type(value) is type(example), path,
            f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
     if isinstance(example, list):
