@@ -454,11 +454,13 @@ def command_line(main):
                 text += "; free some space and run the same command again"
         print(f"error{where}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _interrupt(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise SystemExit(130)
+    raise KeyboardInterrupt
 
 
 class Arguments(argparse.ArgumentParser):

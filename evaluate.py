@@ -74,8 +74,7 @@ def scores(records, style):
     pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
     result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
     if style == "uuid":
-        # hex digits that are right at their position, of 32. A UUID drawn at random scores 9.8 %:
-        # one digit is always 4, another one of four
+        # of 32 hex digits, at their position; at random 9.8 %: one is always 4, another one of four
         digits = [(a.replace("-", ""), b.replace("-", "")) for a, b in pairs]
         result["digits"] = fmean(sum(map(str.__eq__, a, b)) / len(b) for a, b in digits)
     elif all("####" in b for _, b in pairs):
