@@ -5,8 +5,6 @@
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
                                 .mora_M.weight, .lora_magnitude_vector (DoRA), .mora_order_in and
                                 .mora_order_out (groups chosen by the gradient)
-
-The tensors name the adapted layers, the config says how. `save`, `load`, `as_lora` take any model.
 """
 import json
 import os
@@ -285,9 +283,8 @@ def restore(square, tensors):
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
 
 class AuthorsSquare(nn.Module):
-    """An update of theirs, between mora.py's folds: M (r^, r^), under the name lora_A, with a copy
-    as lora_B. r^ is sqrt(rank (in + out)), rounded to nearest. If it does not divide the inputs,
-    their last piece is filled with the first inputs again (mora.py pads with zeros)."""
+    """An update of theirs: M (r^, r^), under the name lora_A, with a copy as lora_B. Their last
+    piece of inputs is filled with the first inputs again, where mora.py pads with zeros."""
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()

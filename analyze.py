@@ -7,8 +7,7 @@
     python analyze.py schedule configs/250m_remora.py --steps=2000     the learning rate per step
     python analyze.py operators                               dW of LoRA and of MoRA's operators
 
-Every command writes a picture, --png=FILE (docs/figures.py, matplotlib); `spectra` also prints a
-table, of the measures of Figure 5 of the paper (arXiv 2405.12130) and others.
+Every command writes a picture, --png=FILE, with matplotlib; `spectra` also prints a table.
 """
 import json
 import runpy
@@ -103,8 +102,7 @@ def read_records(path):
 def read_log(run, x="step"):
     """The loss curves of a run: {"loss": [(place, value)], "val_loss": [(place, value)]}.
     run: a run folder, or a log.jsonl, of which later lines of one step replace earlier ones. x:
-    "step"; "tokens", step * tokens_per_step of the header (a mean for samples of several lengths);
-    "seconds", the sum of tokens / tokens_per_s over the intervals between lines."""
+    "step", "tokens" (of samples: steps times the mean) or "seconds" (of training alone)."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
     lines = {key: {r["step"]: r for r in records if key in r} for key in ("loss", "val_loss")}

@@ -34,10 +34,9 @@ class Prefetcher:
         return ids.to(self.device)
 
     def __call__(self, step):
-        future = self.loading.pop(step, None)
-        batch = future.result() if future else self.load(step)
+        future = self.loading.get(step) or self.pool.submit(self.load, step)
         self.loading = {step + 1: self.pool.submit(self.load, step + 1)}
-        return batch
+        return future.result()
 
 
 class Batches(Prefetcher):
@@ -74,9 +73,8 @@ class Batches(Prefetcher):
 
 class SampleBatches(Prefetcher):
     """Training batches of whole samples, each sample at most once per epoch.
-    An epoch is shuffled. Its last, incomplete batch is left out, a different one each epoch. The
-    samples of every SORTED_STEPS steps are sorted by length and cut into batches, and these are
-    shuffled again. So the micro-batches of a step hold samples of similar length."""
+    An epoch is shuffled; its last, incomplete batch is left out, a different one each epoch. Steps
+    are sorted, SORTED_STEPS at a time, so that a micro-batch holds samples of similar length."""
 
     def __init__(self, samples, *settings, **options):
         super().__init__(samples, *settings, **options)

@@ -10,7 +10,6 @@ steps after a warm-up block. MFU is (FLOPs that the method needs) / time / (FLOP
 matrix product in the same dtype, measured here).
 """
 import argparse
-import itertools
 import json
 import math
 import os
@@ -70,7 +69,7 @@ def seconds(work, repeats):
     for _ in range(repeats):
         work()
         times.append(timer())
-    return [end - begun for begun, end in itertools.pairwise(times)]
+    return [end - begun for begun, end in zip(times, times[1:], strict=False)]
 
 
 def needed_flops(model, cfg):

@@ -53,9 +53,8 @@ class UserError(argparse.ArgumentTypeError):
 
 
 def key(default, explanation, allowed=(), only=(), group=""):
-    """A field of Config: its default, and what --help prints and check verifies.
-    allowed: the choices of a string ("" means unset), or (least, most) of a number. only: the
-    methods that can have the key. group: heading of the keys from here on."""
+    """A field of Config. allowed: the choices of a string ("" means unset), or (least, most) of a
+    number. only: the methods that can have the key. group: heading of the keys from here on."""
     return dataclasses.field(default=default, metadata={
         "explanation": f"{', '.join(only)} only: {explanation}" if only else explanation,
         "allowed": allowed, "only": only, "group": group})
@@ -516,9 +515,7 @@ def lock(folder, doing):
         need(held, f"{folder} is in use by {file.read().strip() or 'another process'}: {doing} "
              "needs it alone; wait for that process, or end it")
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
+            path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
             yield
         finally:
             path.unlink(missing_ok=True)

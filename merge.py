@@ -12,7 +12,6 @@ anything is written.
 """
 import contextlib
 import copy
-import os
 import shutil
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def written_whole(target):
         try:
             shutil.rmtree(new, ignore_errors=True)  # of a killed process
             yield new
-            os.replace(new, place)  # fails if target has been filled meanwhile
+            new.replace(place)  # fails if target has been filled meanwhile
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -84,8 +83,8 @@ def main(argv):
                     f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
-            weights, seq_len = merged.to(dtype).state_dict(), checkpoint.trained_seq_len(folder)
-            checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
+            weights = merged.to(dtype).state_dict()
+            checkpoint.write_hugging_face(new, weights, merged, tok, model.trained_seq_len)
             if tok:
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"

@@ -255,9 +255,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunks, kernel):
         w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))
         scale = torch.full_like(loss, sum(map(len, chunks))).reciprocal()
-        dx, dw = torch.zeros_like(x), None
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros(w.shape, device=x.device, dtype=weight.dtype)
+        dx = torch.zeros_like(x)
+        dw = torch.zeros_like(w, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
         for positions in chunks:
             rows = x[positions]
             part, gradient = kernel(rows @ w.T, targets[positions], len(weight), scale)
@@ -297,8 +296,7 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 #     x, dy    one scale per token, from its largest entry; the cast fuses with the kernel before it
 #     W        one scale per tensor, a power of two with room, so that no step needs a pass over W
 # Gradients of weights and evaluation use the computation's dtype; checkpoints hold float32.
-# A weight that outgrows its scale is never clipped: the entry becomes NaN, and so does the loss.
-# fit_scales(model, only_if_tight=True), every ten steps, renews scales long before that.
+# A weight that outgrows its scale is not clipped but becomes NaN: train.py renews scales earlier.
 
 
 class Float8Products(nn.Module):

@@ -122,8 +122,7 @@ class Fold(nn.Module):
     def set_order(self, order):
         """Put feature order[i] at place i, in place: no recompilation."""
         self.order.copy_(order)
-        order = order.to(self.inverse.device)
-        self.inverse[order] = torch.arange(len(order), device=order.device).to(self.inverse)
+        self.inverse.copy_(order.argsort())
 
     def narrow(self):
         """Hold the order in 16 bits if they suffice: read faster, but DDP cannot broadcast them."""
@@ -134,10 +133,9 @@ class Fold(nn.Module):
         """Take the saved order of `gradient`. Raises RuntimeError if it is no permutation."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.groups == "gradient":
-            order = self.order.long()
-            if order.sort().values.tolist() != list(range(self.features)):
+            if self.order.sort().values.tolist() != list(range(self.features)):
                 raise RuntimeError(f"{prefix}order is no permutation of 0 ... {self.features - 1}")
-            self.set_order(order)
+            self.set_order(self.order)
 
     def _apply(self, fn, recurse=True):
         """Fill the buffers again: the meta device has none, and casts round. No state dict does."""

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import mora
 
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic, torch.optim.Muon's default
 BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at once
 
 
@@ -113,7 +112,7 @@ def orthogonalize(matrices):
     x = F.pad(x, (0, -columns % 8, 0, -rows % 8))
     x = x.mT if rows > columns else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's quintic, torch.optim.Muon's default
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -137,9 +136,8 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 
 def accumulate_gradients(model, batch):
     """Run forward and backward of every micro-batch; return the mean loss, a tensor.
-    batch: (inputs, targets) or (inputs, targets, weights), each a sequence of micro-batches; the
-    weights correct for unequal token counts. DDP all-reduces the gradients once, in the last
-    micro-batch. FSDP scatters those of each: their sum would be whole on every rank."""
+    batch: see batches.py. DDP all-reduces the gradients once, in the last micro-batch. FSDP
+    scatters those of each: their sum would be whole on every rank."""
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1

@@ -23,7 +23,6 @@ import tokenizer
 
 # cuDNN's attention is left out: it plans anew for each length, and a cache grows at each token.
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CHECK_EVERY = 16  # positions; reading which rows have ended synchronizes with the GPU
 
 
 def merge_for_reading(model):
@@ -89,7 +88,7 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
             ids[rows, position] = tokens
             ended |= (count >= 0) & (tokens == stop) | (count == max_new_tokens - 1)
             inputs = tokens[:, None]
-            if position % CHECK_EVERY:
+            if position % 16:  # reading which rows have ended synchronizes with the GPU
                 continue
             remaining = (~ended).nonzero()[:, 0]
             if not len(remaining):

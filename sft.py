@@ -137,7 +137,16 @@ def encode_row(tok, row, format_name):
     if it does not, only the last answer gets one. Text that the template writes after end-of-text
     (a line break) is not learned, and what follows the last learned token is left out."""
     by_template = format_name == "messages" and tok.chat_template
-    turns = turns_of(tok, row, format_name)
+    if by_template:
+        turns = template_turns(tok, row["messages"])
+    elif format_name == "messages":
+        turns = tulu_turns(row["messages"])
+    else:
+        prompt_key, response_key, template = ROW_FORMATS[format_name]
+        task_input = row.get("input") if format_name == "alpaca" else None
+        template = ALPACA_INPUT if task_input else template
+        prompt = template.format(instruction=row[prompt_key], input=task_input)
+        turns = [(prompt, False), (row[response_key], True)]
     encode_turn = tok.encode_template if by_template else tok.encode_part
     words = [] if by_template else list(tok.bos_ids)
     for i, (text, is_answer) in enumerate(turns, 1):
@@ -153,19 +162,8 @@ def encode_row(tok, row, format_name):
     return words, len(answers.encode("utf-8", "replace"))
 
 
-def turns_of(tok, row, format_name):
-    """[(text, is it an answer?)] of a row."""
-    if format_name == "messages":
-        messages = row["messages"]
-        return template_turns(tok, messages) if tok.chat_template else tulu_turns(messages)
-    prompt_key, response_key, template = ROW_FORMATS[format_name]
-    task_input = row.get("input") if format_name == "alpaca" else None
-    template = ALPACA_INPUT if task_input else template
-    prompt = template.format(instruction=row[prompt_key], input=task_input)
-    return [(prompt, False), (row[response_key], True)]
-
-
 def tulu_turns(messages):
+    """[(text, is it an answer?)] of a chat."""
     turns, prompt = [], ""
     for message in messages:
         if message["role"] == "assistant":

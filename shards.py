@@ -73,7 +73,14 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
     with lock(folder, "data preparation"):
         if (folder / "manifest.json").exists():
-            return prepared_already(folder, manifest["request"])
+            written = read_manifest(folder)
+            changed = changes(written["request"], manifest["request"])
+            need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take "
+                 "another NAME")
+            if "content" in manifest["request"].keys() - written["request"]:
+                print(f"note: {folder} has no checksums of its files; their names and sizes agree")
+            print(f"{folder} is prepared already: {summary(written)}")
+            return written
         tok.copy_files(folder)
         try:
             write_corpus(folder, manifest, partial(encode, tok), stages, limits or {})
@@ -87,17 +94,6 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     return manifest
 
 
-def prepared_already(folder, request):
-    """The manifest of a finished corpus; raises UserError if it is another one."""
-    manifest = read_manifest(folder)
-    changed = changes(manifest["request"], request)
-    need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take another NAME")
-    if "content" in request.keys() - manifest["request"]:
-        print(f"note: {folder} has no checksums of its files; their names and sizes agree")
-    print(f"{folder} is prepared already: {summary(manifest)}")
-    return manifest
-
-
 def changes(before, now):
     """A text, "key was a, now b; ...". Old requests lack "content", the checksums of files."""
     return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
@@ -105,9 +101,8 @@ def changes(before, now):
 
 
 class SplitWriter:
-    """Counts the documents of one split and writes their words as shards.
-    totals: counters, and "shards": [{"file", "tokens", "crc32"}] of those on disk. limit: stop with
-    the document that reaches this number of tokens; 0: no limit."""
+    """Counts the documents of one split and writes their words as shards. totals: as SPLIT.
+    limit: stop with the document that reaches this number of tokens; 0: no limit."""
 
     def __init__(self, folder, split, dtype, totals, limit):
         self.folder, self.split, self.dtype, self.totals = folder, split, dtype, totals
@@ -144,7 +139,13 @@ class SplitWriter:
 def write_corpus(folder, manifest, encode, stages, limits):
     """Write the shards of what is left of the stages, complete the manifest and write it."""
     progress_file, request = folder / "progress.json", manifest["request"]
-    progress = read_progress(progress_file, request)
+    empty = {split: SPLIT | {"shards": []} for split in SPLITS}
+    progress = PROGRESS | {"request": request, "splits": empty}
+    if progress_file.exists():
+        stored = read_json(progress_file, dict)
+        check_value(stored, PROGRESS, progress_file)
+        if not changes(stored["request"], request):
+            progress = stored | {"request": request}
     splits, started = progress["splits"], time.time() - progress["seconds"]
     writers = {split: SplitWriter(folder, split, manifest["dtype"], totals, limits.get(split, 0))
                for split, totals in splits.items()}
@@ -178,17 +179,6 @@ def write_corpus(folder, manifest, encode, stages, limits):
 
 def total(splits, counter):
     return sum(totals[counter] for totals in splits.values())
-
-
-def read_progress(path, request):
-    """Where an earlier preparation of the same request was stopped, or the beginning."""
-    if path.exists():
-        progress = read_json(path, dict)
-        check_value(progress, PROGRESS, path)
-        if not changes(progress["request"], request):
-            return progress | {"request": request}
-    splits = {split: SPLIT | {"shards": []} for split in SPLITS}
-    return PROGRESS | {"request": request, "splits": splits}
 
 
 def encoded(pool, encode, read, into, first):
@@ -229,8 +219,7 @@ def read_manifest(folder):
 
 
 def check_value(value, example, path, where=""):
-    """Raise UserError unless a value of a JSON file is of the type of an example.
-    A dict needs the example's keys; the entries of a list are compared with its first entry."""
+    """Raise UserError unless a value of a JSON file has the types and keys of an example."""
     intact(type(value) is type(example), path,
            f"{where} must be of type {type(example).__name__}, is {value!r:.80}")
     if isinstance(example, list):

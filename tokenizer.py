@@ -91,9 +91,10 @@ class Tiktoken:
         One difference remains: transformers takes the name of a special token for the token."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
-        vocabulary = {in_letters(token): rank for token, rank in ranks.items()}
+        letters = {token: token.decode("latin1").translate(LETTERS) for token in ranks}
+        vocabulary = {letters[token]: rank for token, rank in ranks.items()}
         # tiktoken merges any two neighbours that make a token, the lowest rank first
-        merges = [(in_letters(token[:i]), in_letters(token[i:]))
+        merges = [(letters[token[:i]], letters[token[i:]])
                   for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
                   if token[:i] in ranks and token[i:] in ranks]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -110,10 +111,6 @@ class Tiktoken:
         tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
         write_json(Path(folder) / "tokenizer_config.json", tokens | {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
-
-
-def in_letters(token):
-    return token.decode("latin1").translate(LETTERS)
 
 
 class Json:

@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=8 train.py configs/250m_mora.py      8 GPUs, the same experiment
     torchrun train.py configs/gsm8k.py mora_r8 --init_from=PATH    fine-tuning, one of its variants
 
-`--resume` continues a run from its newest checkpoint, `--shard` cuts a model that is too large for
-one GPU into a part per GPU. `--help` lists the keys, `--configs` the experiments.
+`--resume` continues a run from its newest checkpoint. `--help` lists the keys.
 """
 import contextlib
 import dataclasses
@@ -266,10 +265,9 @@ def stop_on_signal():
 
 def header(cfg, model, device, world, first_step, batches):
     """Return the first record of a run in log.jsonl: what ran where."""
-    name, parameters = f"{device.type}, {torch.get_num_threads()} threads", [*model.parameters()]
-    linears = block_linears(model).values()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    parameters, linears = [*model.parameters()], block_linears(model).values()
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
             "python": platform.python_version(), "processes": world, "device": name,

@@ -101,7 +101,7 @@ def test_evaluate_prints_the_log_s_figure_after_init_from(run, corpus, capsys, s
         evaluate.main([str(path), str(corpus)])
         loss = json.loads(capsys.readouterr().out)["loss"]
         assert loss == pytest.approx(expected, rel=1e-5), path
-    assert checkpoint.trained_seq_len(step / "base") == seq_len
+    assert checkpoint.load(step / "base")[0].trained_seq_len == seq_len
     evaluate.main([str(out), str(corpus), "--seq_len=16"])
     assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(expected, rel=1e-4)
 

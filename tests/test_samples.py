@@ -280,7 +280,7 @@ WANTED = "01234567-89ab-4def-8123-456789abcdef"
     ("x" + WANTED[1:], 31), ("x" + WANTED, 0), (WANTED + "0", 32), ("f" * 36, 2),
 ])
 def test_digits_are_counted_at_their_position(answer, right):
-    assert evaluate.right_digits(answer, WANTED) == right / 32
+    assert evaluate.scores(records_of((answer, WANTED)), "uuid")["digits"] == right / 32
 
 
 def records_of(*pairs):
