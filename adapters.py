@@ -39,7 +39,7 @@ CHECKS = {key: check for keys, *check in (
     ("mora_type", "1|2|3|4|6"),  # of the fork of MoRA's authors
     ("seed", r"-?\d+", "a whole number"),
     ("cycle", r"\d+", "a whole number from 0"),
-    ("r", COUNT, "a whole number from 1 to 99999"),
+    ("r lora_rank", COUNT, "a whole number from 1 to 99999"),
     ("lora_alpha", SCALE, "a finite number above 0"),
     ("rank_pattern", rf"{{({TEXT}: {COUNT}(, )?)*}}", "an object of whole numbers from 1 to 99999"),
     ("alpha_pattern", rf"{{({TEXT}: {SCALE}(, )?)*}}", "an object of finite numbers above 0"),
@@ -94,8 +94,8 @@ def write(folder, config, updates, metadata=None):
     tensors = {}
     for name, tensor in updates.items():
         layer, _, key = name.partition(".update.")
-        tensor_name = f"{PREFIX}{layer}.{KEYS[key.removeprefix('inner.')]}"
-        tensors[tensor_name] = tensor.detach().cpu().contiguous()
+        end = KEYS[re.sub(r"^(inner|low_rank)\.", "", key)]
+        tensors[f"{PREFIX}{layer}.{end}"] = tensor.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", config)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"} | (metadata or {}))
@@ -154,7 +154,8 @@ def read(folder):
         need(is_order or tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
-        layers.setdefault(layer, {})[key if key == "magnitude" else inner + key] = tensor
+        part = "low_rank." if config.get("lora_rank") and key in "AB" else inner
+        layers.setdefault(layer, {})[key if key == "magnitude" else part + key] = tensor
     need(layers, f"{file} holds no tensors, so it adapts nothing")
     for name, matrices in layers.items() if config.get("use_mora") else ():
         B = matrices.pop("B", None)  # the fork saves lora_A there again
@@ -226,7 +227,9 @@ def update_of(config, name, linear):
     if config.get("use_mora"):
         return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        return mora.Square(*shape, config["operator"], config["groups"])
+        options, lora_rank = (config["operator"], config["groups"]), config.get("lora_rank")
+        return (mora.Mixed(*shape, *options, lora_rank) if lora_rank
+                else mora.Square(*shape, *options))
     return LowRank(*shape, value_of("lora_alpha"), bool(config.get("use_rslora")))
 
 
@@ -244,7 +247,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(m.update, "inner", m.update) for name, m in mora.adapted_layers(model)}
     updates = {name: p for name, p in mora.adapter_parameters(model) if name.endswith("magnitude")}
-    width = rank or max(len(square.M) for square in squares.values())
+    width = rank or max(len(s.M) + getattr(s, "lora_rank", 0) for s in squares.values())
     for name, square in squares.items():
         dW = square.delta()
         need(rank or square.fold_in.blocks == 1, f"{name}: {square.operator} makes a dW of rank up "
@@ -255,15 +258,20 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         else:
             identity = torch.eye(dW.shape[1], dtype=dW.dtype, device=dW.device)
             A, B = square.fold_in(identity)[:, 0].T, square.fold_out.adjoint(square.M.T[:, None]).T
+            if config.get("lora_rank"):
+                A = torch.cat((A, square.low_rank.A))
+                B = torch.cat((B, square.low_rank.B), dim=1)
         A, B = A.to(dtype), B.to(dtype)
         lost = dW - B.to(dW.dtype) @ A.to(dW.dtype)
         error = max(error, (lost.norm() / dW.norm().clamp_min(1e-30)).item())
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
-    is_mora = not rank and config["groups"] != "gradient"  # a LoRA's tensors hold no order
+    # a LoRA's tensors hold no order, and what M and a LoRA beside it add to is not kept apart
+    is_mora = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
     metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
-    config = {key: value for key, value in config.items() if key not in NEEDED["MORA"]}
+    config = {key: value for key, value in config.items()
+              if key not in (*NEEDED["MORA"], "lora_rank")}
     config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
     write(folder, config, updates, metadata)
     size = (folder / "adapter_model.safetensors").stat().st_size

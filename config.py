@@ -88,6 +88,7 @@ class Config:
     rank: int = key(8, "rank of LoRA; MoRA's matrix has at most as many parameters", FROM_1)
     operator: str = key("share", "how inputs and outputs are folded", mora.OPERATORS, MORA)
     groups: str = key("strided", "which inputs, and which outputs, form a group", mora.GROUPS, MORA)
+    lora_rank: int = key(0, "part of the rank that is a LoRA, which no restart touches", only=MORA)
     alpha: float = key(0.0, "the update is scaled by alpha / rank; 0: scale 1", only=LORA)
     rslora: bool = key(False, "the scale is alpha / sqrt(rank) (rsLoRA)", only=LORA)
     lora_A: str = key("uniform", "how A is drawn; frozen: as AsyLoRA", lora.KINDS_OF_A, LORA)

@@ -31,7 +31,7 @@ METHODS = ("mora", "lora", "frozen")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 GROUPS = ("strided", "contiguous", "alternate", "permute", "gradient")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SETTINGS = ("scale", "operator", "groups", "seed", "cycle")  # what dW depends on beside parameters
+SETTINGS = ("scale", "operator", "groups", "seed", "cycle", "lora_rank")  # of an update, beside M
 ALIGNED = 8  # products are fast on rows of such multiples: 16 bytes in bfloat16
 
 
@@ -232,6 +232,36 @@ class Square(nn.Module):
         return self.fold_out.adjoint(columns).T
 
 
+class Mixed(Square):
+    """MoRA beside a LoRA that shares its budget: dW = F_out^T M F_in + B A. A restart merges M and
+    moves its groups to other features; LoRA and its optimizer states go on (results/close_gap)."""
+
+    def __init__(self, in_features, out_features, rank, operator, groups, lora_rank):
+        super().__init__(in_features, out_features, rank - lora_rank, operator, groups)
+        self.rank, self.lora_rank = rank, lora_rank
+        self.low_rank = LowRank(in_features, out_features, lora_rank)
+
+    def start_cycle(self, cycle, generator):
+        super().start_cycle(cycle, generator)
+        if self.cycle is None:  # the first time
+            self.low_rank.start_cycle(cycle, generator)
+
+    def forward(self, x):
+        return super().forward(x) + self.low_rank(x)
+
+    def compress(self, x):
+        return self.low_rank.compress(x)  # which needs all of it
+
+    def gradients(self, x, dy):
+        square = super().gradients(super().compress(x), dy)
+        return [*square, *self.low_rank.gradients(x, dy)]
+
+    def delta(self):
+        return super().delta() + self.low_rank.delta()
+
+    restarting_delta = Square.delta
+
+
 def delta_of(update, device, dtype):
     """dW, also inside a caller's autocast. A product that dW needs (LoRA's B A) has operands of
     `dtype`: float32's took 5 % of LoRA's step in FP8, and W + dW is rounded to bfloat16 anyway."""
@@ -320,10 +350,12 @@ class AdaptedLinear(nn.Module):
         return delta_of(self.update, self.weight.device, dtype)
 
     @torch.no_grad()
-    def merge_(self):
-        """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is."""
+    def merge_(self, restarts=False):
+        """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is.
+        restarts: of dW only what a restart starts again (see Mixed)."""
+        restarting = getattr(self.update, "restarting_delta", self.delta) if restarts else self.delta
         with whole_parameters(self):
-            delta = self.delta()
+            delta = restarting()
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 
@@ -369,11 +401,12 @@ def adapter_tensors(model):
 
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
-          seed=0, cycle=0, gradients=None):
+          seed=0, cycle=0, gradients=None, lora_rank=0):
     """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
     and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
     method: "mora", "lora", or "frozen" (no update). operator, groups: MoRA's (see Square, Fold).
+    lora_rank: MoRA's; this part of the rank is a LoRA beside it (see Mixed).
     alpha, rslora, lora_A: LoRA's (see LowRank). dora: either's (see Rescaled).
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
@@ -381,6 +414,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     gradients: for groups "gradient", what gradient_norms returns; {}: load_state_dict follows.
     seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
+    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
+        raise ValueError(f"lora_rank is a part of MoRA's rank, without dora: {lora_rank} of {rank}")
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
@@ -399,6 +434,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         shape = features_of(linear)
         with linear.weight.device:
             update = (LowRank(*shape, rank, alpha, rslora, lora_A) if method == "lora"
+                      else Mixed(*shape, rank, operator, groups, lora_rank) if lora_rank
                       else Square(*shape, rank, operator, groups))
         if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
@@ -580,13 +616,14 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
     was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained."""
-    parameters = [p for _, p in adapter_parameters(model) if p.requires_grad]
+    parameters = [p for name, p in adapter_parameters(model)
+                  if p.requires_grad and ".low_rank." not in name]  # of Mixed, which goes on
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
     layers = adapted_layers(model)
-    norm = torch.stack([layer.merge_() for _, layer in layers]).sum().sqrt().item()
+    norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
         if keep:
