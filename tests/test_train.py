@@ -56,11 +56,13 @@ METHODS = {
                 "--restart_every=7"],
     "dora": ["--dora=true", "--groups=permute", "--restart_every=7"],
     "gradient": ["--operator=truncate", "--groups=gradient", "--restart_every=7"],
+    "mixed": ["--rank=4", "--lora_rank=2", "--groups=permute", "--restart_every=7",
+              "--restart_warmup=0"],
 }
 # validation losses after 20 steps, computed by torch 2.13 on 2026-11-25: a refactor keeps them
 GOLDEN = {"full": 3.24797, "rotate": 3.27925, "remora": 3.39649, "relora": 4.02602,
           "pruned": 5.07454, "lora+": 3.30337, "asylora": 4.54209, "dora": 4.53233,
-          "gradient": 4.53446}
+          "gradient": 4.53446, "mixed": 4.53446}
 
 
 @pytest.mark.filterwarnings("ignore:dropout")
@@ -138,6 +140,7 @@ SHARDED = {
     "mora": ["--groups=permute"],
     "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks",
              "--micro_batch=4"],
+    "mixed": ["--groups=permute", "--rank=4", "--lora_rank=2", "--optimizer=muon"],
 }
 
 
