@@ -41,8 +41,10 @@ RANKS = {"7b": 8, "tiny": 16}  # other shapes: 128
 METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")}
 METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
-            "remora_permute": {"method": "mora", "groups": "permute"}}
-MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"} for name in ("full", "lora", "mora")}
+            "remora_permute": {"method": "mora", "groups": "permute"},
+            "mixed": {"method": "mora", "groups": "permute"}}  # half of the rank is a LoRA
+MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
+        for name in ("full", "lora", "mora", "mixed")}
 METHODS |= MUON | {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 METHODS["mora_fp8_base"] = {"method": "mora", "base_dtype": "float8"}
 # columns of the table: title, key of the numbers, width, format
@@ -55,6 +57,8 @@ def settings(shape, name, rank, seq_len, batch):
     """The Config of one method at one shape; rank 0 and batch 0: the defaults of the shape."""
     hidden, ffn, layers, heads, _, sequences = SHAPES[shape]
     options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
+    if name.startswith("mixed"):
+        options["lora_rank"] = options["rank"] // 2
     if shape == "7b":
         options = {"operator": "rotate", "train_rest": False} | options
         if options["method"] != "full" and "matmul" not in options:

@@ -259,8 +259,6 @@ class Mixed(Square):
     def delta(self):
         return super().delta() + self.low_rank.delta()
 
-    restarting_delta = Square.delta
-
 
 def delta_of(update, device, dtype):
     """dW, also inside a caller's autocast. A product that dW needs (LoRA's B A) has operands of
@@ -353,9 +351,9 @@ class AdaptedLinear(nn.Module):
     def merge_(self, restarts=False):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is.
         restarts: of dW only what a restart starts again (see Mixed)."""
-        restarting = getattr(self.update, "restarting_delta", self.delta) if restarts else self.delta
+        is_part = restarts and isinstance(self.update, Mixed)
         with whole_parameters(self):
-            delta = restarting()
+            delta = Square.delta(self.update) if is_part else self.delta()
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 

@@ -1,0 +1,9 @@
+"""The best adapter at 60M so far, r = 128, 250M on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
+
+As configs/60m_best.py, with its rates, which have not been checked at this shape.
+"""
+from configs.c4_250m import *
+
+method, rank, lora_rank = "mora", 128, 64
+groups, restart_every, restart_warmup = "permute", 10, 0
+optimizer, lr, rest_lr, residual_init = "muon", 4e-3, 3.2e-2, True
