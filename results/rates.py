@@ -1,9 +1,9 @@
 """What sweeps of fine-tuning share: names of runs, rates tried until the best is inside, its seeds.
 
 A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them: a plan grows with
-what is known, and grow.py runs it again. First every method runs at three rates (its centre in
-front), then, where the best is the lowest or the highest, at the next one further out, then with
-more seeds at the best rate.
+what is known, while sweep.py runs it. First every method runs at three rates (its centre in front),
+then, where the best is the lowest or the highest, at the next one further out, then with more seeds
+at the best rate.
 A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
 """
 import json
@@ -17,7 +17,8 @@ WORST = (math.inf,)  # score of a run that diverged; those of others are tuples 
 
 def read(path):
     """Return the records of a file of JSON lines by run name, {} if the file does not exist."""
-    lines = path.read_text().splitlines() if path.exists() else ()
+    text = path.read_text() if path.exists() else ""
+    lines = text[:text.rfind("\n") + 1].splitlines()  # another process may be writing the last one
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
@@ -51,10 +52,8 @@ def scores_of(records, group, score, seed=SEED):
         own, own_seed, lr = parts_of(name)
         if own == group and own_seed == seed:
             error = record.get("error", "")
-            if error and "UserError" not in error:
-                print(f"{name} failed: {error}")
-                continue
-            found[lr] = WORST if error else score(record)
+            if not error or "UserError" in error:
+                found[lr] = WORST if error else score(record)
     return found
 
 
@@ -95,6 +94,9 @@ def runs(groups, records, score, make):
 
 def report(records, groups, score):
     """Yield (group, records of its best rate by seed, whether that is inside); prints the grids."""
+    for name, record in records.items():
+        if "error" in record:
+            print(f"{name} failed: {record['error']}")
     for group in groups:
         scores = scores_of(records, group, score)
         rate, is_inside = best(scores)

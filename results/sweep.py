@@ -4,8 +4,13 @@
 
 A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, data
 folders to evaluate every model on too. PREPARE(name), if a plan has it, is a context (`with`) that
-the run is in. A run with a line in OUT/runs.jsonl is done. No run starts that would end after
---seconds; a stopped sweep can be started again. Logs: OUT/*.log.
+the run is in; a dict that it yields becomes a part of the run's line. A run with a line in
+sweep.jsonl, beside the plan, is done; one that failed has a line with "error". To run it again,
+remove its line and start the sweep again.
+
+A worker reads the plan before each run, so that RUNS may depend on sweep.jsonl and grow, and it
+waits while a run of another worker may make it grow. No run starts that would end after --seconds.
+A stopped sweep can be started again. Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -19,21 +24,31 @@ import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+import rates  # noqa: E402
+
+LOOK_EVERY = 5  # seconds between two looks of a worker that waits
 
 
-def read_lines(path):
-    """Return the records of a file of JSON lines, none if the file does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def claim(out, name):
-    """Return whether this process is the first to claim a run: OUT/claims/NAME marks it."""
+def claim(path):
+    """Return whether this process is the first to claim a run; the file holds its process id."""
     try:
-        (out / "claims" / name).touch(exist_ok=False)
+        with open(path, "x") as file:
+            file.write(str(os.getpid()))
         return True
     except FileExistsError:
         return False
+
+
+def is_running(path):
+    """Return whether the process that claimed a run is alive."""
+    try:
+        os.kill(int(path.read_text()), 0)
+    except ProcessLookupError:
+        return False
+    except (FileNotFoundError, ValueError):  # given back or not yet written: look again
+        pass
+    return True
 
 
 def change_of(layer, first):
@@ -74,7 +89,7 @@ def measure_blocks(model, first):
 
 def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
-    head, *lines = read_lines(folder / "log.jsonl")
+    head, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     head["config"]["out"] = name  # not a path of the machine
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "val_ppl" in line]
@@ -113,32 +128,43 @@ def run_one(name, words, folders, out):
     return result
 
 
-def work(plan, out, deadline):
-    """Run what nobody has claimed, in the plan's order, until the deadline."""
-    values, longest = runpy.run_path(plan), 0.0
-    for name, (config, words) in values["RUNS"].items():
-        if time.time() + longest > deadline:
+def attempt(name, plan, out):
+    """Return the record of a run, or of its error; plan: the values of the plan's file."""
+    config, words = plan["RUNS"][name]
+    try:
+        with plan.get("PREPARE", contextlib.nullcontext)(name) as more:
+            line = run_one(name, [config, *words], plan["EVALUATE"], out)
+        return line | more if isinstance(more, dict) else line
+    except Exception as error:  # one run that fails must not end the sweep
+        if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
+            (out / "claims" / name).unlink()
+            raise
+        return {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def work(path, out, deadline):
+    """Run what is neither done nor claimed, in the plan's order, until the deadline."""
+    done, longest = path.with_name("sweep.jsonl"), 0.0
+    while time.time() + longest <= deadline:
+        finished = rates.read(done)  # first: the plan must have what follows from these lines
+        plan = runpy.run_path(str(path))
+        claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
+        name = next((name for name in claims if claim(claims[name])), None)
+        if name is None and not any(map(is_running, claims.values())):
             break
-        finished = {line["name"] for line in read_lines(out / "runs.jsonl")}
-        if name in finished or not claim(out, name):
+        if name is None:
+            time.sleep(LOOK_EVERY)
             continue
         started = time.time()
-        try:
-            with values.get("PREPARE", contextlib.nullcontext)(name):
-                line = run_one(name, [config, *words], values["EVALUATE"], out)
-        except Exception as error:  # one run that fails must not end the sweep
-            if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
-                (out / "claims" / name).unlink()
-                raise
-            line = {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
-        with open(out / "runs.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = json.dumps(attempt(name, plan, out)) + "\n"
+        with open(done, "ab", buffering=0) as file:  # one write: other processes append too
+            file.write(line.encode())
         longest = max(longest, time.time() - started)
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    for name, kind, default in (("plan", str, None), ("out", Path, None), ("--per_gpu", int, 1),
+    for name, kind, default in (("plan", Path, None), ("out", Path, None), ("--per_gpu", int, 1),
                                 ("--gpus", int, 1), ("--seconds", float, 1e9)):
         parser.add_argument(name, type=kind, default=default)
     parser.add_argument("--deadline", type=float, help=SUPPRESS)  # of a worker
@@ -155,7 +181,9 @@ def main():
         command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}"]
         with open(args.out / f"worker{i}.log", "a") as log:
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    raise SystemExit(max(worker.wait() for worker in workers))
+    while None in [worker.poll() for worker in workers]:  # without poll(), one that was killed
+        time.sleep(0.1)                                    # would look alive to the others
+    raise SystemExit(any(worker.returncode for worker in workers))
 
 
 if __name__ == "__main__":

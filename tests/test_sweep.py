@@ -1,6 +1,13 @@
-"""Records of results/sweep.py hold what a run changed in the blocks."""
+"""results/sweep.py: records hold what a run changed in the blocks; workers share growing plans."""
 import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +97,200 @@ def test_a_float8_base_changes_by_its_update():
     torch.nn.init.ones_(layer.update.M)
     layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
     torch.testing.assert_close(sweep.change_of(layer, None), layer.update.delta())
+
+
+GROWING = """
+from pathlib import Path
+EVALUATE, RUNS = [], {"a": ("config", [])}
+if Path(__file__).with_name("sweep.jsonl").exists():
+    RUNS |= {"b": ("config", []), "c": ("config", [])}
+"""
+FORK = multiprocessing.get_context("fork")
+
+
+def fake(name, words, folders, out):
+    """A run of no time."""
+    return {"name": name, "pid": os.getpid()}
+
+
+def fail(name, words, folders, out):
+    raise RuntimeError(f"{words[0]} of {name}")
+
+
+class Sweep:
+    """A plan of fake runs in a folder of its own, and its workers."""
+
+    def __init__(self, folder, monkeypatch):
+        self.plan, self.out, self.patch = folder / "plan.py", folder / "out", monkeypatch
+        (self.out / "claims").mkdir(parents=True)
+        monkeypatch.setattr(sweep, "LOOK_EVERY", 0.005)
+
+    def write(self, names, more=""):
+        """Write a plan of runs whose config file is called CONFIG."""
+        runs = {name: ("CONFIG", []) for name in names}
+        self.plan.write_text(f"EVALUATE, RUNS = [], {runs}\n{more}")
+
+    def work(self, run_one=fake, seconds=10):
+        """Be a worker."""
+        self.patch.setattr(sweep, "run_one", run_one)
+        sweep.work(self.plan, self.out, time.time() + seconds)
+
+    def fork(self, count, run_one=fake):
+        """Start workers, each a process."""
+        workers = [FORK.Process(target=self.work, args=(run_one,)) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        return workers
+
+    def records(self):
+        """The lines of sweep.jsonl without the pids, and the pids by name."""
+        lines = [*sweep.rates.read(self.plan.with_name("sweep.jsonl")).values()]
+        return lines, {line["name"]: line.pop("pid", None) for line in lines}
+
+
+@pytest.fixture
+def sweeping(tmp_path, monkeypatch):
+    return Sweep(tmp_path, monkeypatch)
+
+
+def join(workers):
+    for worker in workers:
+        worker.join(20)
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert codes == [0] * len(workers)
+
+
+def test_a_plan_grows_with_its_runs(sweeping):
+    sweeping.plan.write_text(GROWING)
+    sweeping.work()
+    assert list(sweeping.records()[1]) == ["a", "b", "c"]
+
+
+def test_a_worker_without_a_run_waits_for_those_that_may_follow(sweeping, monkeypatch):
+    is_running, looked, both = sweep.is_running, FORK.Event(), FORK.Barrier(2)
+
+    def look(path):
+        if is_running(path):
+            looked.set()
+        return is_running(path)
+
+    def run_one(name, *rest):
+        if name == "a":
+            assert looked.wait(10)
+        else:
+            both.wait(10)  # b and c are in two processes
+        return fake(name, *rest)
+
+    monkeypatch.setattr(sweep, "is_running", look)
+    sweeping.plan.write_text(GROWING)
+    join(sweeping.fork(2, run_one))
+    lines, pids = sweeping.records()
+    assert sorted(pids) == ["a", "b", "c"] and not any("error" in line for line in lines)
+    assert pids["b"] != pids["c"]
+
+
+def test_no_run_runs_twice(sweeping):
+    names = [str(i) for i in range(40)]
+    sweeping.write(names)
+    join(sweeping.fork(4))
+    lines = sweeping.plan.with_name("sweep.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["name"] for line in lines) == sorted(names)
+
+
+def test_a_dead_workers_claim_blocks_its_run_alone(sweeping):
+    dead = FORK.Process(target=str)
+    dead.start(), dead.join()
+    sweeping.write("ab")
+    (sweeping.out / "claims" / "a").write_text(str(dead.pid))
+    join(sweeping.fork(1))
+    assert list(sweeping.records()[1]) == ["b"]
+
+
+def test_a_worker_waits_no_longer_than_the_other_one_lives(sweeping):
+    other = FORK.Process(target=time.sleep, args=(60,))
+    other.start()
+    sweeping.write("a")
+    (sweeping.out / "claims" / "a").write_text(str(other.pid))
+    worker, = sweeping.fork(1)
+    worker.join(0.1)
+    assert worker.is_alive()
+    other.kill(), other.join()
+    join([worker])
+
+
+def test_a_worker_that_is_killed_does_not_make_the_others_wait(tmp_path):
+    """With the command itself: a dead child that nobody has waited for still has its pid."""
+    plan = tmp_path / "plan.py"
+    plan.write_text("""
+import os, signal, time
+from pathlib import Path
+import __main__
+EVALUATE, RUNS = [], {name: ("config", []) for name in "ab"}
+KILLED = Path(__file__).with_name("killed")
+
+def run_one(name, words, folders, out):
+    if os.environ["CUDA_VISIBLE_DEVICES"] == "1":
+        KILLED.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not KILLED.exists():
+        time.sleep(0.01)
+    return {"name": name}
+
+__main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
+""")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run([sys.executable, RESULTS / "sweep.py", plan, tmp_path / "out"],
+                          env=environment, timeout=30)
+    assert done.returncode == 1  # somebody should look into worker1.log
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_prepare_yields_is_in_the_record(sweeping):
+    sweeping.write("ab", """
+import contextlib
+@contextlib.contextmanager
+def PREPARE(name):
+    found = {} if name == "a" else None
+    yield found
+    if found is not None:
+        found["answers"] = [1, None]
+""")
+    sweeping.work()
+    assert sweeping.records()[0] == [{"name": "a", "answers": [1, None]}, {"name": "b"}]
+
+
+def test_an_error_is_recorded_and_its_run_not_repeated(sweeping):
+    sweeping.write("ab")
+    sweeping.work(fail)
+    shutil.rmtree(sweeping.out)  # started again
+    (sweeping.out / "claims").mkdir(parents=True)
+    sweeping.work()
+    assert sweeping.records()[0] == [
+        {"name": name, "error": f"RuntimeError: CONFIG of {name}"} for name in "ab"]
+
+
+def test_after_a_cuda_error_another_worker_may_run_it(sweeping):
+    sweeping.write(["CUDA error"])
+    with pytest.raises(RuntimeError):
+        sweeping.work(fail)
+    assert sweeping.records()[0] == []
+    sweeping.work()
+    assert sweeping.records()[0] == [{"name": "CUDA error"}]
+
+
+def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
+    def run_one(*arguments):
+        time.sleep(0.3)
+        return fake(*arguments)
+
+    sweeping.write("abc")
+    sweeping.work(run_one, seconds=0.5)
+    assert list(sweeping.records()[1]) == ["a"]
+
+
+def test_a_line_that_another_process_is_writing_is_not_read(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    path.write_text('{"name": "a"}\n{"name": "b", "los')
+    assert sweep.rates.read(path) == {"a": {"name": "a"}}

@@ -2,7 +2,7 @@
 
     python results/fp8/losses.py
 
-Above: training losses, three seeds at 60m (runs.jsonl of results/pretrain_60m), one run at 250m
+Above: training losses, three seeds at 60m (sweep.jsonl of results/pretrain_60m), one run at 250m
 (results/pretrain_250m). Below: FP8 minus bf16, seed by seed; dots are validation losses.
 """
 import json
@@ -22,7 +22,7 @@ def read(path):
 def curves():
     """Return {"60m", "250m": {(method, is FP8): [(losses, validation losses) by seed]}}, losses
     being {step: nats per token}."""
-    records = {record["name"]: record for record in read(RESULTS / "pretrain_60m" / "runs.jsonl")}
+    records = {record["name"]: record for record in read(RESULTS / "pretrain_60m" / "sweep.jsonl")}
     found = {"60m": {}, "250m": {}}
     for method, is_fp8 in COLORS:
         name = ("mora_share" if method == "mora" else method) + "-muon-0.002-0.016-s{}"

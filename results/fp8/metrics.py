@@ -61,7 +61,7 @@ def of_7b():
 
 def of_60m():
     """Return the flat numbers of three seeds with and without FP8."""
-    records, numbers = read(RESULTS / "pretrain_60m" / "runs.jsonl"), {}
+    records, numbers = read(RESULTS / "pretrain_60m" / "sweep.jsonl"), {}
     for name, method in (("mora", "mora_share"), ("full", "full")):
         names = [f"{method}-muon-0.002-0.016-s{seed}" for seed in (1337, 1, 2)]
         for key, end in ((name, ""), (f"{name}_fp8", "-matmulfp8")):

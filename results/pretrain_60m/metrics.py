@@ -1,4 +1,4 @@
-"""Write metrics.json from runs.jsonl: what every method reaches with either optimizer.
+"""Write metrics.json from sweep.jsonl: what every method reaches with either optimizer.
 
     python results/pretrain_60m/metrics.py
 
@@ -137,5 +137,5 @@ def read_runs(path):
 
 
 if __name__ == "__main__":
-    numbers = summarize(read_runs(FOLDER / "runs.jsonl"))
+    numbers = summarize(read_runs(FOLDER / "sweep.jsonl"))
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")

@@ -1,11 +1,11 @@
 """The tiny probe of the variants: 300 steps of a byte-level model, on a CPU.
 
-    OMP_NUM_THREADS=1 python results/sweep.py results/close_gap/tiny_plan.py OUT --per_gpu=2
+    OMP_NUM_THREADS=1 python results/sweep.py results/close_gap/tiny/plan.py OUT --per_gpu=2
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from variants import applied
 
 CONFIG = "configs/tiny_mora.py"
