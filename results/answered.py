@@ -1,7 +1,7 @@
 """Greedy answers of runs of results/sweep.py, for plans whose task is scored by them.
 
-A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in. Each
-run adds a line to OUT/scores.jsonl. Answers come from a merged copy with bfloat16 matrices on a
+A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in and
+that yields a dict, for the run's line. Answers come from a merged copy with bfloat16 matrices on a
 GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
 lengths would be compiled for one or two passes.
 """
@@ -12,11 +12,13 @@ import json
 import lzma
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import tokenizer
 import train
@@ -56,17 +58,12 @@ def answers(model, samples, limit=0, batch=512):
     return evaluate.answers(model, tok, samples, batch, limit)
 
 
-def keep(cfg, line):
-    """Add a line to OUT/scores.jsonl; the run's own folder is OUT/runs/NAME."""
-    with open(Path(cfg.out).parents[1] / "scores.jsonl", "ab", buffering=0) as file:
-        file.write((json.dumps(line) + "\n").encode())  # at once: other processes write there too
-
-
 @contextlib.contextmanager
 def at_the_end(name):
-    """Answer the validation questions after training: {"name", "numbers": share of right ones,
-    "right": "0110...", "answers": [number or null]}. The texts are in OUT/answers-NAME.jsonl.xz."""
-    run = train.train
+    """Answer the validation questions after training: {"numbers": share of right ones, "right":
+    "0110...", "answers": [number or None], "answer_seconds"}. OUT/answers-NAME.jsonl.xz has the
+    texts; the run's own folder is OUT/runs/NAME."""
+    run, found = train.train, {}
 
     def train_and_answer(cfg):
         model, started = run(cfg), time.time()
@@ -77,15 +74,15 @@ def at_the_end(name):
         (folder / f"answers-{name}.jsonl.xz").write_bytes(lzma.compress(text))
         own, right = ([evaluate.number(record[key]) for record in records]
                       for key in ("answer", "reference"))
-        keep(cfg, {"name": name, "numbers": evaluate.scores(records, samples.format)["numbers"],
-                   "right": "".join(str(int(a == b is not None))
-                                    for a, b in zip(own, right, strict=True)),
-                   "answers": [a if a is None else str(a) for a in own],
-                   "answer_seconds": round(time.time() - started, 1)})
+        found.update(numbers=evaluate.scores(records, samples.format)["numbers"],
+                     right="".join(str(int(a == b is not None))
+                                   for a, b in zip(own, right, strict=True)),
+                     answers=[a if a is None else str(a) for a in own],
+                     answer_seconds=round(time.time() - started, 1))
         return model
 
     with losses(), replaced(train, train=train_and_answer):
-        yield
+        yield found
 
 
 @contextlib.contextmanager
@@ -99,12 +96,12 @@ def losses():
 @contextlib.contextmanager
 def during(name):
     """Answer SOME of the UUIDs at each evaluation, and ALL at the end or where nearly all digits
-    are right, which ends the run: {"name", "curve": [[step, share of right digits, pairs]]}."""
-    run, loss, state = train.train, eager(evaluate.perplexity), {"curve": []}
+    are right, which ends the run: {"curve": [[step, share of right digits, pairs]]}."""
+    run, loss, state, curve = train.train, eager(evaluate.perplexity), {}, []
 
     def look(model, samples, *settings):
         """Scores of an evaluation; evaluations are counted, since they do not know their step."""
-        scores, cfg, curve = loss(model, samples, *settings), state["cfg"], state["curve"]
+        scores, cfg = loss(model, samples, *settings), state["cfg"]
         step = min(state["evaluations"] * cfg.eval_every, cfg.steps)
         state["evaluations"] += 1
         if step:
@@ -126,11 +123,10 @@ def during(name):
             if "model" not in state:  # somebody else stopped it
                 raise
             model = state["model"]
-        keep(cfg, {"name": name, "curve": state["curve"]})
         return model
 
     with replaced(train, train=train_until_right, perplexity=look):
-        yield
+        yield {"curve": curve}
 
 
 def share(model, samples, pairs):

@@ -15,6 +15,7 @@ import torch
 
 import analyze
 import mora
+import sft
 import train
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -24,9 +25,17 @@ spec.loader.exec_module(sweep)
 
 
 @pytest.fixture
-def swept(config, tmp_path, monkeypatch):
+def handlers():
+    """Signals are handled after a test as before it."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture
+def swept(config, tmp_path, monkeypatch, handlers):
     """swept("--key=value", ...): (record, {name: dW of a projection}) of a run of the sweep."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     original_train, original_build, seen = train.train, train.build_model, {}
 
     def build(*args):
@@ -46,9 +55,7 @@ def swept(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "build_model", build)
     monkeypatch.setattr(train, "train", run)
-    yield start
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return start
 
 
 @pytest.mark.parametrize("words", [
@@ -97,6 +104,26 @@ def test_a_float8_base_changes_by_its_update():
     torch.nn.init.ones_(layer.update.M)
     layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
     torch.testing.assert_close(sweep.change_of(layer, None), layer.update.delta())
+
+
+@pytest.mark.parametrize("prepare, style, row", [
+    ("at_the_end", "prompt", {"prompt": "1 + 1", "response": "#### 2"}),
+    ("during", "uuid", {"prompt": "0" * 8, "response": "1" * 8})])
+def test_answers_are_in_the_record(config, tmp_path, handlers, prepare, style, row):
+    import answered
+    folder = tmp_path / "answers"
+    sft.prepare(folder, "bytes", {"source": "test", "format": style},
+                [(lambda: [row] * 8, ["train", "val"])], "prompt")
+    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare),
+            "RUNS": {"name": (str(config), [f"--data={folder}", "--seq_len=64"])}}
+    record = sweep.attempt("name", plan, tmp_path)
+    if prepare == "during":
+        step, digits, pairs = record["curve"][-1]  # all are right at step 10, or it is the last
+        assert pairs == answered.ALL and (digits >= answered.ALL_RIGHT or step == 20)
+    else:
+        assert len(record["answers"]) == len(record["right"]) == 8
+        assert record["numbers"] == record["right"].count("1") / 8
+        assert (tmp_path / "answers-name.jsonl.xz").exists()
 
 
 GROWING = """

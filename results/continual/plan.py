@@ -1,16 +1,14 @@
 """The sweep of results/continual: continual pretraining of a 135M model on two domains.
 
 Biomedical text once, 212 steps of 32 x 1,024 tokens; finance three times, 209 steps of 16 x 1,024.
-The runs of earlier sweeps, in sweep.jsonl beside this file, decide which rates and seeds follow.
+The runs that are done, in sweep.jsonl beside this file, decide which rates and seeds follow.
 """
-import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
-import answered  # noqa: E402
-import rates  # noqa: E402
+import answered
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/continual.py"
 EVALUATE = ["data/wiki_val"]  # what is forgotten
 DOMAINS = {"biomed": {"steps": 212, "batch_size": 32, "tokens": 6_965_399},

@@ -4,7 +4,7 @@
 
 runs.jsonl: an earlier program's, without answers; a method that has as many seeds in sweep.jsonl
 replaces its numbers.
-sweep.jsonl, scores.jsonl: of plan.py. A.vs.B.difference is A's exact match minus B's, a mean over
+sweep.jsonl: plan.py's. A.vs.B.difference is A's exact match minus B's, a mean over
 seeds; low and high bound 95 % of a bootstrap over questions; p is that of a sign-flip test of the
 questions (McNemar's null hypothesis, for several seeds): the chance of so large a difference if A
 and B answered every question alike. Both take the runs as given: seeds vary on top of it.
@@ -101,9 +101,7 @@ def methods_of(records, plan):
 
 
 def summarize(plan):
-    numbers, scores = earlier(FOLDER / "runs.jsonl"), rates.read(FOLDER / "scores.jsonl")
-    records = {name: record | scores.get(name, {})
-               for name, record in rates.read(FOLDER / "sweep.jsonl").items()}
+    numbers, records = earlier(FOLDER / "runs.jsonl"), rates.read(FOLDER / "sweep.jsonl")
     base = records.pop(plan["BASE"], None)
     methods = methods_of(records, plan)
     for name, (seeds, is_inside) in methods.items():

@@ -1,17 +1,15 @@
 """The sweep of results/gsm8k: Muon beside AdamW, three seeds, answers kept; bases of three types.
 
 AdamW runs at the rates that an earlier search chose (runs.jsonl). Muon's rates are searched: the
-runs of earlier sweeps, in sweep.jsonl beside this file, decide which rates and seeds follow.
+runs that are done, in sweep.jsonl beside this file, decide which rates and seeds follow.
 """
 import math
-import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
-import answered  # noqa: E402
-import rates  # noqa: E402
+import answered
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/gsm8k.py"
 EVALUATE = ["data/gsm8k_dev"]  # chooses rates; the validation split of data/gsm8k_fit is the test
 COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64", "--eval_every=1000", "--save_every=1000",

@@ -1,4 +1,4 @@
-"""Write metrics.json: digits right of every method, from runs.jsonl, sweep.jsonl and scores.jsonl.
+"""Write metrics.json: digits right of every method, from runs.jsonl and sweep.jsonl.
 
     python results/uuid/metrics.py
 

@@ -1,18 +1,16 @@
 """The sweep of results/uuid: 10,000 pairs of UUIDs, every rate to the end, AdamW and Muon.
 
 Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right. The runs of earlier sweeps, in sweep.jsonl beside this file, decide which rates and seeds
+right. The runs that are done, in sweep.jsonl beside this file, decide which rates and seeds
 follow; so do those of runs.jsonl, the log of an earlier program, that were not cut.
 """
 import json
-import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
-import answered  # noqa: E402
-import rates  # noqa: E402
+import answered
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
 PREPARE = answered.during
@@ -56,11 +54,8 @@ def read_earlier():
 
 
 def read():
-    """Return all records, those of sweep.jsonl with the curves of scores.jsonl or an error."""
-    curves = rates.read(FOLDER / "scores.jsonl")
-    return read_earlier() | {name: record | curves.get(name, {})
-                             for name, record in rates.read(FOLDER / "sweep.jsonl").items()
-                             if name in curves or "error" in record}
+    """Return the records of both programs."""
+    return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
 RUNS = {name: run for name, run in rates.runs(GROUPS, read(), score, make).items()
