@@ -46,13 +46,13 @@ def beside(lr, count):
 
 def scores_of(records, group, score, seed=SEED):
     """Return {rate: score} of a group's runs with one seed. A run that failed otherwise than by
-    diverging (which is a UserError) has no score: remove its line, and it runs again."""
+    diverging (see checkpoint.diverged) has no score: remove its line, and it runs again."""
     found = {}
     for name, record in records.items():
         own, own_seed, lr = parts_of(name)
         if own == group and own_seed == seed:
             error = record.get("error", "")
-            if not error or "UserError" in error:
+            if not error or error.startswith("UserError: step "):
                 found[lr] = WORST if error else score(record)
     return found
 

@@ -50,7 +50,8 @@ def test_a_best_rate_at_the_edge_is_followed_further_out():
 def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():
     losses = {"s1337-0.01": 2.0, "s1337-0.003": 3.0, "s1337-0.03": "UserError: step 9: loss nan"}
     assert planned(losses)[3:] == ["s1338-0.01", "s1339-0.01"]
-    assert planned(losses | {"s1337-0.03": "OutOfMemoryError: no memory"})[3:] == []
+    for error in ("OutOfMemoryError: no memory", "UserError: data/stdlib is in use by process 9"):
+        assert planned(losses | {"s1337-0.03": error})[3:] == []
 
 
 @pytest.mark.parametrize("a, b, low, high", [

@@ -126,6 +126,14 @@ def test_answers_are_in_the_record(config, tmp_path, handlers, prepare, style, r
         assert (tmp_path / "answers-name.jsonl.xz").exists()
 
 
+def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):
+    name = sweep.rates.name_of(("task", "lora", "muon"), 1337, 1e9)
+    plan = {"EVALUATE": [], "RUNS": {name: (str(config), ["--lr=1e9", "--warmup=0"])}}
+    records = {name: sweep.attempt(name, plan, tmp_path)}
+    scores = sweep.rates.scores_of(records, ("task", "lora", "muon"), len)
+    assert scores == {1e9: sweep.rates.WORST}
+
+
 GROWING = """
 from pathlib import Path
 EVALUATE, RUNS = [], {"a": ("config", [])}
