@@ -181,8 +181,9 @@ def main():
         command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}"]
         with open(args.out / f"worker{i}.log", "a") as log:
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    while None in [worker.poll() for worker in workers]:  # without poll(), one that was killed
-        time.sleep(0.1)                                    # would look alive to the others
+    # a worker that was killed has its process id, and so looks alive to the others, until poll()
+    while None in [worker.poll() for worker in workers]:
+        time.sleep(0.1)
     raise SystemExit(any(worker.returncode for worker in workers))
 
 
