@@ -50,11 +50,13 @@ def scores_of(records, group, score, seed=SEED):
     found = {}
     for name, record in records.items():
         own, own_seed, lr = parts_of(name)
-        if own == group and own_seed == seed:
-            error = record.get("error", "")
-            if not error or error.startswith("UserError: step "):
-                found[lr] = WORST if error else score(record)
+        if own == group and own_seed == seed and (diverged(record) or "error" not in record):
+            found[lr] = WORST if diverged(record) else score(record)
     return found
+
+
+def diverged(record):
+    return record.get("error", "").startswith("UserError: step ")
 
 
 def best(scores):

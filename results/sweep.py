@@ -142,15 +142,22 @@ def attempt(name, plan, out):
         return {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
+def steps_of(words):
+    """Return the steps of a run, or 1 if its words do not tell: all runs are equally long then."""
+    return next((int(word[8:]) for word in reversed(words) if word.startswith("--steps=")), 1)
+
+
 def work(path, out, deadline):
-    """Run what is neither done nor claimed, in the plan's order, until the deadline."""
-    done, longest = path.with_name("sweep.jsonl"), 0.0
-    while time.time() + longest <= deadline:
+    """Run what is neither done nor claimed and would end in time, in the plan's order."""
+    done, pace = path.with_name("sweep.jsonl"), 0.0  # pace: seconds per step, of the slowest run
+    while time.time() <= deadline:
         finished = rates.read(done)  # first: the plan must have what follows from these lines
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
-        name = next((name for name in claims if claim(claims[name])), None)
-        if name is None and not any(map(is_running, claims.values())):
+        in_time = [name for name in claims
+                   if time.time() + pace * steps_of(plan["RUNS"][name][1]) <= deadline]
+        name = next((name for name in in_time if claim(claims[name])), None)
+        if name is None and not any(map(is_running, filter(Path.exists, claims.values()))):
             break
         if name is None:
             time.sleep(LOOK_EVERY)
@@ -159,7 +166,7 @@ def work(path, out, deadline):
         line = json.dumps(attempt(name, plan, out)) + "\n"
         with open(done, "ab", buffering=0) as file:  # one write: other processes append too
             file.write(line.encode())
-        longest = max(longest, time.time() - started)
+        pace = max(pace, (time.time() - started) / steps_of(plan["RUNS"][name][1]))
 
 
 def main():

@@ -94,3 +94,44 @@ def test_a_failed_run_is_left_out(metrics, tmp_path):
     path = tmp_path / "sweep.jsonl"
     path.write_text('{"name": "a", "error": "UserError: nan"}\n{"name": "b", "val_ppl": 1.0}\n')
     assert [run["name"] for run in metrics.read_runs(path)] == ["b"]
+
+
+# ------------------------------------------------------------
+# plan.py: what is missing
+
+@pytest.fixture(scope="module")
+def plan(metrics):
+    import runpy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FILE.parent.parent))
+        return runpy.run_path(str(FILE.with_name("plan.py")))
+
+
+def own_runs(plan, records, method="full"):
+    runs = plan["plan"]({record["name"]: record for record in records})
+    return [name for name in runs if name.startswith(f"{method}-muon-")]
+
+
+def test_a_grid_grows_around_its_best_until_it_is_closed(plan):
+    """A loss with its least at lr 8e-3 and rest_lr 1.6e-2; one corner diverges."""
+    records = []
+    while missing := [name for name in own_runs(plan, records) if "steps" not in name]:
+        lr, rest_lr = map(float, missing[0].split("-")[2:4])
+        record = made_up("full", 40 + abs(lr / 8e-3 - 1) + abs(rest_lr / 1.6e-2 - 1), lr, rest_lr)
+        if lr > 1e-2:
+            record = {"name": record["name"], "error": "UserError: step 7: the loss is nan"}
+        assert record["name"] == missing[0] and len(records) < 20
+        records.append(record)
+    assert own_runs(plan, records) == [
+        *(f"full-muon-0.008-0.016-s{seed}-steps2000" for seed in (1337, 1, 2)),
+        "full-muon-0.008-0.016-s1337-steps4000"]
+
+
+def test_a_run_that_failed_otherwise_is_no_score(plan):
+    name = "full-muon-0.002-0.032-s1337"
+    assert plan["tried"](("full", "muon"), {name: {"name": name, "error": "CUDA"}}) == {}
+
+
+def test_frozen_blocks_have_one_rate(plan):
+    _, missing = plan["search"](("frozen", "adamw"), {})
+    assert missing == [(0, 0), (0, 1), (0, -1)]

@@ -325,6 +325,21 @@ def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
     assert list(sweeping.records()[1]) == ["a"]
 
 
+def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
+    """A step of 0.1 s: after the first run 30 steps would end too late, 2 do not."""
+    def run_one(name, words, folders, out):
+        time.sleep(0.1 * sweep.steps_of(words))
+        return fake(name, words, folders, out)
+
+    runs = {name: ("CONFIG", ["--steps=9", f"--steps={steps}"])
+            for name, steps in (("first", 1), ("long", 30), ("short", 2))}
+    sweeping.plan.write_text(f"EVALUATE, RUNS = [], {runs}")
+    started = time.time()
+    sweeping.work(run_one, seconds=1.5)
+    assert list(sweeping.records()[1]) == ["first", "short"]
+    assert time.time() - started < 1  # nobody waits for a run that nobody runs
+
+
 def test_a_line_that_another_process_is_writing_is_not_read(tmp_path):
     path = tmp_path / "sweep.jsonl"
     path.write_text('{"name": "a"}\n{"name": "b", "los')

@@ -1,100 +1,106 @@
-"""The sweep of results/pretrain_60m: grids of two rates, 1,000 steps of 32,768 tokens.
+"""The sweep of results/pretrain_60m: grids of two rates, then longer runs at the best of them.
 
-A method's matrices learn at lr, embeddings, head and norms at rest_lr. Rows are ordered so that a
-sweep that is cut short has the most informative runs.
+A method's matrices learn at lr, embeddings, head and norms at rest_lr. A grid of 1,000 steps of
+32,768 tokens (33 M) grows until its best point has a neighbour on each side of both rates, a factor
+of 2 away. Then follow 66 M tokens with three seeds, and 131 M with one for some methods. The runs
+of earlier sweeps, in sweep.jsonl beside this file, decide which points are missing.
 """
+import math
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
-COMMON = ["--batch_size=64", "--steps=1000", "--warmup=100", "--log_every=50", "--eval_every=1000",
-          "--save_every=1000", "--keep=1", "--micro_batch=64", "--residual_init=true"]
+COMMON = ["--batch_size=64", "--micro_batch=64", "--warmup=100", "--log_every=50", "--keep=1",
+          "--residual_init=true"]
+PERMUTE = ["--method=mora", "--groups=permute", "--restart_warmup=0"]
 METHODS = {
     "full": ["--method=full"],
-    "frozen": ["--method=frozen"],  # embeddings, head and norms learn, always by AdamW
     "lora": ["--method=lora", "--rank=32"],
     "mora_share": ["--method=mora", "--rank=32"],
-    "remora_permute": ["--method=mora", "--rank=32", "--groups=permute", "--restart_every=100",
-                       "--restart_warmup=0"],
+    "remora_permute": [*PERMUTE, "--rank=32", "--restart_every=100"],
+    "best": [*PERMUTE, "--rank=32", "--restart_every=10", "--lora_rank=16"],  # configs/60m_best.py
     "remora_alternate": ["--method=mora", "--rank=32", "--groups=alternate", "--restart_every=200"],
     "relora": ["--method=lora", "--rank=32", "--restart_every=200"],
+    "frozen": ["--method=frozen"],  # embeddings, head and norms learn, always by AdamW
+    # as many trained parameters in the blocks, without any adapter: one block instead of eight
+    "full_one_block": ["--method=full", "--num_hidden_layers=1"],
+    # 25 % of the block parameters
+    "lora_r80": ["--method=lora", "--rank=80"],
+    "mora_share_r80": ["--method=mora", "--rank=80"],
+    "best_r80": [*PERMUTE, "--rank=80", "--restart_every=10", "--lora_rank=40"],
 }
+# {(method, optimizer): (lr, rest_lr) where its grid starts}, the most important first
+MUON = {("full", "muon"): (2e-3, 3.2e-2), ("best", "muon"): (4e-3, 3.2e-2),
+        ("lora", "muon"): (4e-3, 3.2e-2), ("mora_share", "muon"): (2e-3, 3.2e-2),
+        ("remora_permute", "muon"): (4e-3, 6.4e-2), ("remora_alternate", "muon"): (4e-3, 6.4e-2),
+        ("relora", "muon"): (4e-3, 3.2e-2)}
+ADAMW = {("full", "adamw"): (1e-3, 1.6e-2), ("best", "adamw"): (1e-3, 1.6e-2),
+         ("lora", "adamw"): (2e-3, 1.6e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2),
+         ("remora_permute", "adamw"): (1e-3, 1.6e-2),
+         ("remora_alternate", "adamw"): (1e-3, 1.6e-2), ("relora", "adamw"): (1e-3, 8e-3),
+         ("frozen", "adamw"): (1e-3, 6.4e-2)}
+OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-3, 3.2e-2),
+          ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
+CENTRES = MUON | ADAMW | OTHERS
+LONGEST = [(method, "muon") for method in ("full", "lora", "mora_share", "best")]
+SEED, MORE_SEEDS, STEPS = 1337, (1, 2), 1000
 
 
-def runs(method, optimizer, rates, rest_rates, seed=1337, **more):
-    """Return {name: (config, words)} of a grid."""
+def run(group, point, seed=SEED, steps=STEPS, **more):
+    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see tried."""
+    (method, optimizer), (lr, rest_lr) = group, rates_at(group, point)
     words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}",
+             f"--lr={lr}", f"--rest_lr={rest_lr}", f"--steps={steps}", f"--save_every={steps}",
+             f"--eval_every={steps if steps == STEPS else steps // 8}",
              *(f"--{key}={value}" for key, value in more.items())]
     options = "".join(f"-{key}{value}" for key, value in more.items())
-    return {f"{method}-{optimizer}-{lr:g}-{rest:g}-s{seed}{options}":
-            (CONFIG, [*words, f"--lr={lr}", f"--rest_lr={rest}"])
-            for lr in rates for rest in rest_rates}
+    options += "" if steps == STEPS else f"-steps{steps}"
+    return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}{options}": (CONFIG, words)}
 
 
-def longer(method, optimizer, lr, rest_lr, seed, steps):
-    """As runs, of one run with more steps of 32,768 tokens."""
-    return runs(method, optimizer, [lr], [rest_lr], seed, steps=steps, eval_every=steps,
-                save_every=steps)
+def rates_at(group, point):
+    """Return (lr, rest_lr) of a point of a group's grid: steps of a factor of 2 from its centre."""
+    return tuple(rate * 2.0 ** step for rate, step in zip(CENTRES[group], point, strict=True))
 
 
-BEST = {("full", "muon"): (2e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
-        ("mora_share", "muon"): (2e-3, 3.2e-2), ("remora_permute", "muon"): (4e-3, 6.4e-2),
-        ("full", "adamw"): (1e-3, 1.6e-2), ("lora", "adamw"): (2e-3, 4e-3),
-        ("mora_share", "adamw"): (1e-3, 1.6e-2), ("remora_alternate", "muon"): (2e-3, 6.4e-2),
-        ("relora", "muon"): (4e-3, 3.2e-2), ("remora_permute", "adamw"): (1e-3, 8e-3)}
+def tried(group, records):
+    """Return {point: perplexity} of the runs of a group's grid, infinite if one diverged."""
+    points = [(i, j) for i in range(-5, 6) for j in range(-5, 6)]
+    names = {point: next(iter(run(group, point))) for point in points}
+    found = {point: records[name] for point, name in names.items() if name in records}
+    return {point: record.get("val_ppl", math.inf) for point, record in found.items()
+            if rates.diverged(record) or "error" not in record}
 
-RUNS = {
-    # FP8 or not, three seeds each
-    **runs("mora_share", "muon", [2e-3], [1.6e-2]),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2], matmul="fp8"),
-    **runs("full", "muon", [2e-3], [1.6e-2], matmul="fp8"),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2], seed=1, matmul="fp8"),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2], seed=1),
-    **runs("full", "muon", [2e-3], [1.6e-2], seed=1, matmul="fp8"),
-    **runs("full", "muon", [2e-3], [1.6e-2], seed=1),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2], seed=2, matmul="fp8"),
-    **runs("full", "muon", [2e-3], [1.6e-2], seed=2, matmul="fp8"),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2], seed=2),
-    **runs("full", "muon", [2e-3], [1.6e-2], seed=2),
-    # Muon: a cross around the best so far, one factor of 2 to each side of both rates
-    **runs("remora_permute", "muon", [4e-3], [3.2e-2, 6.4e-2, 0.128]),
-    **runs("remora_permute", "muon", [2e-3, 8e-3], [6.4e-2]),
-    **runs("lora", "muon", [4e-3], [1.6e-2, 3.2e-2, 6.4e-2]),
-    **runs("lora", "muon", [2e-3, 8e-3], [3.2e-2]),
-    **runs("mora_share", "muon", [2e-3], [1.6e-2, 3.2e-2, 6.4e-2]),
-    **runs("mora_share", "muon", [1e-3, 4e-3], [3.2e-2]),
-    **runs("full", "muon", [2e-3], [1.6e-2, 3.2e-2, 6.4e-2, 0.128]),
-    **runs("full", "muon", [1e-3, 4e-3], [3.2e-2, 6.4e-2]),
-    **runs("full", "muon", [8e-3], [6.4e-2]), **runs("full", "muon", [4e-3], [0.128]),
-    **runs("remora_permute", "muon", [4e-3], [6.4e-2], seed=1),
-    **runs("remora_permute", "muon", [4e-3], [6.4e-2], seed=2),
-    **runs("lora", "muon", [4e-3], [3.2e-2], seed=1),
-    **runs("lora", "muon", [4e-3], [3.2e-2], seed=2),
-    **runs("relora", "muon", [4e-3], [1.6e-2, 3.2e-2, 6.4e-2]),
-    **runs("relora", "muon", [2e-3, 8e-3], [3.2e-2]),
-    **runs("remora_alternate", "muon", [2e-3], [3.2e-2, 6.4e-2, 0.128]),
-    **runs("remora_alternate", "muon", [1e-3, 4e-3], [6.4e-2]),
-    **runs("frozen", "adamw", [1e-3], [8e-3, 1.6e-2, 3.2e-2, 6.4e-2]),
-    # restarts every 50 and 200 steps (nothing gained so far)
-    **runs("remora_permute", "muon", [4e-3], [3.2e-2], restart_every=50),
-    **runs("remora_permute", "muon", [4e-3], [3.2e-2], restart_every=200),
-    # AdamW
-    **runs("full", "adamw", [1e-3], [8e-3, 1.6e-2, 3.2e-2]),
-    **runs("full", "adamw", [5e-4, 2e-3], [1.6e-2]),
-    **runs("mora_share", "adamw", [1e-3], [8e-3, 1.6e-2, 3.2e-2]),
-    **runs("mora_share", "adamw", [5e-4, 2e-3], [1.6e-2]),
-    **runs("lora", "adamw", [2e-3], [2e-3, 4e-3, 8e-3, 1.6e-2]),
-    **runs("lora", "adamw", [1e-3, 4e-3], [4e-3, 8e-3]),
-    **runs("remora_permute", "adamw", [1e-3], [8e-3, 1.6e-2]),
-    **runs("remora_permute", "adamw", [5e-4], [8e-3, 1.6e-2]),
-    **runs("remora_alternate", "adamw", [5e-4, 1e-3], [8e-3, 1.6e-2]),
-    **runs("relora", "adamw", [1e-3, 2e-3], [8e-3, 1.6e-2]),
-    # 25 % of the block parameters
-    **runs("lora", "muon", [4e-3], [3.2e-2], rank=80),
-    **runs("mora_share", "muon", [2e-3], [3.2e-2], rank=80),
-}
 
-# 66 M tokens, three seeds, at the best rates of the grids; 131 M for four methods
-for seed in (1337, 1, 2):
-    for (method, optimizer), rates in BEST.items():
-        RUNS |= longer(method, optimizer, *rates, seed, 2000)
-for method in ("full", "lora", "mora_share", "remora_permute"):
-    RUNS |= longer(method, "muon", *BEST[method, "muon"], 1337, 4000)
+def search(group, records):
+    """Return (the best point of a group, its neighbours that have not been tried)."""
+    scores = tried(group, records)
+    i, j = best = min(scores, key=scores.get, default=(0, 0))
+    cross = [best, (i, j + 1), (i, j - 1)]
+    cross += [] if group[0] == "frozen" else [(i + 1, j), (i - 1, j)]
+    return best, [point for point in cross if point not in scores]
+
+
+def plan(records):
+    """Return RUNS. Of each set of groups: what is missing in the grids, then longer runs."""
+    found = {group: search(group, records) for group in CENTRES}
+    best = {group: point for group, (point, missing) in found.items() if not missing}
+    runs = {}
+    for groups in (MUON, OTHERS, ADAMW):
+        for group in groups:
+            for point in found[group][1]:
+                runs |= run(group, point)
+        for seed in (SEED, *MORE_SEEDS):
+            for group in filter(best.get, groups):
+                runs |= run(group, best[group], seed, steps=2000)
+        for group in filter(best.get, LONGEST):
+            runs |= run(group, best[group], steps=4000) if groups is OTHERS else {}
+    return runs
+
+
+RUNS = plan(rates.read(FOLDER / "sweep.jsonl"))
