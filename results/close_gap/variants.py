@@ -620,11 +620,13 @@ def share_held(update, gradient):
 
 
 def maps(patches, value):
-    """MODE:SIDES. dW = P^T M Q with P and Q renewed at each restart. MODE: svd, sample, half: of
-    the singular vectors of W's gradient of one batch; random; bulk: random in the space without
+    """MODE:SIDES[:BETA]. dW = P^T M Q with P and Q renewed at each restart. MODE: svd, sample, half:
+    of the singular vectors of W's gradient of one batch; random; bulk: random in the space without
     the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
-    of all outputs x some inputs (GaLore's budget in the weights). Restarts come from the config."""
-    mode, sides = value.split(":")
+    of all outputs x some inputs (GaLore's budget in the weights). BETA: instead of one batch's, the
+    gradient is a running mean of all steps'. Restarts come from the config."""
+    mode, sides, *beta = value.split(":")
+    means = {}
 
     def make(name, layer, keys):
         (d, k), rank = layer.matrix.shape, keys["rank"]
@@ -634,9 +636,16 @@ def maps(patches, value):
 
     def renew(step, model, _, batch):
         stale = [layer for _, layer in mora.adapted_layers(model) if layer.update.generator]
-        if not stale:
+        if not stale and not beta:
             return
         gradients = full_gradients(model, batch)
+        if beta:
+            for layer, gradient in gradients.items():
+                means.setdefault(layer, torch.zeros_like(gradient)).lerp_(
+                    gradient, 1 - float(beta[0]))
+            gradients = means
+        if not stale:
+            return
         if step:  # what the maps of the cycle that ends hold of the gradient now
             old = [share_held(layer.update, gradients[layer]) for layer in stale]
             say(f"step {step}: the old maps hold {torch.stack(old).mean().item():.3f}")
