@@ -75,6 +75,10 @@ def read_config(folder):
             with as_user_error(f"{file}: {pattern} holds {text!r:.80}, no regular expression",
                                re.error, OverflowError, RecursionError):
                 re.compile(LAST_PARTS.format(text))
+    lora_rank, ranks = config.get("lora_rank"), [*(config.get("rank_pattern") or {}).values()]
+    need(not lora_rank or config["peft_type"] == "MORA" and not config.get("use_dora")
+         and lora_rank < min([config["r"], *ranks]), f"{file}: lora_rank is a part of each rank of "
+         f"peft_type MORA without use_dora, so it is less; got {lora_rank}")
     return config
 
 

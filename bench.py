@@ -58,7 +58,7 @@ def settings(shape, name, rank, seq_len, batch):
     hidden, ffn, layers, heads, _, sequences = SHAPES[shape]
     options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
     if name.startswith("mixed"):
-        options["lora_rank"] = options["rank"] // 2
+        options["lora_rank"] = max(1, options["rank"] // 2)
     if shape == "7b":
         options = {"operator": "rotate", "train_rest": False} | options
         if options["method"] != "full" and "matmul" not in options:
@@ -83,9 +83,9 @@ def needed_flops(model, cfg):
     total = 6 * cfg.seq_len * cfg.hidden_size * cfg.num_hidden_layers
     for module in model.modules():
         if isinstance(module, mora.AdaptedLinear):
-            blocks = module.update.fold_in.blocks if hasattr(module.update, "M") else 2
-            trained = sum(p.numel() for p in module.update.parameters())
-            total += 4 * module.weight.numel() + 2 * blocks * trained
+            total += 4 * module.weight.numel()
+            for name, p in module.update.named_parameters():
+                total += (2 * module.update.fold_in.blocks if name == "M" else 4) * p.numel()
         elif isinstance(module, torch.nn.Linear):
             total += (6 if module.weight.requires_grad else 4) * module.weight.numel()
     return total
@@ -112,7 +112,7 @@ def measure(args):
 
     def restart():  # without the optimizer's states
         for _, layer in layers:
-            layer.merge_()
+            layer.merge_(restarts=True)
         mora.start_cycle(layers, seed=0, cycle=2)
 
     block()  # the warm-up: it compiles, and it allocates the optimizer's state

@@ -107,8 +107,7 @@ def rope_config(config, where):
 
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
-    every directory written from the model: (special tokens, generation_config.json or None).
-    model.trained_seq_len: tokens per sequence in training, or None if the directory has none."""
+    every directory written from the model: (special tokens, generation_config.json or None)."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file, dict)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -123,8 +122,6 @@ def read_hugging_face(folder):
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
-    seq_len = config.get("seq_len")
-    model.trained_seq_len = seq_len and number(f"{file}: seq_len", seq_len, int, 1)
     return model, name and tokenizer.load(name, folder)
 
 
@@ -368,9 +365,19 @@ def load(path, base=None, best=False):
         need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
              "adapter_config.json, or config.json and model.safetensors")
     model, tok = read_hugging_face(folder)
-    if folder.is_symlink():  # of float8, to a directory that the run did not write
-        seq_len = read_state(folder.parent)["config"]["seq_len"]
-        model.trained_seq_len = number(f"{path}: seq_len", seq_len, int, 1)
     if adapter.is_dir():
         model = adapters.load(model, adapter, freeze=False, exclude=("lm_head",))
     return model, tok, path
+
+
+def trained_seq_len(folder):
+    """The tokens per sequence that a model was trained on, or None; they can be fewer than
+    max_position_embeddings, after --init_from. folder: as load returns it."""
+    step = folder.parent if folder.name in ("base", "adapter") else folder
+    file, values = folder / "config.json", {}
+    if (step / "state.json").exists():
+        file, values = step / "state.json", read_state(step)["config"]
+    elif file.exists():
+        values = read_json(file, dict)
+    seq_len = values.get("seq_len")
+    return seq_len and number(f"{file}: seq_len", seq_len, int, 1)

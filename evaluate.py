@@ -124,7 +124,7 @@ def main(argv):
             file.writelines(json.dumps(row) + "\n" for row in rows)
         result = scores(rows, tokens.format)
     else:
-        window = model.trained_seq_len or model.cfg.max_position_embeddings
+        window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
         if is_samples:
             window = int(tokens.lengths.max())
         seq_len = min(args.seq_len or window, len(tokens))

@@ -83,8 +83,8 @@ def main(argv):
                     f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
-            weights = merged.to(dtype).state_dict()
-            checkpoint.write_hugging_face(new, weights, merged, tok, model.trained_seq_len)
+            weights, seq_len = merged.to(dtype).state_dict(), checkpoint.trained_seq_len(folder)
+            checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
             if tok:
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"

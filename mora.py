@@ -413,7 +413,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
     check_options(method, rank, operator, groups, alpha, rslora, lora_A)
     if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
-        raise ValueError(f"lora_rank is a part of MoRA's rank, without dora: {lora_rank} of {rank}")
+        raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
+                         f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
@@ -614,13 +615,14 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     included. keep > 0: instead, only this part of their first moments, the largest, is left.
     Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
     was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained."""
-    parameters = [p for name, p in adapter_parameters(model)
-                  if p.requires_grad and ".low_rank." not in name]  # of Mixed, which goes on
+    layers = adapted_layers(model)
+    kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
+            for p in layer.update.low_rank.parameters()}
+    parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
     states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
     if states != len(parameters):
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
-    layers = adapted_layers(model)
     norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:

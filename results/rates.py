@@ -6,6 +6,7 @@ then, where the best is the lowest or the highest, at the next one further out, 
 at the best rate.
 A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
 """
+import contextlib
 import json
 import math
 from statistics import stdev
@@ -17,8 +18,9 @@ WORST = (math.inf,)  # score of a run that diverged; those of others are tuples 
 
 def read(path):
     """Return the records of a file of JSON lines by run name, {} if the file does not exist."""
-    text = path.read_text() if path.exists() else ""
-    lines = text[:text.rfind("\n") + 1].splitlines()  # another process may be writing the last one
+    *lines, last = path.read_text().split("\n") if path.exists() else [""]
+    with contextlib.suppress(ValueError):  # another process may be writing the last one
+        lines += [last] if last and json.loads(last) else []
     return {record["name"]: record for record in map(json.loads, lines)}
 
 

@@ -123,7 +123,11 @@ def run_one(name, words, folders, out):
         extra |= {f"{Path(data).name}_{key}": scores[key] for key in ("ppl", "bits_per_byte")}
     extra["seconds"] = round(time.time() - started, 1)
     _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
-    result = record(name, folder, {**extra, **measure_blocks(model, first)})
+    try:
+        extra |= measure_blocks(model, first)
+    except Exception as error:  # a finished run keeps its scores
+        extra["spectrum_error"] = f"{type(error).__name__}: {error}"[:500]
+    result = record(name, folder, extra)
     shutil.rmtree(folder)
     return result
 
@@ -144,18 +148,30 @@ def attempt(name, plan, out):
 
 def steps_of(words):
     """Return the steps of a run, or 1 if its words do not tell: all runs are equally long then."""
-    return next((int(word[8:]) for word in reversed(words) if word.startswith("--steps=")), 1)
+    steps = (word.removeprefix("--steps=") for word in reversed(words) if "--steps=" in word)
+    return int(float(next(steps, 1)))
+
+
+def would_take(steps, own, others):
+    """Return the seconds that a run may take, from runs of similar length: the slowest per step of
+    this worker's own, else the median of others'; 0 if there are none. Both: [(steps, seconds)]."""
+    own, others = ([seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
+                   for runs in (own, others))
+    return steps * (max(own) if own else statistics.median(others or [0]))
 
 
 def work(path, out, deadline):
     """Run what is neither done nor claimed and would end in time, in the plan's order."""
-    done, pace = path.with_name("sweep.jsonl"), 0.0  # pace: seconds per step, of the slowest run
+    done, own = path.with_name("sweep.jsonl"), []
     while time.time() <= deadline:
         finished = rates.read(done)  # first: the plan must have what follows from these lines
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
+        others = [(line["config"]["steps"], line["seconds"]) for line in finished.values()
+                  if "seconds" in line]
+        steps = {name: steps_of(plan["RUNS"][name][1]) for name in claims}
         in_time = [name for name in claims
-                   if time.time() + pace * steps_of(plan["RUNS"][name][1]) <= deadline]
+                   if time.time() + would_take(steps[name], own, others) <= deadline]
         name = next((name for name in in_time if claim(claims[name])), None)
         if name is None and not any(map(is_running, filter(Path.exists, claims.values()))):
             break
@@ -166,7 +182,7 @@ def work(path, out, deadline):
         line = json.dumps(attempt(name, plan, out)) + "\n"
         with open(done, "ab", buffering=0) as file:  # one write: other processes append too
             file.write(line.encode())
-        pace = max(pace, (time.time() - started) / steps_of(plan["RUNS"][name][1]))
+        own.append((steps[name], time.time() - started))
 
 
 def main():
@@ -180,6 +196,9 @@ def main():
         return work(args.plan, args.out, args.deadline)
     shutil.rmtree(args.out / "claims", ignore_errors=True)  # stale ones
     (args.out / "claims").mkdir(parents=True)
+    done = args.plan.with_name("sweep.jsonl")
+    if done.exists() and not done.read_bytes().endswith(b"\n"):  # of an editor, or half a line
+        done.write_text("".join(json.dumps(line) + "\n" for line in rates.read(done).values()))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else range(args.gpus)
     workers, deadline = [], time.time() + args.seconds
@@ -191,6 +210,10 @@ def main():
     # a worker that was killed has its process id, and so looks alive to the others, until poll()
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)
+    lines, names = rates.read(done), runpy.run_path(args.plan)["RUNS"]
+    failed = [name for name in names if "error" in lines.get(name, ())]
+    print(f"{len(names) - len(names.keys() & lines.keys())} of {len(names)} runs are left; failed:",
+          ", ".join(failed) or "none")
     raise SystemExit(any(worker.returncode for worker in workers))
 
 

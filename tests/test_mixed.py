@@ -1,5 +1,6 @@
 """MoRA beside a LoRA (mora.Mixed): the laws of every update, and restarts that leave LoRA alone."""
 import copy
+import json
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_as_lora_holds_both_parts(tmp_path):
     {"lora_rank": 6}, {"lora_rank": -1}, {"lora_rank": 2, "dora": True},
     {"lora_rank": 2, "method": "lora"}])
 def test_wrong_parts_are_refused(options):
-    with pytest.raises(ValueError, match="lora_rank is a part of MoRA's rank"):
+    with pytest.raises(ValueError, match="lora_rank is the part of MoRA's rank .* got lora_rank"):
         mora.adapt(Llama(SHAPE, seed=0), rank=6, **options)
 
 
@@ -127,3 +128,28 @@ def test_a_folder_without_low_rank_tensors_is_refused(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="does not fit the base model"):
         adapters.load(Llama(SHAPE, seed=0), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"lora_rank": 6}, {"rank_pattern": {"q_proj": 2}}, {"use_dora": True},
+    {"peft_type": "LORA", "lora_alpha": 6}])
+def test_a_wrong_part_in_a_folder_is_one_line(tmp_path, changes):
+    adapters.save(adapted(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=r"adapter_config.json: lora_rank is .* got \d$"):
+        adapters.load(Llama(SHAPE, seed=0), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["mora", "lora"])
+def test_a_layer_of_the_model_may_be_called_low_rank(method):
+    """Its update restarts as every other one."""
+    linears = {name: torch.nn.Linear(8, 8) for name in ("low_rank", "q_proj")}
+    model = torch.nn.ModuleDict(linears)
+    mora.adapt(model, method=method, rank=2, targets=("low_rank", "q_proj"))
+    parameters = [p for _, p in mora.adapter_parameters(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    x = torch.randn(4, 8)
+    model["q_proj"](model["low_rank"](x)).square().sum().backward()
+    optimizer.step()
+    assert mora.restart(model, optimizer, cycle=1)["states"] == len(parameters)

@@ -326,18 +326,33 @@ def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
 
 
 def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
-    """A step of 0.1 s: after the first run 30 steps would end too late, 2 do not."""
+    """A step of 0.1 s: after the first run 30 steps would end too late, 5 do not."""
     def run_one(name, words, folders, out):
         time.sleep(0.1 * sweep.steps_of(words))
         return fake(name, words, folders, out)
 
     runs = {name: ("CONFIG", ["--steps=9", f"--steps={steps}"])
-            for name, steps in (("first", 1), ("long", 30), ("short", 2))}
+            for name, steps in (("first", 4), ("long", 30), ("short", 5))}
     sweeping.plan.write_text(f"EVALUATE, RUNS = [], {runs}")
     started = time.time()
     sweeping.work(run_one, seconds=1.5)
     assert list(sweeping.records()[1]) == ["first", "short"]
-    assert time.time() - started < 1  # nobody waits for a run that nobody runs
+    assert time.time() - started < 1.4  # nobody waits for a run that nobody runs
+
+
+def test_the_time_of_one_step_tells_nothing_about_a_long_run():
+    """Of which compilation and evaluation take most."""
+    assert sweep.would_take(212, [(1, 40)], []) == 0
+    assert sweep.would_take(212, [(1, 40), (200, 60), (209, 60)], [(212, 9)]) == pytest.approx(63.6)
+    assert sweep.would_take(2000, [], [(1000, 100), (1000, 140), (1000, 110)]) == 220
+
+
+@pytest.mark.parametrize("tail", ['{"name": "b"}', '{"name": "b", "lo'])
+def test_a_file_without_a_final_newline_loses_nothing(tmp_path, tail):
+    """A whole last line counts; half of one does not (a worker may be writing it)."""
+    path = tmp_path / "sweep.jsonl"
+    path.write_text('{"name": "a"}\n' + tail)
+    assert [*sweep.rates.read(path)] == ["a", "b"][:1 + tail.endswith("}")]
 
 
 def test_a_line_that_another_process_is_writing_is_not_read(tmp_path):

@@ -453,9 +453,10 @@ def orthogonal(patches, gain):
     """The blocks' matrices at the start are orthogonal, times a gain in their root mean square."""
     def build(original, cfg, tokens):
         cfg, model = original(cfg, tokens)
+        generator = torch.Generator().manual_seed(cfg.seed)
         for weight in block_matrices(model).values():
             scale = float(gain) * weight.std() * max(weight.shape) ** 0.5
-            nn.init.orthogonal_(weight.data, scale.item())
+            nn.init.orthogonal_(weight.data, scale.item(), generator=generator)
         return cfg, model
 
     wrap(patches, train, "build_model", build)
@@ -620,9 +621,9 @@ def share_held(update, gradient):
 
 
 def maps(patches, value):
-    """MODE:SIDES[:BETA]. dW = P^T M Q with P and Q renewed at each restart. MODE: svd, sample, half:
-    of the singular vectors of W's gradient of one batch; random; bulk: random in the space without
-    the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
+    """MODE:SIDES[:BETA]. dW = P^T M Q with P and Q renewed at each restart. MODE: svd, sample,
+    half: of the singular vectors of W's gradient of one batch; random; bulk: random in the space
+    without the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
     of all outputs x some inputs (GaLore's budget in the weights). BETA: instead of one batch's, the
     gradient is a running mean of all steps'. Restarts come from the config."""
     mode, sides, *beta = value.split(":")

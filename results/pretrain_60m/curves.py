@@ -2,17 +2,17 @@
 
     python results/pretrain_60m/curves.py
 
-Lines are means over seeds, bands reach from the lowest to the highest seed. A run's GPU seconds are
-a third of its seconds of training, since three processes shared a GPU; the median over seeds.
+Lines are means over seeds, bands reach from the lowest to the highest seed; the runs are those of
+metrics.json. A run's GPU seconds are a third of its seconds of training, since three processes
+shared a GPU; the median over seeds.
 """
-import json
-from pathlib import Path
 from statistics import mean, median
 
 import matplotlib
 from matplotlib import pyplot
+from metrics import FOLDER, HEADLINE, groups, read_runs, with_most_seeds
 
-FOLDER, PER_GPU, STEPS = Path(__file__).parent, 3, 2000
+PER_GPU = 3
 LABELS = {"full": "full rank", "best": "MoRA and LoRA (60m_best)", "remora_permute":
           "ReMoRA, permute", "lora": "LoRA", "mora_share": "MoRA, share",
           "remora_alternate": "ReMoRA, alternate", "relora": "ReLoRA"}
@@ -20,17 +20,14 @@ LABELS = {"full": "full rank", "best": "MoRA and LoRA (60m_best)", "remora_permu
 
 def curves(runs):
     """Return {(method, optimizer): (steps, [losses by seed], tokens, GPU seconds of a step)}."""
-    found = {}
-    for run in runs:
-        if run["config"]["steps"] == STEPS:
-            method, optimizer, *_ = run["name"].split("-")
-            found.setdefault((method, optimizer), []).append(run)
     result = {}
-    for group, seeds in found.items():
+    for group, by_tokens in groups(runs).items():
+        if HEADLINE not in by_tokens:
+            continue
+        seeds = with_most_seeds(by_tokens[HEADLINE])
         steps = [step for step, _ in seeds[0]["val_losses"] if step]
         losses = [[dict(run["val_losses"])[step] for step in steps] for run in seeds]
-        config = seeds[0]["config"]
-        tokens = config["batch_size"] * config["seq_len"]
+        tokens = seeds[0]["config"]["batch_size"] * seeds[0]["config"]["seq_len"]
         speed = median(run["tokens_per_s"] for run in seeds) * PER_GPU
         result[group] = steps, losses, tokens, tokens / speed
     return result
@@ -53,9 +50,10 @@ def draw(axes, lines, optimizer):
 
 
 if __name__ == "__main__":
-    records = [json.loads(line) for line in (FOLDER / "sweep.jsonl").read_text().splitlines()]
-    lines = curves(record for record in records if "error" not in record)
+    lines = curves(read_runs(FOLDER / "sweep.jsonl"))
     optimizers = [name for name in ("muon", "adamw") if any(name == own for _, own in lines)]
+    if not optimizers:
+        raise SystemExit("sweep.jsonl has no run of 66 M tokens yet: plan.py makes them")
     matplotlib.use("agg")
     figure, axes = pyplot.subplots(len(optimizers), 2, figsize=(10, 4.5 * len(optimizers)),
                                    layout="constrained", squeeze=False, sharey=True)

@@ -95,7 +95,7 @@ def of_seeds(runs, tokens):
         numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
     numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens,
                 "tokens_per_s": round(median(run["tokens_per_s"] for run in runs)),
-                "peak_gib": max(run["peak_gib"] for run in runs)}
+                "peak_gib": round(median(run["peak_gib"] for run in runs), 2)}
     spectra = [run["spectrum"] for run in runs if "spectrum" in run]
     if spectra:
         numbers |= {key: average(spectra, key, 1) for key in ("singular_above_0.1", "rank")}
