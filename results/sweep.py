@@ -10,7 +10,8 @@ remove its line and start the sweep again.
 
 A worker reads the plan before each run, so that RUNS may depend on sweep.jsonl and grow, and it
 waits while a run of another worker may make it grow. No run starts that would end after --seconds.
-A stopped sweep can be started again. Logs: OUT/*.log.
+A stopped sweep can be started again, and continues runs from their checkpoints in OUT/runs; the
+"seconds" of such a run are those of its last part. Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -91,8 +92,9 @@ def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
     head, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     head["config"]["out"] = name  # not a path of the machine
-    steps = [line for line in lines if "loss" in line]
-    scores = [line for line in lines if "val_ppl" in line]
+    # of a resumed run the later line of a step counts
+    steps = [*{line["step"]: line for line in lines if "loss" in line}.values()]
+    scores = [*{line["step"]: line for line in lines if "val_ppl" in line}.values()]
     return {"name": name, "val_ppl": scores[-1]["val_ppl"], "val_loss": scores[-1]["val_loss"],
             "bits_per_byte": scores[-1]["val_bits_per_byte"], **extra,
             "tokens_per_s": statistics.median_high(line["tokens_per_s"] for line in steps),
@@ -102,17 +104,20 @@ def record(name, folder, extra):
 
 
 def run_one(name, words, folders, out):
-    """Train one run and evaluate it; return its record."""
+    """Train one run, or what is left of it, and evaluate it; return its record."""
     import torch
 
+    import checkpoint
     import train
     from config import load
     from evaluate import perplexity
     from shards import open_split
     torch.compiler.reset()
     folder, started = out / "runs" / name, time.time()
-    shutil.rmtree(folder, ignore_errors=True)
-    cfg = load([*words, f"--out={folder}"], None)
+    begun = checkpoint.steps_of(folder)  # of an earlier start of the sweep, which was stopped
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    cfg = load([*words, f"--out={folder}", *["--resume"] * bool(begun)], None)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model = train.train(cfg)

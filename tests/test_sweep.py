@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import stopped_copy
 
 import analyze
 import mora
@@ -90,6 +91,19 @@ def test_the_change_of_a_run_from_a_checkpoint_is_since_that_checkpoint(run, swe
     before = run("--method=lora", "--lr=0.03")
     record, _ = swept(f"--init_from={before}", "--lr=1e-30", "--steps=2")
     assert record["spectrum"]["largest"] < 1e-6
+
+
+def test_a_stopped_run_continues_from_its_checkpoint(run, swept, tmp_path, capsys):
+    words = ("--groups=permute", "--restart_every=7", "--micro_batch=8")
+    whole, _ = swept(*words)
+    stopped = run(*words, "--save_every=10")
+    stopped_copy(stopped, 10, tmp_path / "runs" / "name")
+    shutil.copy(stopped / "log.jsonl", tmp_path / "runs" / "name")  # steps 11 to 20 come again
+    record, _ = swept(*words)
+    assert capsys.readouterr().out.count("20/20   loss") == 3 and record["val_losses"][0][0] == 0
+    assert [step for step, _ in record["losses"]] == [*range(1, 21)]
+    for key in ("val_ppl", "losses", "val_losses", "spectrum"):
+        assert record[key] == whole[key], key
 
 
 def test_the_rounding_of_a_bfloat16_base_is_no_change(swept):

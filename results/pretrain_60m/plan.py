@@ -1,16 +1,15 @@
 """The sweep of results/pretrain_60m: grids of two rates, then longer runs at the best of them.
 
-A method's matrices learn at lr, embeddings, head and norms at rest_lr. A grid of 1,000 steps of
-32,768 tokens (33 M) grows until its best point has a neighbour on each side of both rates, a factor
-of 2 away. Then follow 66 M tokens with three seeds, and 131 M with one for some methods. The runs
-of earlier sweeps, in sweep.jsonl beside this file, decide which points are missing.
+A grid (see results/grid.py) has 1,000 steps of 32,768 tokens, 33 M. At its best rates follow 66 M
+tokens with three seeds, and 131 M with one for some methods. The runs of earlier sweeps, in
+sweep.jsonl beside this file, decide what is missing.
 """
-import math
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
+import grid  # noqa: E402
 import rates  # noqa: E402
 
 CONFIG = "configs/60m_mora.py"
@@ -51,39 +50,20 @@ LONGEST = [(method, "muon") for method in ("full", "lora", "mora_share", "best")
 SEED, MORE_SEEDS, STEPS = 1337, (1, 2), 1000
 
 
-def run(group, point, seed=SEED, steps=STEPS, **more):
-    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see tried."""
-    (method, optimizer), (lr, rest_lr) = group, rates_at(group, point)
+def run(group, point, seed=SEED, steps=STEPS):
+    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see grid.py."""
+    (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
     words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}",
              f"--lr={lr}", f"--rest_lr={rest_lr}", f"--steps={steps}", f"--save_every={steps}",
-             f"--eval_every={steps if steps == STEPS else steps // 8}",
-             *(f"--{key}={value}" for key, value in more.items())]
-    options = "".join(f"-{key}{value}" for key, value in more.items())
-    options += "" if steps == STEPS else f"-steps{steps}"
+             f"--eval_every={steps if steps == STEPS else steps // 8}"]
+    options = "" if steps == STEPS else f"-steps{steps}"
     return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}{options}": (CONFIG, words)}
-
-
-def rates_at(group, point):
-    """Return (lr, rest_lr) of a point of a group's grid: steps of a factor of 2 from its centre."""
-    return tuple(rate * 2.0 ** step for rate, step in zip(CENTRES[group], point, strict=True))
-
-
-def tried(group, records):
-    """Return {point: perplexity} of the runs of a group's grid, infinite if one diverged."""
-    points = [(i, j) for i in range(-5, 6) for j in range(-5, 6)]
-    names = {point: next(iter(run(group, point))) for point in points}
-    found = {point: records[name] for point, name in names.items() if name in records}
-    return {point: record.get("val_ppl", math.inf) for point, record in found.items()
-            if rates.diverged(record) or "error" not in record}
 
 
 def search(group, records):
     """Return (the best point of a group, its neighbours that have not been tried)."""
-    scores = tried(group, records)
-    i, j = best = min(scores, key=scores.get, default=(0, 0))
-    cross = [best, (i, j + 1), (i, j - 1)]
-    cross += [] if group[0] == "frozen" else [(i + 1, j), (i - 1, j)]
-    return best, [point for point in cross if point not in scores]
+    return grid.search(lambda point: next(iter(run(group, point))), records,
+                       has_lr=group[0] != "frozen")
 
 
 def plan(records):

@@ -14,6 +14,9 @@ COMMON = ["--eval_every=300", "--save_every=300", "--keep=1", "--log_every=25"]
 CYCLES = ["--groups=permute", "--restart_every=25", "--restart_warmup=0"]
 LORA = ["--method=lora"]
 FULL = ["--method=full"]
+NEVER = ["--restart_warmup=0", "--groups=strided"]
+HALF = {"batch_size": 8, "steps": 600, "warmup": 80, "log_every": 50, "eval_every": 600,
+        "save_every": 600}
 
 
 def run(variant, rank=4, seed=1337, words=CYCLES, **more):
@@ -42,4 +45,21 @@ RUNS = {
     **run("init_std=0.5"), **run("stagger=4", restart_every=6),
     **run("maps=random:2", 16), **run("none", dora=True), **run("blocks", lr=4e-2),
     **run("cycle_lr=0:2:25"), **run("noise_decay=0.9"),
+    # an oracle: the momentum that full rank would have; other frozen weights, other products
+    **run("none", restart_every=10), **run("full_momentum=1"),
+    **run("full_momentum=1", restart_every=10), **run("full_momentum=1", restart_every=10, lr=5e-3),
+    **run("full_momentum=1", restart_every=10, lr=2e-2),
+    **run("hadamard=product", 8, words=NEVER), **run("hadamard=plus", 8, words=NEVER),
+    **run("none", 8, words=LORA, method="lora"),
+    **run("mixed=0.5:2,residual_std=0", restart_every=10),
+    **run("mixed=0.5:2,init_std=0.5", restart_every=10),
+    **run("mixed=0.5:2,noise_decay=0.9", restart_every=10),
+    **run("mixed=0.5:2,orthogonal=1", restart_every=10),
+    **run("mixed=0.5:2,init_std=2", restart_every=10),
+    # the same tokens in batches of half the size
+    **run("mixed=0.5:2", restart_every=10, **HALF), **run("mixed=0.5:2", restart_every=20, **HALF),
+    **run("none", 0, words=FULL, **HALF), **run("none", 0, words=FULL, lr=5e-3, **HALF),
+    # singular vectors of the mean gradient of many steps
+    **run("maps=svd:2:0.98"), **run("maps=svd:2:0.98", lr=4e-3), **run("maps=half:2:0.98"),
+    **run("maps=svd:2:0.9", restart_every=10),
 }

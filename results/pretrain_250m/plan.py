@@ -1,0 +1,58 @@
+"""The sweep of results/pretrain_250m: rates on short runs, then 131 M tokens at the best of them.
+
+The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M) each is checked by
+a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
+this file, decide what is missing. A long run takes about nine minutes of one H100 alone.
+"""
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import grid  # noqa: E402
+import rates  # noqa: E402
+
+CONFIG = "configs/60m_mora.py"
+EVALUATE = ["data/c4_sample"]
+COMMON = ["--hidden_size=768", "--intermediate_size=2560", "--num_hidden_layers=24",
+          "--num_attention_heads=16", "--batch_size=128", "--micro_batch=128", "--log_every=20",
+          "--keep=1", "--residual_init=true", "--matmul=fp8"]
+PERMUTE = ["--method=mora", "--rank=128", "--groups=permute", "--restart_every=10",
+           "--restart_warmup=0"]
+METHODS = {
+    "full": ["--method=full"],
+    "mora_share": ["--method=mora", "--rank=128"],
+    "best": [*PERMUTE, "--lora_rank=64"],  # configs/250m_best.py
+    "lora": ["--method=lora", "--rank=128"],
+    "remora_alternate": ["--method=mora", "--rank=128", "--groups=alternate",
+                         "--restart_every=400"],
+}
+# {(method, optimizer): (lr, rest_lr) where its grid starts}
+CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
+           ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
+           ("remora_alternate", "muon"): (4e-3, 6.4e-2)}
+SHORT, LONG = (250, 50), (2000, 200)  # steps, warm-up
+
+
+def run(group, point, length=SHORT, seed=1337):
+    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see grid.py."""
+    (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
+    steps, warmup = length
+    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}", f"--lr={lr}",
+             f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={warmup}", "--eval_every=250",
+             f"--save_every={min(steps, 1000)}"]
+    return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}-steps{steps}": (CONFIG, words)}
+
+
+def plan(records):
+    """Return RUNS: what is missing in the grids, then the long runs of those that are closed."""
+    short, long = {}, {}
+    for group in CENTRES:
+        point, missing = grid.search(lambda p, own=group: next(iter(run(own, p))), records)
+        for one in missing:
+            short |= run(group, one)
+        long |= {} if missing else run(group, point, LONG)
+    return short | long
+
+
+RUNS = plan(rates.read(FOLDER / "sweep.jsonl"))
