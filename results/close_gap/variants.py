@@ -467,13 +467,20 @@ def mixed(patches, value):
     directions, plus MoRA of the rest, which restarts and covers the others. SCALE multiplies B A,
     and with Muon LoRA's rate therefore."""
     share, scale = ([float(part) for part in value.split(":")] + [1.0])[:2]
+    replace_updates(patches, lambda *made: beside_lora(share, scale, square, *made))
+    keep_lora(patches)
 
-    def make(name, layer, keys):
-        (d, k), own = layer.matrix.shape, round(share * keys["rank"])
-        low_rank = mora.LowRank(k, d, own)
-        low_rank.scale = scale
-        return Pair(low_rank, square(layer, keys["rank"] - own, keys), k)
 
+def beside_lora(share, scale, make_square, name, layer, keys):
+    """Return LoRA of a share of the rank and make_square(layer, the rest of the rank, keys)."""
+    (d, k), own = layer.matrix.shape, round(share * keys["rank"])
+    low_rank = mora.LowRank(k, d, own)
+    low_rank.scale = scale
+    return Pair(low_rank, make_square(layer, keys["rank"] - own, keys), k)
+
+
+def keep_lora(patches):
+    """Restarts are those of the second part of each Pair alone."""
     def restart(original, model, *args):
         pairs = {layer: layer.update for _, layer in mora.adapted_layers(model)}
         for layer, pair in pairs.items():
@@ -483,7 +490,6 @@ def mixed(patches, value):
             layer.update = pair
         return report
 
-    replace_updates(patches, make)
     wrap(patches, mora, "restart", restart)
 
 
@@ -626,17 +632,32 @@ def maps(patches, value):
     without the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
     of all outputs x some inputs (GaLore's budget in the weights). BETA: instead of one batch's, the
     gradient is a running mean of all steps'. Restarts come from the config."""
+    _maps(patches, value, lambda name, layer, keys, make: make(layer, keys["rank"], keys))
+
+
+def maps_beside_lora(patches, value):
+    """SHARE:SCALE:MODE:SIDES:BETA: as mixed, with maps instead of MoRA."""
+    share, scale, value = value.split(":", 2)
+    _maps(patches, value, lambda name, layer, keys, make: beside_lora(
+        float(share), float(scale), make, name, layer, keys))
+    keep_lora(patches)
+
+
+def _maps(patches, value, make_update):
     mode, sides, *beta = value.split(":")
     means = {}
 
-    def make(name, layer, keys):
-        (d, k), rank = layer.matrix.shape, keys["rank"]
+    def projected(layer, rank, keys):
+        d, k = layer.matrix.shape
         width = mora.r_hat(rank, k, d)
         rows, columns = (width, width) if sides == "2" else (d, rank * (d + k) // d)
         return Projected(k, d, rows, columns)
 
+    def own(layer):
+        return layer.update.parts[1] if isinstance(layer.update, Pair) else layer.update
+
     def renew(step, model, _, batch):
-        stale = [layer for _, layer in mora.adapted_layers(model) if layer.update.generator]
+        stale = [layer for _, layer in mora.adapted_layers(model) if own(layer).generator]
         if not stale and not beta:
             return
         gradients = full_gradients(model, batch)
@@ -648,12 +669,12 @@ def maps(patches, value):
         if not stale:
             return
         if step:  # what the maps of the cycle that ends hold of the gradient now
-            old = [share_held(layer.update, gradients[layer]) for layer in stale]
+            old = [share_held(own(layer), gradients[layer]) for layer in stale]
             say(f"step {step}: the old maps hold {torch.stack(old).mean().item():.3f}")
-        held = torch.stack([set_maps(layer.update, gradients[layer], mode) for layer in stale])
+        held = torch.stack([set_maps(own(layer), gradients[layer], mode) for layer in stale])
         say(f"step {step}: {len(stale)} new maps hold {held.mean().item():.3f} of the nuclear norm")
 
-    replace_updates(patches, make)
+    replace_updates(patches, lambda *made: make_update(*made, projected))
     before_steps(patches, renew)
 
 
@@ -751,7 +772,7 @@ def none(patches, _):
 VARIANTS = {function.__name__: function for function in (
     init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
     full_momentum, lr_boost, cycle_lr, merge_mean, budget, two_maps, weighted, hadamard,
-    orthogonal, mixed, fold_draw, maps, slices, blocks, none)}
+    orthogonal, mixed, fold_draw, maps, maps_beside_lora, slices, blocks, none)}
 
 
 @contextlib.contextmanager
