@@ -61,5 +61,12 @@ RUNS = {
     **run("none", 0, words=FULL, **HALF), **run("none", 0, words=FULL, lr=5e-3, **HALF),
     # singular vectors of the mean gradient of many steps
     **run("maps=svd:2:0.98"), **run("maps=svd:2:0.98", lr=4e-3), **run("maps=half:2:0.98"),
-    **run("maps=svd:2:0.9", restart_every=10),
+    **run("maps=svd:2:0.9", restart_every=10), **run("maps=svd:2:0.9", restart_every=10, lr=5e-3),
+    **run("maps=svd:2:0.9", restart_every=5, lr=5e-3), **run("maps=random:2", restart_every=10),
+    **run("maps=svd:2:0.98", restart_every=10, lr=5e-3),
+    **run("maps=sample:2:0.9", restart_every=10),
+    **run("maps=svd:2:0.9", 16, restart_every=10, lr=5e-3),
+    **run("maps_beside_lora=0.5:2:svd:2:0.9", restart_every=10),
+    **run("maps_beside_lora=0.5:2:random:2", restart_every=10),
+    **run("maps_beside_lora=0.5:2:sample:2:0.9", restart_every=10),
 }
