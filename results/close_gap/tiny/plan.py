@@ -69,4 +69,6 @@ RUNS = {
     **run("maps_beside_lora=0.5:2:svd:2:0.9", restart_every=10),
     **run("maps_beside_lora=0.5:2:random:2", restart_every=10),
     **run("maps_beside_lora=0.5:2:sample:2:0.9", restart_every=10),
+    **run("maps_beside_lora=0.5:4:svd:2:0.9", restart_every=10, lr=5e-3),
+    **run("maps_beside_lora=0.25:4:svd:2:0.9", 16, restart_every=10, lr=5e-3),
 }
