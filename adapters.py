@@ -77,8 +77,8 @@ def read_config(folder):
                 re.compile(LAST_PARTS.format(text))
     lora_rank, ranks = config.get("lora_rank"), [*(config.get("rank_pattern") or {}).values()]
     need(not lora_rank or config["peft_type"] == "MORA" and not config.get("use_dora")
-         and lora_rank < min([config["r"], *ranks]), f"{file}: lora_rank is a part of each rank of "
-         f"peft_type MORA without use_dora, so it is less; got {lora_rank}")
+         and lora_rank < min([config["r"], *ranks]), f"{file}: lora_rank must be less than r and "
+         f"each rank of rank_pattern, of peft_type MORA without use_dora, got {lora_rank}")
     return config
 
 
@@ -271,7 +271,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
     text = json.dumps(config)
-    # a LoRA's tensors hold no order, and what M and a LoRA beside it add to is not kept apart
+    # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
     is_mora = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
     metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
     config = {key: value for key, value in config.items()

@@ -31,7 +31,7 @@ METHODS = ("mora", "lora", "frozen")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
 GROUPS = ("strided", "contiguous", "alternate", "permute", "gradient")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SETTINGS = ("scale", "operator", "groups", "seed", "cycle", "lora_rank")  # of an update, beside M
+SETTINGS = ("scale", "operator", "groups", "seed", "cycle", "lora_rank")  # dW depends on them
 ALIGNED = 8  # products are fast on rows of such multiples: 16 bytes in bfloat16
 
 
@@ -233,8 +233,8 @@ class Square(nn.Module):
 
 
 class Mixed(Square):
-    """MoRA beside a LoRA that shares its budget: dW = F_out^T M F_in + B A. A restart merges M and
-    moves its groups to other features; LoRA and its optimizer states go on (results/close_gap)."""
+    """MoRA beside a LoRA: dW = F_out^T kron(I_m, M) F_in + B A; not in the paper (docs/algebra.md).
+    A restart merges M's part alone and moves its groups; A, B and their optimizer states stay."""
 
     def __init__(self, in_features, out_features, rank, operator, groups, lora_rank):
         super().__init__(in_features, out_features, rank - lora_rank, operator, groups)
@@ -250,7 +250,7 @@ class Mixed(Square):
         return super().forward(x) + self.low_rank(x)
 
     def compress(self, x):
-        return self.low_rank.compress(x)  # which needs all of it
+        return self.low_rank.compress(x)  # x itself: A's gradient needs it
 
     def gradients(self, x, dy):
         square = super().gradients(super().compress(x), dy)
@@ -261,8 +261,8 @@ class Mixed(Square):
 
 
 def delta_of(update, device, dtype):
-    """dW, also inside a caller's autocast. A product that dW needs (LoRA's B A) has operands of
-    `dtype`: float32's took 5 % of LoRA's step in FP8, and W + dW is rounded to bfloat16 anyway."""
+    """dW. A product in it (LoRA's B A) has operands of `dtype`, whatever autocast surrounds the
+    call: float32's took 5 % of LoRA's step in FP8, and W + dW is rounded to bfloat16 anyway."""
     with torch.autocast(device.type, dtype, dtype.itemsize == 2, cache_enabled=False):
         return update.delta()
 

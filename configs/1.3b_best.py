@@ -1,6 +1,6 @@
 """The best adapter at 60M so far, r = 128, 1.3B on C4: 10k steps x 1024 x 512 = 5.24 B tokens.
 
-As configs/60m_best.py, with its rates, which have not been checked at this shape.
+It is configs/60m_best.py at this shape. Its learning rates have not been checked here.
 """
 from configs.c4_1300m import *
 

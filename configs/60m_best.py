@@ -2,9 +2,9 @@
 
     torchrun train.py configs/60m_best.py
 
-Half of the rank is a MoRA with permuted groups that restarts every ten steps, half a LoRA that no
-restart touches; Muon; embeddings, head and norms learn at a rate of their own. Chosen on 33 M
-tokens over three seeds, see results/close_gap.
+Half of the rank is a MoRA with permuted groups that restarts every ten steps, the other half is a
+LoRA that no restart touches. Muon trains the matrices; embeddings, head and norms have a learning
+rate of their own. results/close_gap compares it with others on 33 M tokens, three seeds.
 """
 from configs.wiki_60m import *
 

@@ -1,4 +1,4 @@
-"""Shared by the five 1.3B configs: section 5.3's shape and protocol on C4.
+"""Shared by the 1.3B configs: section 5.3's shape and protocol on C4.
 
 10,000 steps x 1024 sequences x 512 tokens = 5.24 B tokens. The vocabulary is GPT-2's, 50,257
 tokens: 1.4 B parameters, 1.2 B of them in the 168 adapted linear layers. intermediate_size 5461 is

@@ -1,9 +1,9 @@
 """What sweeps of fine-tuning share: names of runs, rates tried until the best is inside, its seeds.
 
-A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them: a plan grows with
-what is known, while sweep.py runs it. First every method runs at three rates (its centre in front),
-then, where the best is the lowest or the highest, at the next one further out, then with more seeds
-at the best rate.
+A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them, so a plan gets
+more runs while sweep.py adds lines there. First every method runs at three rates (its centre
+first), then, where the best is the lowest or the highest, at the next one further out, then with
+more seeds at the best rate.
 A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
 """
 import contextlib

@@ -10,8 +10,8 @@ remove its line and start the sweep again.
 
 A worker reads the plan before each run, so that RUNS may depend on sweep.jsonl and grow, and it
 waits while a run of another worker may make it grow. No run starts that would end after --seconds.
-A stopped sweep can be started again, and continues runs from their checkpoints in OUT/runs; the
-"seconds" of such a run are those of its last part. Logs: OUT/*.log.
+A stopped sweep can be started again. Without PREPARE it continues runs from their checkpoints in
+OUT/runs; the "seconds" of such a run are those of its last part. Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -140,6 +140,8 @@ def run_one(name, words, folders, out):
 def attempt(name, plan, out):
     """Return the record of a run, or of its error; plan: the values of the plan's file."""
     config, words = plan["RUNS"][name]
+    if "PREPARE" in plan:  # a checkpoint lacks what the context has collected: from the beginning
+        shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:
         with plan.get("PREPARE", contextlib.nullcontext)(name) as more:
             line = run_one(name, [config, *words], plan["EVALUATE"], out)
@@ -152,7 +154,7 @@ def attempt(name, plan, out):
 
 
 def steps_of(words):
-    """Return the steps of a run, or 1 if its words do not tell: all runs are equally long then."""
+    """Return the --steps of a run; 1 if it has none, which makes all runs equally long."""
     steps = (word.removeprefix("--steps=") for word in reversed(words) if "--steps=" in word)
     return int(float(next(steps, 1)))
 

@@ -276,7 +276,7 @@ def test_autocast_rounds_no_weight_that_is_merged():
 
 
 def test_rows_are_held_in_registers():
-    """The installed torch asks as it did when this was written, and answers others as before."""
+    """By the installed torch, which must call the method as ours expects; other reductions stay."""
     hints = torch._inductor.runtime.hints.ReductionHint
     sizes = SimpleNamespace(sizevars=SizeVarAllocator())
 

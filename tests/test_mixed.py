@@ -137,7 +137,7 @@ def test_a_wrong_part_in_a_folder_is_one_line(tmp_path, changes):
     adapters.save(adapted(), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(UserError, match=r"adapter_config.json: lora_rank is .* got \d$"):
+    with pytest.raises(UserError, match=r"adapter_config.json: lora_rank must be .* got \d$"):
         adapters.load(Llama(SHAPE, seed=0), tmp_path)
 
 

@@ -310,6 +310,19 @@ def PREPARE(name):
     assert sweeping.records()[0] == [{"name": "a", "answers": [1, None]}, {"name": "b"}]
 
 
+@pytest.mark.parametrize("more", ["", """
+import contextlib
+PREPARE = contextlib.nullcontext
+"""])
+def test_a_context_sees_a_run_from_its_beginning(sweeping, more):
+    """What it collects is in no checkpoint. Without one a stopped run goes on."""
+    folder = sweeping.out / "runs" / "a"
+    (folder / "step-00000010").mkdir(parents=True)
+    sweeping.write("a", more)
+    sweeping.work()
+    assert folder.exists() == (not more)
+
+
 def test_an_error_is_recorded_and_its_run_not_repeated(sweeping):
     sweeping.write("ab")
     sweeping.work(fail)

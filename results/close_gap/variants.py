@@ -78,19 +78,9 @@ def residual_std(patches, factor):
     init_std(patches, factor, ("o_proj", "down_proj"))
 
 
-def base_decay(patches, factor):
-    """W <- factor W at each restart, before the update is merged. The function changes."""
-    def restart(original, model, *args):
-        for _, layer in mora.adapted_layers(model):
-            layer.weight.data.mul_(float(factor))
-        return original(model, *args)
-
-    wrap(patches, mora, "restart", restart)
-
-
 def noise_decay(patches, factor):
-    """As base_decay, but only the random part of W shrinks, by `factor` at each restart: what
-    training added stays. The start weights follow from the seed, so they cost no memory."""
+    """The random part of W shrinks by `factor` at each restart; what training added stays. The
+    start weights follow from the seed, so they cost no memory."""
     start = {}
 
     def build(original, cfg, tokens):
@@ -215,8 +205,8 @@ def keep_momentum(patches, factor):
 
 def full_momentum(patches, _):
     """A restart gives M the momentum that it would have had: that of W's gradient at full rank,
-    seen by the new groups. No adapter can have it (it needs full rank's state): it tells what a
-    forgotten momentum costs."""
+    seen by the new groups. No adapter can have it, since it needs full rank's state: this measures
+    what a forgotten momentum costs."""
     momenta = {}
 
     def note(step, model, optimizer_, batch):
@@ -235,25 +225,6 @@ def full_momentum(patches, _):
 
     wrap(patches, mora, "restart", restart)
     before_steps(patches, note)
-
-
-def lr_boost(patches, value):
-    """BOOST:STEPS. The rate of the matrices is (1 + (BOOST - 1) exp(-t / STEPS)) times the
-    schedule's, t the steps since the last restart."""
-    (boost, decay), since = map(float, value.split(":")), [0]
-
-    def restart(original, *args):
-        since[0] = 0
-        return original(*args)
-
-    def step(_, model, optimizer, batch):
-        for group in optimizer.param_groups:
-            if group["muon"]:
-                group["ratio"] = 1 + (boost - 1) * math.exp(-since[0] / decay)
-        since[0] += 1
-
-    wrap(patches, mora, "restart", restart)
-    before_steps(patches, step)
 
 
 def cycle_lr(patches, value):
@@ -463,34 +434,18 @@ def orthogonal(patches, gain):
 
 
 def mixed(patches, value):
-    """SHARE[:SCALE]. LoRA of this share of the rank, which is never restarted and finds its own
-    directions, plus MoRA of the rest, which restarts and covers the others. SCALE multiplies B A,
-    and with Muon LoRA's rate therefore."""
+    """SHARE[:SCALE]. mora.Mixed: LoRA of this share of the rank, which is never restarted and finds
+    its own directions, plus MoRA of the rest, which restarts and covers the others. SCALE
+    multiplies B A, and with Muon LoRA's rate therefore."""
     share, scale = ([float(part) for part in value.split(":")] + [1.0])[:2]
-    replace_updates(patches, lambda *made: beside_lora(share, scale, square, *made))
-    keep_lora(patches)
 
+    def make(name, layer, keys):
+        (d, k), rank = layer.matrix.shape, keys["rank"]
+        update = mora.Mixed(k, d, rank, keys["operator"], keys["groups"], round(share * rank))
+        update.low_rank.scale = scale
+        return update
 
-def beside_lora(share, scale, make_square, name, layer, keys):
-    """Return LoRA of a share of the rank and make_square(layer, the rest of the rank, keys)."""
-    (d, k), own = layer.matrix.shape, round(share * keys["rank"])
-    low_rank = mora.LowRank(k, d, own)
-    low_rank.scale = scale
-    return Pair(low_rank, make_square(layer, keys["rank"] - own, keys), k)
-
-
-def keep_lora(patches):
-    """Restarts are those of the second part of each Pair alone."""
-    def restart(original, model, *args):
-        pairs = {layer: layer.update for _, layer in mora.adapted_layers(model)}
-        for layer, pair in pairs.items():
-            layer.update = pair.parts[1]
-        report = original(model, *args)
-        for layer, pair in pairs.items():
-            layer.update = pair
-        return report
-
-    wrap(patches, mora, "restart", restart)
+    replace_updates(patches, make)
 
 
 def fold_draw(patches, kinds):
@@ -632,22 +587,38 @@ def maps(patches, value):
     without the largest eighth of the singular vectors. SIDES 2: a square M as MoRA's; 1: M
     of all outputs x some inputs (GaLore's budget in the weights). BETA: instead of one batch's, the
     gradient is a running mean of all steps'. Restarts come from the config."""
-    _maps(patches, value, lambda name, layer, keys, make: make(layer, keys["rank"], keys))
+    _maps(patches, value, lambda name, layer, keys, projected: projected(layer, keys["rank"]))
 
 
 def maps_beside_lora(patches, value):
     """SHARE:SCALE:MODE:SIDES:BETA: as mixed, with maps instead of MoRA."""
     share, scale, value = value.split(":", 2)
-    _maps(patches, value, lambda name, layer, keys, make: beside_lora(
-        float(share), float(scale), make, name, layer, keys))
-    keep_lora(patches)
+
+    def make(name, layer, keys, projected):
+        (d, k), own = layer.matrix.shape, round(float(share) * keys["rank"])
+        low_rank = mora.LowRank(k, d, own)
+        low_rank.scale = float(scale)
+        return Pair(low_rank, projected(layer, keys["rank"] - own), k)
+
+    def restart(original, model, *args):
+        """Only the second part of each Pair restarts."""
+        pairs = {layer: layer.update for _, layer in mora.adapted_layers(model)}
+        for layer, pair in pairs.items():
+            layer.update = pair.parts[1]
+        report = original(model, *args)
+        for layer, pair in pairs.items():
+            layer.update = pair
+        return report
+
+    _maps(patches, value, make)
+    wrap(patches, mora, "restart", restart)
 
 
 def _maps(patches, value, make_update):
     mode, sides, *beta = value.split(":")
     means = {}
 
-    def projected(layer, rank, keys):
+    def projected(layer, rank):
         d, k = layer.matrix.shape
         width = mora.r_hat(rank, k, d)
         rows, columns = (width, width) if sides == "2" else (d, rank * (d + k) // d)
@@ -770,8 +741,8 @@ def none(patches, _):
 
 
 VARIANTS = {function.__name__: function for function in (
-    init_std, residual_std, base_decay, noise_decay, full_layer, stagger, warm, keep_momentum,
-    full_momentum, lr_boost, cycle_lr, merge_mean, budget, two_maps, weighted, hadamard,
+    init_std, residual_std, noise_decay, full_layer, stagger, warm, keep_momentum,
+    full_momentum, cycle_lr, merge_mean, budget, two_maps, weighted, hadamard,
     orthogonal, mixed, fold_draw, maps, maps_beside_lora, slices, blocks, none)}
 
 

@@ -4,6 +4,7 @@
 
 METHOD.OPTIMIZER.wiki_ppl is the last validation, .best_ppl the lowest of all, at .best_step.
 METHOD_fp8 trained with --matmul=fp8; .loss_difference_STEP is its validation loss minus bf16's.
+The lines of plan.py's sweep, in sweep.jsonl, are not read yet.
 """
 import json
 import math
@@ -24,9 +25,13 @@ def of_run(path):
     return f"{path.stem}.{config['optimizer']}", config, losses, speeds
 
 
+def logs(folder):
+    return sorted(set(folder.glob("*.jsonl")) - {folder / "sweep.jsonl"})
+
+
 def summarize(folder):
     numbers, runs = {}, {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in logs(folder):
         name, config, losses, speeds = of_run(path)
         runs[name], last, best = losses, max(losses), min(losses, key=losses.get)
         numbers |= {f"{name}.wiki_ppl": math.exp(losses[last]), f"{name}.wiki_loss": losses[last],
@@ -48,6 +53,6 @@ def summarize(folder):
 
 if __name__ == "__main__":
     (FOLDER / "metrics.json").write_text(json.dumps(summarize(FOLDER), indent=1) + "\n")
-    logs = [path.name for path in sorted(FOLDER.glob("*.jsonl"))]
-    subprocess.run([sys.executable, FOLDER.parents[1] / "analyze.py", "losses", *logs,
+    names = [path.name for path in logs(FOLDER)]
+    subprocess.run([sys.executable, FOLDER.parents[1] / "analyze.py", "losses", *names,
                     "--png=losses.png"], cwd=FOLDER, check=True)
