@@ -71,4 +71,6 @@ RUNS = {
     **run("maps_beside_lora=0.5:2:sample:2:0.9", restart_every=10),
     **run("maps_beside_lora=0.5:4:svd:2:0.9", restart_every=10, lr=5e-3),
     **run("maps_beside_lora=0.25:4:svd:2:0.9", 16, restart_every=10, lr=5e-3),
+    **run("two_maps=contiguous", words=NEVER), **run("none", words=NEVER, groups="strided"),
+    **run("keep_momentum=1"),
 }
