@@ -43,9 +43,9 @@ METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
             "remora_permute": {"method": "mora", "groups": "permute"},
             "mixed": {"method": "mora", "groups": "permute"}}  # half of the rank is a LoRA
-MUON = {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
-        for name in ("full", "lora", "mora", "mixed")}
-METHODS |= MUON | {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
+METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
+            for name in ("full", "lora", "mora", "mixed")}
+METHODS |= {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 METHODS["mora_fp8_base"] = {"method": "mora", "base_dtype": "float8"}
 # columns of the table: title, key of the numbers, width, format
 COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),

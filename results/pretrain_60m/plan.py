@@ -46,7 +46,7 @@ ADAMW = {("full", "adamw"): (1e-3, 1.6e-2), ("best", "adamw"): (1e-3, 1.6e-2),
 OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-3, 3.2e-2),
           ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
 CENTRES = MUON | ADAMW | OTHERS
-LONGEST = [(method, "muon") for method in ("full", "lora", "mora_share", "best")]
+LONGEST = {(method, "muon") for method in ("full", "lora", "mora_share", "best")}
 SEED, MORE_SEEDS, STEPS = 1337, (1, 2), 1000
 
 
@@ -78,8 +78,8 @@ def plan(records):
         for seed in (SEED, *MORE_SEEDS):
             for group in filter(best.get, groups):
                 runs |= run(group, best[group], seed, steps=2000)
-        for group in filter(best.get, LONGEST):
-            runs |= run(group, best[group], steps=4000) if groups is OTHERS else {}
+            for group in filter(best.get, groups):
+                runs |= run(group, best[group], steps=4000) if group in LONGEST else {}
     return runs
 
 
