@@ -93,7 +93,7 @@ def test_spectra_are_means_of_the_runs_that_have_them(metrics):
 def test_a_failed_run_is_left_out(metrics, tmp_path):
     path = tmp_path / "sweep.jsonl"
     path.write_text('{"name": "a", "error": "UserError: nan"}\n{"name": "b", "val_ppl": 1.0}\n')
-    assert [run["name"] for run in metrics.read_runs(path)] == ["b"]
+    assert [run["name"] for run in metrics.pretraining.read_runs(path)] == ["b"]
 
 
 # ------------------------------------------------------------

@@ -10,7 +10,8 @@ from statistics import mean, median
 
 import matplotlib
 from matplotlib import pyplot
-from metrics import FOLDER, HEADLINE, groups, read_runs, with_most_seeds
+from metrics import FOLDER, HEADLINE, groups
+from pretraining import read_runs, with_most_seeds
 
 PER_GPU = 3
 LABELS = {"full": "full rank", "best": "MoRA and LoRA (60m_best)", "remora_permute":
