@@ -25,7 +25,8 @@ sys.path.insert(0, str(FOLDER.parent))
 import pretraining  # noqa: E402
 import rates  # noqa: E402
 
-LENGTHS = {2000: "", 250: "short."}  # {steps: what a name has before its last part}
+LONG, SHORT = 2000, 250  # steps
+PREFIXES = {LONG: "", SHORT: "short."}  # what a name has before its last part
 RATE = r"([\d.]+(?:e-\d+)?)"
 NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py writes it
 
@@ -72,7 +73,7 @@ def of_logs(folder):
 
 
 def by_length(records):
-    """Return {(METHOD.OPTIMIZER, steps): [runs]}; one that diverged has an infinite perplexity."""
+    """Return {(method, optimizer, steps): [runs]}; one that diverged has infinite perplexity."""
     result = {}
     for record in records:
         method, optimizer, lr, rest_lr, _, steps = NAME.fullmatch(record["name"]).groups()
@@ -82,31 +83,37 @@ def by_length(records):
             config = {"lr": float(lr), "rest_lr": float(rest_lr)}
             record = {**record, "val_ppl": math.inf, "config": config}
         if "val_ppl" in record:
-            result.setdefault((f"{method}.{optimizer}", int(steps)), []).append(record)
+            result.setdefault((method, optimizer, int(steps)), []).append(record)
     return result
+
+
+def best_seeds(runs):
+    """Return the runs of the rates that count, by seed; [] if all diverged."""
+    ended = [run for run in runs if "error" not in run]
+    return pretraining.with_most_seeds(ended) if ended else []
 
 
 def of_sweep(records):
     """Return {METHOD.OPTIMIZER: its numbers}; prints the rates of every length."""
     numbers = {}
-    for (name, steps), runs in sorted(by_length(records).items()):
-        print(name, steps, "steps:", end=" ")
+    for (method, optimizer, steps), runs in sorted(by_length(records).items()):
+        print(f"{method}.{optimizer}, {steps} steps:", end=" ")
         _, about = pretraining.of_grid(runs)
-        ended = [run for run in runs if "error" not in run]
-        if not ended:
+        seeds = best_seeds(runs)
+        if not seeds:
             continue
-        seeds = pretraining.with_most_seeds(ended)
         found = pretraining.of_seeds(seeds) | about
         if about["rates_tried"] == 1:
             del found["bracketed"]
         if "trainable_block_fraction" in seeds[0]:
             found["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
-        if steps > min(LENGTHS):
+        if steps > SHORT:
             losses = [dict(run["val_losses"]) for run in seeds]
             means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
             found |= {key: round(value, 4) for key, value in of_losses(means).items()}
-        prefix = LENGTHS.get(steps, f"steps{steps}.")
-        numbers.setdefault(name, {}).update({prefix + key: found[key] for key in found})
+        prefix = PREFIXES.get(steps, f"steps{steps}.")
+        named = {prefix + key: value for key, value in found.items()}
+        numbers.setdefault(f"{method}.{optimizer}", {}).update(named)
     return numbers
 
 
