@@ -64,7 +64,8 @@ def change_of(layer, first):
 
 
 def measure_blocks(model, first):
-    """Return the trainable share of the blocks' projections and the mean spectrum of their dW.
+    """Return the trainable share of the blocks' projections, the spectrum of their dW, a mean over
+    all, and the spectra by kind (q_proj, ...).
 
     first: the model before training. Singular values come from the smaller Gram matrix, which is
     several times faster; they are exact to 1e-8 of the largest, and ranks count to 1e-3 of it.
@@ -83,9 +84,10 @@ def measure_blocks(model, first):
     trained = sum(p.numel() for layer in layers.values() for p in layer.parameters()
                   if p.requires_grad)
     total = sum(layer.weight.numel() for layer in layers.values())
-    means = mean_measures(values)["all"]
-    return {"trainable_block_fraction": round(trained / total, 4),
-            "spectrum": {key: float(f"{value:.4g}") for key, value in means.items()}}
+    means = {kind: {key: float(f"{value:.4g}") for key, value in row.items()}
+             for kind, row in mean_measures(values).items()}
+    return {"trainable_block_fraction": round(trained / total, 4), "spectrum": means.pop("all"),
+            "spectra": means}
 
 
 def record(name, folder, extra):

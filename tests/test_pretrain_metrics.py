@@ -1,5 +1,6 @@
-"""metrics.json of results/pretrain_60m: which runs a number comes from."""
+"""metrics.json of results/pretrain_60m and pretrain_250m: which runs a number comes from."""
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,18 @@ import pytest
 FILE = Path(__file__).resolve().parent.parent / "results" / "pretrain_60m" / "metrics.py"
 
 
-@pytest.fixture(scope="module")
-def metrics():
-    spec = importlib.util.spec_from_file_location("pretrain_metrics", FILE)
+def load(file):
+    spec = importlib.util.spec_from_file_location("pretrain_metrics", file)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FILE.parent.parent))
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return load(FILE)
 
 
 def made_up(method, ppl, lr=2e-3, rest_lr=3.2e-2, seed=1337, steps=1000, options="", **more):
@@ -93,7 +98,7 @@ def test_spectra_are_means_of_the_runs_that_have_them(metrics):
 def test_a_failed_run_is_left_out(metrics, tmp_path):
     path = tmp_path / "sweep.jsonl"
     path.write_text('{"name": "a", "error": "UserError: nan"}\n{"name": "b", "val_ppl": 1.0}\n')
-    assert [run["name"] for run in metrics.read_runs(path)] == ["b"]
+    assert [run["name"] for run in metrics.pretraining.read_runs(path)] == ["b"]
 
 
 # ------------------------------------------------------------
@@ -122,9 +127,8 @@ def test_a_grid_grows_around_its_best_until_it_is_closed(plan):
             record = {"name": record["name"], "error": "UserError: step 7: the loss is nan"}
         assert record["name"] == missing[0] and len(records) < 20
         records.append(record)
-    assert own_runs(plan, records) == [
-        *(f"full-muon-0.008-0.016-s{seed}-steps2000" for seed in (1337, 1, 2)),
-        "full-muon-0.008-0.016-s1337-steps4000"]
+    longer_runs = ["s1337-steps2000", "s1337-steps4000", "s1-steps2000", "s2-steps2000"]
+    assert own_runs(plan, records) == [f"full-muon-0.008-0.016-{end}" for end in longer_runs]
 
 
 def test_a_run_that_failed_otherwise_is_no_score(plan):
@@ -136,3 +140,54 @@ def test_a_run_that_failed_otherwise_is_no_score(plan):
 def test_frozen_blocks_have_one_rate(plan):
     _, missing = plan["search"](("frozen", "adamw"), {})
     assert missing == [(0, 0), (0, 1), (0, -1)]
+
+
+# ------------------------------------------------------------
+# results/pretrain_250m/metrics.py: the sweep's runs of two lengths beside older logs
+
+def swept(ppl, steps, lr=2e-3, rest_lr=1.6e-2):
+    losses = [[0, 11.0], [steps // 2, 3.0], [steps, 3.5]]
+    return made_up("full", ppl, lr, rest_lr, steps=steps, options=f"-steps{steps}",
+                   val_losses=losses, trainable_block_fraction=1.0)
+
+
+@pytest.fixture
+def numbers_of(tmp_path):
+    """numbers_of(records): the numbers of a folder with full.jsonl, an older log, and a sweep."""
+    lines = [{"config": {"optimizer": "muon", "lr": 1e-3, "rest_lr": 1e-2}},
+             {"step": 7, "val_loss": 2.0}, {"step": 7, "tokens_per_s": 5.0}]
+    (tmp_path / "full.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    module = load(FILE.parent.parent / "pretrain_250m" / "metrics.py")
+
+    def numbers_of(records):
+        path = tmp_path / "sweep.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        found = module.summarize(tmp_path)
+        assert all(name.startswith("full.muon.") for name in found)
+        return {name.removeprefix("full.muon."): number for name, number in found.items()}
+    return numbers_of
+
+
+def test_short_checks_leave_the_headline_to_the_log(numbers_of):
+    numbers = numbers_of([swept(40.0, 250), swept(39.0, 250, lr=6.25e-5)])
+    assert numbers["wiki_ppl"] == 7.3891 and numbers["val_loss_7"] == 2.0
+    assert (numbers["short.wiki_ppl"], numbers["short.lr"]) == (39.0, 6.25e-5)
+    assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (2, 0)
+
+
+def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
+    numbers = numbers_of([swept(40.0, 250), swept(50.0, 2000)])
+    assert (numbers["wiki_ppl"], numbers["c4_ppl"], numbers["lr"]) == (50.0, 250.0, 2e-3)
+    assert (numbers["best_step"], numbers["wiki_loss"], numbers["tokens_m"]) == (1000, 3.5, 66)
+    assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
+
+
+def test_rates_that_diverged_close_a_grid_and_other_failures_do_not(numbers_of):
+    cross = [swept(40.0, 250), swept(41.0, 250, 1e-3), swept(41.0, 250, rest_lr=8e-3),
+             swept(41.0, 250, rest_lr=3.2e-2)]
+    failed = {"name": "full-muon-0.004-0.016-s1337-steps250", "error": "UserError: step 9: nan"}
+    numbers = numbers_of([*cross, failed])
+    assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (5, 1)
+    numbers = numbers_of([*cross, {**failed, "error": "OutOfMemoryError"}])
+    assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (4, 0)
+    assert numbers["wiki_ppl"] == 7.3891

@@ -1,19 +1,34 @@
-"""Write metrics.json from the logs beside this file, and losses.png.
+"""Write metrics.json from sweep.jsonl and the logs beside this file, and losses.png of the logs.
 
     python results/pretrain_250m/metrics.py
 
-METHOD.OPTIMIZER.wiki_ppl is the last validation, .best_ppl the lowest of all, at .best_step.
-METHOD_fp8 trained with --matmul=fp8; .loss_difference_STEP is its validation loss minus bf16's.
-The lines of plan.py's sweep, in sweep.jsonl, are not read yet.
+METHOD.OPTIMIZER.wiki_ppl and the numbers beside it are those of runs of 2,000 steps (131 M tokens),
+METHOD.OPTIMIZER.short.wiki_ppl those of the best rates on 250 steps; of several seeds, means.
+rates_tried counts the pairs of rates of that length, with those that diverged; bracketed is 1 if
+the best of several has worse ones on both sides of both rates. wiki_ppl is the last validation,
+.best_ppl the lowest of all, at .best_step.
+
+The logs are older: one run each, at the rates of 60m. METHOD_fp8 trained with --matmul=fp8;
+.loss_difference_STEP is its validation loss minus bf16's. The sweep's runs are all in FP8, and its
+full.muon takes the place of the log's.
 """
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median, stdev
+from statistics import mean, median, stdev
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import pretraining  # noqa: E402
+import rates  # noqa: E402
+
+LONG, SHORT = 2000, 250  # steps
+PREFIXES = {LONG: "", SHORT: "short."}  # what a name has before its last part
+RATE = r"([\d.]+(?:e-\d+)?)"
+NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py writes it
 
 
 def of_run(path):
@@ -25,30 +40,89 @@ def of_run(path):
     return f"{path.stem}.{config['optimizer']}", config, losses, speeds
 
 
+def of_losses(losses):
+    """Return the numbers of {step: validation loss}."""
+    best = min(losses, key=losses.get)
+    return {"wiki_loss": losses[max(losses)], "best_ppl": math.exp(losses[best]), "best_step": best,
+            **{f"val_loss_{step}": loss for step, loss in losses.items()}}
+
+
 def logs(folder):
     return sorted(set(folder.glob("*.jsonl")) - {folder / "sweep.jsonl"})
 
 
-def summarize(folder):
+def of_logs(folder):
+    """Return {METHOD.OPTIMIZER: its numbers}, with the differences that FP8 makes."""
     numbers, runs = {}, {}
     for path in logs(folder):
         name, config, losses, speeds = of_run(path)
-        runs[name], last, best = losses, max(losses), min(losses, key=losses.get)
-        numbers |= {f"{name}.wiki_ppl": math.exp(losses[last]), f"{name}.wiki_loss": losses[last],
-                    f"{name}.best_ppl": math.exp(losses[best]), f"{name}.best_step": best,
-                    f"{name}.lr": config["lr"], f"{name}.rest_lr": config["rest_lr"],
-                    f"{name}.tokens_per_s": median(speeds)}
-        numbers |= {f"{name}.val_loss_{step}": loss for step, loss in losses.items()}
+        runs[name] = losses
+        numbers[name] = {"wiki_ppl": math.exp(losses[max(losses)]), **of_losses(losses),
+                         "lr": config["lr"], "rest_lr": config["rest_lr"],
+                         "tokens_per_s": median(speeds)}
     for name, losses in runs.items():
         method, _, optimizer = name.partition(".")
         fp8 = runs.get(f"{method}_fp8.{optimizer}")
         if fp8:
-            steps = [step for step in losses if step]
-            differences = {step: fp8[step] - losses[step] for step in steps}
-            numbers |= {f"{method}_fp8.{optimizer}.loss_difference_{step}": difference
-                        for step, difference in differences.items()}
-            numbers[f"{method}_fp8.{optimizer}.loss_difference_std"] = stdev(differences.values())
-    return {name: round(number, 4) for name, number in numbers.items()}
+            differences = {step: fp8[step] - loss for step, loss in losses.items() if step}
+            numbers[f"{method}_fp8.{optimizer}"] |= {
+                **{f"loss_difference_{step}": value for step, value in differences.items()},
+                "loss_difference_std": stdev(differences.values())}
+    return {name: {key: round(number, 4) for key, number in part.items()}
+            for name, part in numbers.items()}
+
+
+def by_length(records):
+    """Return {(method, optimizer, steps): [runs]}; one that diverged has infinite perplexity."""
+    result = {}
+    for record in records:
+        method, optimizer, lr, rest_lr, _, steps = NAME.fullmatch(record["name"]).groups()
+        if "error" in record:
+            print(f"{record['name']} failed: {record['error']}")
+        if rates.diverged(record):
+            config = {"lr": float(lr), "rest_lr": float(rest_lr)}
+            record = {**record, "val_ppl": math.inf, "config": config}
+        if "val_ppl" in record:
+            result.setdefault((method, optimizer, int(steps)), []).append(record)
+    return result
+
+
+def best_seeds(runs):
+    """Return the runs of the rates that count, by seed; [] if all diverged."""
+    ended = [run for run in runs if "error" not in run]
+    return pretraining.with_most_seeds(ended) if ended else []
+
+
+def of_sweep(records):
+    """Return {METHOD.OPTIMIZER: its numbers}; prints the rates of every length."""
+    numbers = {}
+    for (method, optimizer, steps), runs in sorted(by_length(records).items()):
+        print(f"{method}.{optimizer}, {steps} steps:", end=" ")
+        _, about = pretraining.of_grid(runs)
+        seeds = best_seeds(runs)
+        if not seeds:
+            continue
+        found = pretraining.of_seeds(seeds) | about
+        if about["rates_tried"] == 1:
+            del found["bracketed"]
+        if "trainable_block_fraction" in seeds[0]:
+            found["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
+        if steps > SHORT:
+            losses = [dict(run["val_losses"]) for run in seeds]
+            means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
+            found |= {key: round(value, 4) for key, value in of_losses(means).items()}
+        prefix = PREFIXES.get(steps, f"steps{steps}.")
+        named = {prefix + key: value for key, value in found.items()}
+        numbers.setdefault(f"{method}.{optimizer}", {}).update(named)
+    return numbers
+
+
+def summarize(folder):
+    """Return the flat numbers. A log's numbers stay until the sweep has a headline of that name."""
+    swept, logged = of_sweep(rates.read(folder / "sweep.jsonl").values()), of_logs(folder)
+    logged = {name: part for name, part in logged.items() if "wiki_ppl" not in swept.get(name, ())}
+    return {f"{name}.{key}": number for part in (logged, swept)
+            for name, numbers in part.items() for key, number in numbers.items()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""Draw curves.png and spectra.png of the sweep's runs of 131 M tokens, those of metrics.json.
+
+    python results/pretrain_250m/curves.py
+
+curves.png: validation loss against tokens and GPU seconds. spectra.png, as Figure 5 of the paper:
+how many singular values of a run's whole change dW are above 0.1, by kind of projection.
+"""
+import sys
+
+from metrics import FOLDER, LONG, best_seeds, by_length
+from pictures import OPTIMIZERS, draw_curves
+from rates import read
+
+sys.path.append(str(FOLDER.parents[1]))
+from docs.figures import draw_spectra  # noqa: E402
+
+PER_GPU = 1  # processes that shared a GPU
+LABELS = {"full": "full rank", "best": "MoRA and LoRA (250m_best)", "lora": "LoRA",
+          "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
+
+
+def main():
+    lengths = by_length(read(FOLDER / "sweep.jsonl").values())
+    runs = {(method, optimizer): best_seeds(lengths.get((method, optimizer, LONG), []))
+            for optimizer in OPTIMIZERS for method in LABELS}
+    runs = {group: seeds for group, seeds in runs.items() if seeds}
+    if not runs:
+        raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
+    draw_curves(FOLDER / "curves.png", runs, LABELS, PER_GPU, "r = 128, FP8")
+    spectra = {f"{LABELS[method]}, {optimizer}": seeds[0]["spectra"]
+               for (method, optimizer), seeds in runs.items() if "spectra" in seeds[0]}
+    if spectra:
+        draw_spectra(FOLDER / "spectra.png", spectra)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Numbers of pretraining runs from the records of sweep.py, for metrics.py of several folders."""
+from statistics import mean, median, stdev
+
+import rates
+
+SCORES = {"wiki_ppl": ("val_ppl", 2), "c4_ppl": ("c4_sample_ppl", 1),
+          "wiki_bits_per_byte": ("bits_per_byte", 4),
+          "c4_bits_per_byte": ("c4_sample_bits_per_byte", 4)}  # {name: (key of a run, digits)}
+
+
+def read_runs(path):
+    """Return the runs of a file of JSON lines that ended; prints those that failed."""
+    records = rates.read(path).values()
+    for record in records:
+        if "error" in record:
+            print(f"{record['name']} failed: {record['error']}")
+    return [record for record in records if "error" not in record]
+
+
+def rates_of(run):
+    return run["config"]["lr"], run["config"]["rest_lr"]
+
+
+def tokens_of(run):
+    """Return the tokens of a run's training in millions."""
+    config = run["config"]
+    return round(config["steps"] * config["batch_size"] * config["seq_len"] / 1e6)
+
+
+def average(runs, key, digits):
+    return round(mean(run[key] for run in runs), digits)
+
+
+def with_most_seeds(runs):
+    """Return the runs at the rates that have the most seeds, the best of several such."""
+    by_rates = {}
+    for run in runs:
+        by_rates.setdefault(rates_of(run), []).append(run)
+    return max(by_rates.values(), key=lambda seeds: (len(seeds), -average(seeds, "val_ppl", 9)))
+
+
+def bracketed(grid, best):
+    """Return whether the grid holds a lower and a higher value of each rate, the other fixed."""
+    lr, rest_lr = best
+    return all(min(line) < rate < max(line) for rate, line in (
+        (lr, [a for a, b in grid if b == rest_lr]), (rest_lr, [b for a, b in grid if a == lr])))
+
+
+def of_grid(grid):
+    """Return (the best run of a grid of one seed, numbers about the grid); prints the grid."""
+    ordered = sorted(grid, key=lambda run: run["val_ppl"])
+    best, rate_pairs = rates_of(ordered[0]), [rates_of(run) for run in grid]
+    inside = bracketed(rate_pairs, best)
+    print("best", best, "inside its grid" if inside else "at the edge of its grid")
+    for run in ordered:
+        print("    lr {:g}, rest_lr {:g}:".format(*rates_of(run)), f"{run['val_ppl']:.2f}")
+    return ordered[0], {"rates_tried": len(set(rate_pairs)), "bracketed": int(inside)}
+
+
+def of_seeds(runs, suffix=""):
+    """Return the numbers of runs that differ in their seeds; suffix: of the names of scores."""
+    lr, rest_lr = rates_of(runs[0])
+    numbers = {name + suffix: average(runs, *source) for name, source in SCORES.items()}
+    if len(runs) > 1:
+        numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
+    numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0]),
+                "tokens_per_s": round(median(run["tokens_per_s"] for run in runs)),
+                "peak_gib": round(median(run["peak_gib"] for run in runs), 2)}
+    spectra = [run["spectrum"] for run in runs if "spectrum" in run]
+    if spectra:
+        numbers |= {key: average(spectra, key, 1) for key in ("singular_above_0.1", "rank")}
+    return numbers
