@@ -25,7 +25,8 @@ import train
 from sample import merge_for_reading
 from shards import open_split
 
-ALL_RIGHT = 0.999  # share of right digits at which a run of UUID pairs has nothing more to learn
+# shares of right digits of UUID pairs: where a run has nothing more to learn, where it has learned
+ALL_RIGHT, LEARNED = 0.999, 0.99
 
 
 @contextlib.contextmanager
@@ -93,11 +94,25 @@ def losses():
         yield
 
 
+def why_over(digits, before, is_beaten):
+    """Return why a run may end at these digits, or "". before: those of the evaluation before."""
+    if digits >= ALL_RIGHT:
+        return "all right"
+    if min(digits, before) >= LEARNED:
+        return "stays learned"
+    return "" if digits >= LEARNED or not is_beaten else "beaten"
+
+
 @contextlib.contextmanager
-def during(name):
-    """Answer SOME of the UUIDs at each evaluation, and ALL at the end or where nearly all digits
-    are right, which ends the run: {"curve": [[step, share of right digits, pairs]]}."""
+def during(name, beaten=lambda step: False):
+    """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: {"curve": [[step,
+    share of right digits, pairs]], "ended": why it ended before its last step, or ""}.
+
+    It ends where nearly all digits are right, where 99 % are at two evaluations in a row, or where
+    they are not and beaten(step) says that another run has had them by now.
+    """
     run, loss, state, curve = train.train, eager(evaluate.perplexity), {}, []
+    found = {"curve": curve, "ended": ""}
 
     def look(model, samples, *settings):
         """Scores of an evaluation; evaluations are counted, since they do not know their step."""
@@ -105,13 +120,16 @@ def during(name):
         step = min(state["evaluations"] * cfg.eval_every, cfg.steps)
         state["evaluations"] += 1
         if step:
-            digits, pairs = share(model, samples, SOME), SOME
-            if digits >= ALL_RIGHT or step == cfg.steps:
+            before = curve[-1][1] if curve else 0.0
+            digits, pairs, is_beaten = share(model, samples, SOME), SOME, beaten(step)
+            why = why_over(digits, before, is_beaten)
+            if why or step == cfg.steps:
                 digits, pairs = share(model, samples, ALL), ALL
+                why = why_over(digits, before, is_beaten)  # of all it may be less
             curve.append([step, digits, pairs])
-            print(f"digits {digits:.4f} of {pairs}", flush=True)
-            if digits >= ALL_RIGHT and step < cfg.steps:
-                state["model"] = model
+            print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
+            if why and step < cfg.steps:
+                state["model"], found["ended"] = model, why
                 os.kill(os.getpid(), signal.SIGTERM)  # train.py saves and stops
         return scores
 
@@ -126,7 +144,7 @@ def during(name):
         return model
 
     with replaced(train, train=train_until_right, perplexity=look):
-        yield {"curve": curve}
+        yield found
 
 
 def share(model, samples, pairs):
