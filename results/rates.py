@@ -40,6 +40,12 @@ def parts_of(name):
     return (task, method, optimizer), int(seed[1:]), float(lr)
 
 
+def operator_words(method):
+    """Return a variant and keys of a method OPERATOR_GROUPS_rRANK, as truncate_gradient_r8."""
+    operator, groups, rank = method.split("_")
+    return ["mora_r8", f"--rank={rank[1:]}", f"--operator={operator}", f"--groups={groups}"]
+
+
 def beside(lr, count):
     """Return the rate that is `count` places after lr on the grid 1, 3, 10, 30, ..."""
     exponent, is_three = divmod(round(2 * math.log10(lr)) + count, 2)
