@@ -220,7 +220,7 @@ def main():
     # a worker that was killed has its process id, and so looks alive to the others, until poll()
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)
-    lines, names = rates.read(done), runpy.run_path(args.plan)["RUNS"]
+    lines, names = rates.read(done), runpy.run_path(str(args.plan))["RUNS"]
     failed = [name for name in names if "error" in lines.get(name, ())]
     print(f"{len(names) - len(names.keys() & lines.keys())} of {len(names)} runs are left; failed:",
           ", ".join(failed) or "none")
