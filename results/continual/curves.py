@@ -3,7 +3,8 @@
     python results/continual/curves.py
 
 Each point is a rate with seed 1337, lines join a method's rates in order, a ring is its best rate.
-Further left is more learned of the domain, lower is less forgotten. AdamW.
+Further left is more learned of the domain, lower is less forgotten. AdamW. Rates that are worse
+than no training at all are left out.
 """
 import runpy
 import sys
@@ -25,11 +26,13 @@ def both(record):
 
 def draw_domain(axis, domain, records):
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
-    if base := records.get(f"{domain}-base"):
+    base = records.get(f"{domain}-base")
+    if base:
         axis.plot(*both(base), "k*", label="untrained")
     for color, (method, label) in enumerate(LABELS.items()):
         scores = rates.scores_of(trained, (domain, method, "adamw"), both)
-        points = [point for _, point in sorted(scores.items()) if point != rates.WORST]
+        points = [point for _, point in sorted(scores.items()) if point != rates.WORST
+                  and (not base or point[0] < both(base)[0])]
         if points:
             axis.plot(*zip(*points, strict=True), ".-", color=f"C{color}", label=label)
             axis.plot(*min(points), "o", color=f"C{color}", fillstyle="none")
