@@ -3,7 +3,8 @@
 A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in and
 that yields a dict, for the run's line. Answers come from a merged copy with bfloat16 matrices on a
 GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
-lengths would be compiled for one or two passes.
+lengths would be compiled for one or two passes. No checkpoints are written, which takes up to six
+seconds a run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
 """
 import contextlib
 import copy
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
 import evaluate
 import tokenizer
 import train
@@ -49,6 +51,10 @@ def eager(function):
         with torch.compiler.set_stance("force_eager"):
             return function(*arguments, **options)
     return call
+
+
+def unsaved(*arguments):
+    """What checkpoint.save is in these contexts."""
 
 
 def answers(model, samples, limit=0, batch=512):
@@ -90,7 +96,8 @@ def at_the_end(name):
 def losses():
     """No answers; losses without torch.compile."""
     loss = eager(evaluate.perplexity)
-    with replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss):
+    with (replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss),
+          replaced(checkpoint, save=unsaved)):
         yield
 
 
@@ -130,7 +137,7 @@ def during(name, beaten=lambda step: False):
             print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
             if why and step < cfg.steps:
                 state["model"], found["ended"] = model, why
-                os.kill(os.getpid(), signal.SIGTERM)  # train.py saves and stops
+                os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
         return scores
 
     def train_until_right(cfg):
@@ -143,7 +150,8 @@ def during(name, beaten=lambda step: False):
             model = state["model"]
         return model
 
-    with replaced(train, train=train_until_right, perplexity=look):
+    with (replaced(train, train=train_until_right, perplexity=look),
+          replaced(checkpoint, save=unsaved)):
         yield found
 
 
