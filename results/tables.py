@@ -21,7 +21,7 @@ MARKED_TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL
 class Column(NamedTuple):
     header: str
     metric: str        # name of the metric; {} stands for the row
-    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4
+    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4, 0 as -
     missing: str = ""  # the cell of a row that lacks the metric; "": the metric must exist
 
 
@@ -174,7 +174,7 @@ def cell(column, row, metrics, file):
         return column.missing
     if column.form == "rate":
         mantissa, exponent = f"{metrics[name]:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return f"{float(mantissa):g}e{int(exponent)}" if metrics[name] else "-"
     return column.form.format(metrics[name])
 
 

@@ -133,7 +133,7 @@ def test_a_lost_or_misspelt_marker_is_an_error(copy, old, new, message):
 
 def test_rates_are_written_in_full():
     column = tables.Column("rate", "{}.lr", "rate")
-    rates = {1e-2: "1e-2", 3e-4: "3e-4", 1.5e-3: "1.5e-3"}
+    rates = {1e-2: "1e-2", 3e-4: "3e-4", 1.5e-3: "1.5e-3", 0.0: "-"}
     for value, text in rates.items():
         assert tables.cell(column, "mora", {"mora.lr": value}, "metrics.json") == text
 
