@@ -83,6 +83,8 @@ TABLES = {
         "LoRA, r = 8, Muon, falling rate": "lora_r8.muon.decay",
         "MoRA, r = 8, AdamW": "mora_r8", "MoRA, r = 8, Muon": "mora_r8.muon",
         "MoRA, r = 8, Muon, falling rate": "mora_r8.muon.decay",
+        "truncate, r = 8, gradient, Muon": "truncate_gradient_r8.muon",
+        "share, r = 8, gradient, Muon": "share_gradient_r8.muon",
         "LoRA, r = 256, AdamW": "lora_r256", "LoRA, r = 256, Muon": "lora_r256.muon",
         "MoRA, r = 256, AdamW": "mora_r256", "MoRA, r = 256, Muon": "mora_r256.muon",
     }, (
