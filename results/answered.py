@@ -3,7 +3,8 @@
 A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in and
 that yields a dict, for the run's line. Answers come from a merged copy with bfloat16 matrices on a
 GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
-lengths would be compiled for one or two passes.
+lengths would be compiled for one or two passes. No checkpoints are written, which takes up to six
+seconds a run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
 """
 import contextlib
 import copy
@@ -19,13 +20,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
 import evaluate
 import tokenizer
 import train
 from sample import merge_for_reading
 from shards import open_split
 
-ALL_RIGHT = 0.999  # share of right digits at which a run of UUID pairs has nothing more to learn
+# shares of right digits of UUID pairs: where a run has nothing more to learn, where it has learned
+ALL_RIGHT, LEARNED = 0.999, 0.99
 
 
 @contextlib.contextmanager
@@ -48,6 +51,10 @@ def eager(function):
         with torch.compiler.set_stance("force_eager"):
             return function(*arguments, **options)
     return call
+
+
+def unsaved(*arguments):
+    """What checkpoint.save is in these contexts."""
 
 
 def answers(model, samples, limit=0, batch=512):
@@ -89,15 +96,30 @@ def at_the_end(name):
 def losses():
     """No answers; losses without torch.compile."""
     loss = eager(evaluate.perplexity)
-    with replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss):
+    with (replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss),
+          replaced(checkpoint, save=unsaved)):
         yield
 
 
+def why_over(digits, before, is_beaten):
+    """Return why a run may end at these digits, or "". before: those of the evaluation before."""
+    if digits >= ALL_RIGHT:
+        return "all right"
+    if min(digits, before) >= LEARNED:
+        return "stays learned"
+    return "" if digits >= LEARNED or not is_beaten else "beaten"
+
+
 @contextlib.contextmanager
-def during(name):
-    """Answer SOME of the UUIDs at each evaluation, and ALL at the end or where nearly all digits
-    are right, which ends the run: {"curve": [[step, share of right digits, pairs]]}."""
+def during(name, beaten=lambda step: False):
+    """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: {"curve": [[step,
+    share of right digits, pairs]], "ended": why it ended before its last step, or ""}.
+
+    It ends where nearly all digits are right, where 99 % are at two evaluations in a row, or where
+    they are not and beaten(step) says that another run has had them by now.
+    """
     run, loss, state, curve = train.train, eager(evaluate.perplexity), {}, []
+    found = {"curve": curve, "ended": ""}
 
     def look(model, samples, *settings):
         """Scores of an evaluation; evaluations are counted, since they do not know their step."""
@@ -105,14 +127,17 @@ def during(name):
         step = min(state["evaluations"] * cfg.eval_every, cfg.steps)
         state["evaluations"] += 1
         if step:
-            digits, pairs = share(model, samples, SOME), SOME
-            if digits >= ALL_RIGHT or step == cfg.steps:
+            before = curve[-1][1] if curve else 0.0
+            digits, pairs, is_beaten = share(model, samples, SOME), SOME, beaten(step)
+            why = why_over(digits, before, is_beaten)
+            if why or step == cfg.steps:
                 digits, pairs = share(model, samples, ALL), ALL
+                why = why_over(digits, before, is_beaten)  # of all it may be less
             curve.append([step, digits, pairs])
-            print(f"digits {digits:.4f} of {pairs}", flush=True)
-            if digits >= ALL_RIGHT and step < cfg.steps:
-                state["model"] = model
-                os.kill(os.getpid(), signal.SIGTERM)  # train.py saves and stops
+            print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
+            if why and step < cfg.steps:
+                state["model"], found["ended"] = model, why
+                os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
         return scores
 
     def train_until_right(cfg):
@@ -125,8 +150,9 @@ def during(name):
             model = state["model"]
         return model
 
-    with replaced(train, train=train_until_right, perplexity=look):
-        yield {"curve": curve}
+    with (replaced(train, train=train_until_right, perplexity=look),
+          replaced(checkpoint, save=unsaved)):
+        yield found
 
 
 def share(model, samples, pairs):

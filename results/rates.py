@@ -1,9 +1,9 @@
 """What sweeps of fine-tuning share: names of runs, rates tried until the best is inside, its seeds.
 
 A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them, so a plan gets
-more runs while sweep.py adds lines there. First every method runs at three rates (its centre
-first), then, where the best is the lowest or the highest, at the next one further out, then with
-more seeds at the best rate.
+more runs while sweep.py adds lines there. First every method runs at its centre and at one rate
+beside it, then at what the best of these lacks: worse ones on both sides. So a grid closes after
+three runs if the centre or the second rate is best. More seeds at the best rate follow.
 A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
 """
 import contextlib
@@ -40,6 +40,12 @@ def parts_of(name):
     return (task, method, optimizer), int(seed[1:]), float(lr)
 
 
+def operator_words(method):
+    """Return a variant and keys of a method OPERATOR_GROUPS_rRANK, as truncate_gradient_r8."""
+    operator, groups, rank = method.split("_")
+    return ["mora_r8", f"--rank={rank[1:]}", f"--operator={operator}", f"--groups={groups}"]
+
+
 def beside(lr, count):
     """Return the rate that is `count` places after lr on the grid 1, 3, 10, 30, ..."""
     exponent, is_three = divmod(round(2 * math.log10(lr)) + count, 2)
@@ -69,9 +75,13 @@ def best(scores):
     return rate, min(scores) < rate < max(scores)
 
 
-def rates_to_run(centre, scores):
-    """Return rates in the order in which they should run, those with a score among them."""
-    rates = [centre, beside(centre, -1), beside(centre, 1)]
+def rates_to_run(centre, scores, side):
+    """Return rates in the order in which they should run, those with a score among them.
+
+    side: where the second rate lies, -1 or 1. No third one is chosen before both have a score:
+    if the second is better, the rate on the centre's other side is not needed.
+    """
+    rates = [centre, beside(centre, side)]
     rates += [lr for lr in scores if lr not in rates]
     rate, is_inside = best(scores)
     if set(rates) <= set(scores) and not is_inside and len(rates) < MOST_RATES:
@@ -83,13 +93,15 @@ def rates_to_run(centre, scores):
 def runs(groups, records, score, make):
     """Return {name: make(group, lr, seed)}: the runs of a plan, the most informative first.
 
-    groups: {(task, method, optimizer): rate in the middle}, the most important first.
+    groups: {(task, method, optimizer): rate in the middle}, the most important first. The second
+    rate is a higher one with Muon, whose best rates were AdamW's or twice those (pretrain_60m).
     """
     stages = {}
     for group, centre in groups.items():
         scores = scores_of(records, group, score)
         rate, is_inside = best(scores)
-        wanted = [(i, lr, SEED) for i, lr in enumerate(rates_to_run(centre, scores))]
+        tried = rates_to_run(centre, scores, 1 if group[2] == "muon" else -1)
+        wanted = [(i, lr, SEED) for i, lr in enumerate(tried)]
         wanted += [(MOST_RATES + i, rate, seed) for i, seed in enumerate(MORE_SEEDS) if is_inside]
         for stage, lr, seed in wanted:
             stages.setdefault(stage, {})[name_of(group, seed, lr)] = make(group, lr, seed)

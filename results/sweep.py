@@ -4,7 +4,8 @@
 
 A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, data
 folders to evaluate every model on too. PREPARE(name), if a plan has it, is a context (`with`) that
-the run is in; a dict that it yields becomes a part of the run's line. A run with a line in
+the run is in; a dict that it yields becomes a part of the run's line. SPECTRA = False leaves out
+the singular values of what changed in the blocks, which take seconds a run. A run with a line in
 sweep.jsonl, beside the plan, is done; one that failed has a line with "error". To run it again,
 remove its line and start the sweep again.
 
@@ -105,7 +106,7 @@ def record(name, folder, extra):
             **{key: head[key] for key in ("trainable_parameters", "device", "torch", "config")}}
 
 
-def run_one(name, words, folders, out):
+def run_one(name, words, folders, out, spectra=True):
     """Train one run, or what is left of it, and evaluate it; return its record."""
     import torch
 
@@ -129,9 +130,10 @@ def run_one(name, words, folders, out):
         scores = perplexity(model, tokens, cfg.seq_len, 32, limit=cfg.eval_tokens)
         extra |= {f"{Path(data).name}_{key}": scores[key] for key in ("ppl", "bits_per_byte")}
     extra["seconds"] = round(time.time() - started, 1)
-    _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
     try:
-        extra |= measure_blocks(model, first)
+        if spectra:
+            _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
+            extra |= measure_blocks(model, first)
     except Exception as error:  # a finished run keeps its scores
         extra["spectrum_error"] = f"{type(error).__name__}: {error}"[:500]
     result = record(name, folder, extra)
@@ -146,7 +148,8 @@ def attempt(name, plan, out):
         shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:
         with plan.get("PREPARE", contextlib.nullcontext)(name) as more:
-            line = run_one(name, [config, *words], plan["EVALUATE"], out)
+            line = run_one(name, [config, *words], plan["EVALUATE"], out,
+                           plan.get("SPECTRA", True))
         return line | more if isinstance(more, dict) else line
     except Exception as error:  # one run that fails must not end the sweep
         if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
@@ -219,7 +222,7 @@ def main():
     # a worker that was killed has its process id, and so looks alive to the others, until poll()
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)
-    lines, names = rates.read(done), runpy.run_path(args.plan)["RUNS"]
+    lines, names = rates.read(done), runpy.run_path(str(args.plan))["RUNS"]
     failed = [name for name in names if "error" in lines.get(name, ())]
     print(f"{len(names) - len(names.keys() & lines.keys())} of {len(names)} runs are left; failed:",
           ", ".join(failed) or "none")

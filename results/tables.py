@@ -4,7 +4,8 @@
     python results/tables.py --check    change nothing; exit 1 and name each table that differs
 
 A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`. A new table is one
-entry of TABLES and one pair of these comments. metrics.json maps names to finite numbers.
+entry of TABLES and one pair of these comments. metrics.json maps names to finite numbers. A row
+without any number is left out, and so is a table without rows: they wait for their runs.
 """
 import json
 import math
@@ -20,8 +21,14 @@ MARKED_TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL
 class Column(NamedTuple):
     header: str
     metric: str        # name of the metric; {} stands for the row
-    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4
+    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4, 0 as -
     missing: str = ""  # the cell of a row that lacks the metric; "": the metric must exist
+
+
+class Paper(NamedTuple):
+    """The paper's own numbers, for some rows; those of LLaMA-2 7B are not ours to compare with."""
+    header: str
+    cells: dict  # {the row's part of the metrics' names: text}
 
 
 # NAME: ({label in README: the row's part of the metrics' names}, columns). NAME is a folder of
@@ -71,27 +78,77 @@ TABLES = {
         Column("/ full, bf16", "250m.{}.over_full", "{:.2f}"),
     )),
     "uuid": ({
-        "full fine-tuning": "fft", "LoRA, r = 8": "lora_r8", "MoRA, r = 8": "mora_r8",
-        "LoRA, r = 256": "lora_r256", "MoRA, r = 256": "mora_r256",
+        "full fine-tuning, AdamW": "fft", "full fine-tuning, Muon": "fft.muon",
+        "LoRA, r = 8, AdamW": "lora_r8", "LoRA, r = 8, Muon": "lora_r8.muon",
+        "LoRA, r = 8, Muon, falling rate": "lora_r8.muon.decay",
+        "MoRA, r = 8, AdamW": "mora_r8", "MoRA, r = 8, Muon": "mora_r8.muon",
+        "MoRA, r = 8, Muon, falling rate": "mora_r8.muon.decay",
+        "truncate, r = 8, gradient, Muon": "truncate_gradient_r8.muon",
+        "share, r = 8, gradient, Muon": "share_gradient_r8.muon",
+        "LoRA, r = 256, AdamW": "lora_r256", "LoRA, r = 256, Muon": "lora_r256.muon",
+        "MoRA, r = 256, AdamW": "mora_r256", "MoRA, r = 256, Muon": "mora_r256.muon",
     }, (
-        Column("parameters trained", "{}.parameters", "{:,}"),
-        Column("step 500", "{}.accuracy_at_500", "{:.1%}"),
+        Column("rate", "{}.lr", "rate"), Column("seeds", "{}.seeds", "{}"),
+        Column("step 500", "{}.accuracy_at_500", "{:.1%}", missing="done"),
         Column("700", "{}.accuracy_at_700", "{:.1%}", missing="done"),
         Column("900", "{}.accuracy_at_900", "{:.1%}", missing="done"),
-        Column("last step", "{}.accuracy_final", "{:.2%}"),
-        Column("99 % at step", "{}.steps_to_99", "{}", missing="-"),
+        Column("last", "{}.accuracy_final", "{:.2%}"),
+        Column("99 % at", "{}.steps_to_99", "{}", missing="-"),
+        Paper("paper, 7B, at 500, 700, 900", {
+            "fft": "100, 100, 100", "lora_r8": "10, 11, 54", "mora_r8": "16, 87, 100",
+            "lora_r256": "71, 100, 100", "mora_r256": "100, 100, 100"}),
     )),
     "gsm8k": ({
-        "untrained": "base", "full fine-tuning": "fft",
-        "LoRA, r = 8": "lora", "MoRA, rotate, r = 8": "mora_rotate_r8",
+        "untrained": "base", "full fine-tuning": "fft", "full fine-tuning, Muon": "fft.muon",
+        "LoRA, r = 8": "lora", "LoRA, r = 8, Muon": "lora.muon",
+        "MoRA, rotate, r = 8": "mora_rotate_r8", "MoRA, rotate, r = 8, Muon": "mora_rotate_r8.muon",
+        "MoRA, truncate, r = 8, gradient": "truncate_gradient_r8",
+        "MoRA, share, r = 8, gradient": "share_gradient_r8",
         "MoRA, share, r = 256": "mora_share_r256",
-        "MoRA, truncate, r = 32": "operator_truncate", "MoRA, share, r = 32": "operator_share",
+        "MoRA, share, r = 256, Muon": "mora_share_r256.muon",
+        "MoRA, truncate, r = 32": "operator_truncate",
+        "MoRA, truncate, r = 32, gradient": "truncate_gradient_r32",
+        "MoRA, share, r = 32": "operator_share",
+        "MoRA, share, r = 32, permuted": "share_permute_r32",
+        "MoRA, share, r = 32, gradient": "share_gradient_r32",
         "MoRA, decouple, r = 32": "operator_decouple", "MoRA, rotate, r = 32": "operator_rotate",
     }, (
-        Column("parameters trained", "{}.parameters", "{:,}", missing="0"),
+        Column("parameters", "{}.parameters", "{:,}", missing="0"),
         Column("rate", "{}.lr", "rate", missing="-"),
         Column("exact match", "{}.exact_match", "{:.1%}"),
         Column("test loss", "{}.test_loss", "{:.4f}"),
+        Paper("paper, 7B", {
+            "fft": "66.6%", "lora": "64.6%", "mora_rotate_r8": "64.2%", "mora_share_r256": "67.9%",
+            **{f"operator_{operator}": f"{percent}% (r = 8)" for operator, percent in (
+                ("truncate", 59.5), ("share", 62.5), ("decouple", 63.6), ("rotate", 64.2))}}),
+    )),
+    "continual": ({
+        "untrained": "base", "full fine-tuning": "fft",
+        "LoRA, r = 8": "lora_r8", "DoRA, r = 8": "dora_r8", "MoRA, rotate, r = 8": "mora_r8",
+        "LoRA, r = 256": "lora_r256", "MoRA, share, r = 256": "mora_r256",
+        "LoRA, r = 8, Muon": "lora_r8.muon", "MoRA, rotate, r = 8, Muon": "mora_r8.muon",
+    }, (
+        *(column for domain in ("biomed", "finance") for column in (
+            Column(domain, f"{domain}.{{}}.bits_per_byte", "{:.4f}", missing="-"),
+            Column("wiki", f"{domain}.{{}}.wiki_bits_per_byte", "{:.4f}", missing="-"),
+            Column("rate", f"{domain}.{{}}.lr", "rate", missing="-"))),
+        Paper("paper, 7B, %", {
+            "fft": "56.4, 69.6", "lora_r8": "52.3, 64.0", "mora_r8": "53.3, 67.1",
+            "lora_r256": "54.1, 67.3", "mora_r256": "55.4, 68.7"}),
+    )),
+    "continual/groups": ({
+        "LoRA, r = 8": "lora_r8", "MoRA, rotate, r = 8": "mora_r8",
+        "MoRA, share, r = 8": "share_strided_r8",
+        "MoRA, share, r = 8, permuted": "share_permute_r8",
+        "MoRA, share, r = 8, gradient": "share_gradient_r8",
+        "MoRA, truncate, r = 8, gradient": "truncate_gradient_r8",
+        "LoRA, r = 32": "lora_r32", "MoRA, rotate, r = 32": "rotate_strided_r32",
+        "MoRA, share, r = 32, gradient": "share_gradient_r32",
+        "MoRA, truncate, r = 32, gradient": "truncate_gradient_r32",
+    }, (
+        Column("biomed", "biomed.{}.bits_per_byte", "{:.4f}"),
+        Column("wiki", "biomed.{}.wiki_bits_per_byte", "{:.4f}"),
+        Column("rate", "biomed.{}.lr", "rate"), Column("seeds", "biomed.{}.seeds", "{}"),
     )),
 }
 
@@ -110,6 +167,8 @@ def load_metrics(file):
 
 def cell(column, row, metrics, file):
     """One number as text. ValueError if the metric does not exist and must."""
+    if isinstance(column, Paper):
+        return column.cells.get(row, "")
     name = column.metric.format(row)
     if name not in metrics:
         if not column.missing:
@@ -117,19 +176,21 @@ def cell(column, row, metrics, file):
         return column.missing
     if column.form == "rate":
         mantissa, exponent = f"{metrics[name]:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return f"{float(mantissa):g}e{int(exponent)}" if metrics[name] else "-"
     return column.form.format(metrics[name])
 
 
 def render(name, results=RESULTS):
-    """A table of TABLES in Markdown; each line ends with a newline."""
+    """A table of TABLES in Markdown, or ""; each line ends with a newline."""
     rows, columns = TABLES[name]
     file = Path(results) / name.split("/")[0] / "metrics.json"
     metrics = load_metrics(file)
     lines = [["", *(column.header for column in columns)], ["---"] * (len(columns) + 1)]
     for label, row in rows.items():
-        lines.append([label, *(cell(column, row, metrics, file) for column in columns)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        if any(isinstance(column, Column) and column.metric.format(row) in metrics
+               for column in columns):
+            lines.append([label, *(cell(column, row, metrics, file) for column in columns)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) if lines[2:] else ""
 
 
 def update(text, results=RESULTS):

@@ -37,14 +37,23 @@ def test_names_are_read_back():
     assert rates.parts_of(name) == (GROUP, 7, 3e-5)
 
 
-def test_the_middle_rate_runs_first_then_its_neighbours():
-    assert planned({}) == ["s1337-0.01", "s1337-0.003", "s1337-0.03"]
+def test_the_middle_rate_runs_first_then_one_beside_it_then_what_the_best_lacks():
+    assert planned({}) == ["s1337-0.01", "s1337-0.03"]
+    assert planned({"s1337-0.01": 2.0}) == ["s1337-0.01", "s1337-0.03"]
+    assert planned({"s1337-0.01": 2.0, "s1337-0.03": 3.0})[2:] == ["s1337-0.003"]
+    assert planned({"s1337-0.01": 2.0, "s1337-0.03": 1.0})[2:] == ["s1337-0.1"]
+    adamw = rates.runs({(*GROUP[:2], "adamw"): 1e-2}, {}, score, lambda *run: run)
+    assert [rates.parts_of(name)[2] for name in adamw] == [0.01, 0.003]
 
 
 def test_a_best_rate_at_the_edge_is_followed_further_out():
     first = {"s1337-0.01": 2.0, "s1337-0.003": 3.0, "s1337-0.03": 1.0}
     assert planned(first)[3:] == ["s1337-0.1"]
     assert planned(first | {"s1337-0.1": 0.5})[4:] == ["s1337-0.3"]
+    assert planned({"s1337-0.01": 2.0, "s1337-0.03": 1.0, "s1337-0.1": 3.0})[3:] == [
+        "s1338-0.03", "s1339-0.03"]
+    diverged = dict.fromkeys(("s1337-0.01", "s1337-0.03"), "UserError: step 9: loss nan")
+    assert planned(diverged)[2:] == ["s1337-0.003"]
 
 
 def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():

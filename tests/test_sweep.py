@@ -15,6 +15,7 @@ import torch
 from conftest import stopped_copy
 
 import analyze
+import checkpoint
 import mora
 import sft
 import train
@@ -123,21 +124,50 @@ def test_a_float8_base_changes_by_its_update():
 @pytest.mark.parametrize("prepare, style, row", [
     ("at_the_end", "prompt", {"prompt": "1 + 1", "response": "#### 2"}),
     ("during", "uuid", {"prompt": "0" * 8, "response": "1" * 8})])
-def test_answers_are_in_the_record(config, tmp_path, handlers, prepare, style, row):
+def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prepare, style, row):
     import answered
     folder = tmp_path / "answers"
     sft.prepare(folder, "bytes", {"source": "test", "format": style},
                 [(lambda: [row] * 8, ["train", "val"])], "prompt")
-    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare),
+    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
             "RUNS": {"name": (str(config), [f"--data={folder}", "--seq_len=64"])}}
+    monkeypatch.setattr(checkpoint, "write_hugging_face", None)  # a save would call it and fail
     record = sweep.attempt("name", plan, tmp_path)
+    assert "spectrum" not in record and "spectrum_error" not in record
     if prepare == "during":
         step, digits, pairs = record["curve"][-1]  # all are right at step 10, or it is the last
         assert pairs == answered.ALL and (digits >= answered.ALL_RIGHT or step == 20)
+        assert record["ended"] == ("all right" if step < 20 else "")
     else:
         assert len(record["answers"]) == len(record["right"]) == 8
         assert record["numbers"] == record["right"].count("1") / 8
         assert (tmp_path / "answers-name.jsonl.xz").exists()
+
+
+def test_a_run_of_uuids_ends_where_another_rate_has_beaten_it(config, tmp_path, handlers):
+    import answered
+    folder, asked = tmp_path / "answers", []
+    sft.prepare(folder, "bytes", {"source": "test", "format": "uuid"},
+                [(lambda: [{"prompt": "0" * 8, "response": "1" * 8}] * 8, ["train", "val"])],
+                "prompt")
+
+    def prepare(name):
+        return answered.during(name, lambda step: asked.append(step) or step >= 2)
+
+    words = [f"--data={folder}", "--seq_len=64", "--eval_every=1", "--lr=1e-30"]
+    plan = {"EVALUATE": [], "PREPARE": prepare, "RUNS": {"name": (str(config), words)}}
+    record = sweep.attempt("name", plan, tmp_path)
+    assert record["ended"] == "beaten" and asked == [1, 2]
+    assert [(step, pairs) for step, _, pairs in record["curve"]] == [
+        (1, answered.SOME), (2, answered.ALL)]
+
+
+def test_why_a_run_of_uuids_is_over():
+    from answered import why_over
+    assert why_over(1.0, 0.2, False) == "all right"
+    assert why_over(0.995, 0.992, False) == why_over(0.995, 0.992, True) == "stays learned"
+    assert why_over(0.995, 0.98, True) == why_over(0.98, 0.995, False) == ""
+    assert why_over(0.98, 0.995, True) == "beaten"
 
 
 def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):
@@ -157,12 +187,12 @@ if Path(__file__).with_name("sweep.jsonl").exists():
 FORK = multiprocessing.get_context("fork")
 
 
-def fake(name, words, folders, out):
+def fake(name, words, folders, out, spectra):
     """A run of no time."""
     return {"name": name, "pid": os.getpid()}
 
 
-def fail(name, words, folders, out):
+def fail(name, words, folders, out, spectra):
     raise RuntimeError(f"{words[0]} of {name}")
 
 
@@ -279,7 +309,7 @@ import __main__
 EVALUATE, RUNS = [], {name: ("config", []) for name in "ab"}
 KILLED = Path(__file__).with_name("killed")
 
-def run_one(name, words, folders, out):
+def run_one(name, words, folders, out, spectra):
     if os.environ["CUDA_VISIBLE_DEVICES"] == "1":
         KILLED.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -354,9 +384,9 @@ def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
 
 def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
     """A step of 0.1 s: after the first run 30 steps would end too late, 5 do not."""
-    def run_one(name, words, folders, out):
+    def run_one(name, words, folders, out, spectra):
         time.sleep(0.1 * sweep.steps_of(words))
-        return fake(name, words, folders, out)
+        return fake(name, words, folders, out, spectra)
 
     runs = {name: ("CONFIG", ["--steps=9", f"--steps={steps}"])
             for name, steps in (("first", 4), ("long", 30), ("short", 5))}

@@ -23,7 +23,8 @@ def summarize(records, plan):
         numbers |= {f"{domain}.tokens": setting["tokens"], f"{domain}.tokens_trained": trained}
         if base := records.get(f"{domain}-base"):
             numbers |= {f"{domain}.base.bits_per_byte": base["bits_per_byte"],
-                        f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"]}
+                        f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"],
+                        f"{domain}.base.lr": 0.0}
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
         domain, method, optimizer = group

@@ -1,7 +1,9 @@
 """The sweep of results/continual: continual pretraining of a 135M model on two domains.
 
 Biomedical text once, 212 steps of 32 x 1,024 tokens; finance three times, 209 steps of 16 x 1,024.
-The runs that are done, in sweep.jsonl beside this file, decide which rates and seeds follow.
+The paper's methods with AdamW come first, then groups chosen by the gradient beside others of the
+same rank (biomedical text alone), then Muon. The runs that are done, in sweep.jsonl beside this
+file, decide which rates and seeds follow.
 """
 from pathlib import Path
 
@@ -14,11 +16,28 @@ EVALUATE = ["data/wiki_val"]  # what is forgotten
 DOMAINS = {"biomed": {"steps": 212, "batch_size": 32, "tokens": 6_965_399},
            "finance": {"steps": 209, "batch_size": 16, "tokens": 1_143_453}}
 WARMUP, SEQ_LEN = 20, 1024
-# {(method, optimizer): rate in the middle}: the best of results/gsm8k where it has one
-CENTRES = {("mora_r8", "adamw"): 1e-2, ("lora_r8", "adamw"): 1e-2, ("mora_r256", "adamw"): 1e-3,
-           ("lora_r256", "adamw"): 1e-3, ("fft", "adamw"): 3e-4, ("dora_r8", "adamw"): 1e-2,
-           ("mora_r8", "muon"): 1e-2, ("lora_r8", "muon"): 1e-2}
-GROUPS = {(domain, *group): lr for domain in DOMAINS for group, lr in CENTRES.items()}
+MICRO_BATCH = 16  # so that three runs of full fine-tuning have room on a GPU of 80 GB
+SPECTRA = False
+# {method: rate in the middle}: the best of results/gsm8k where it has one
+ADAMW = {"mora_r8": 1e-2, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4,
+         "dora_r8": 1e-2}
+GROUPED = {"truncate_gradient_r8": 1e-2, "share_gradient_r8": 3e-3, "share_permute_r8": 3e-3,
+           "share_strided_r8": 3e-3, "truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3,
+           "rotate_strided_r32": 3e-3, "lora_r32": 1e-2}
+MUON = {"mora_r8": 1e-2, "lora_r8": 1e-2}
+TIERS = [{(domain, method, "adamw"): lr for domain in DOMAINS for method, lr in ADAMW.items()},
+         {("biomed", method, "adamw"): lr for method, lr in GROUPED.items()},
+         {(domain, method, "muon"): lr for domain in DOMAINS for method, lr in MUON.items()}]
+GROUPS = TIERS[0] | TIERS[1] | TIERS[2]
+
+
+def words_of(method):
+    """Return a variant of the config file and what is changed in it."""
+    if method == "dora_r8":  # DoRA is LoRA's variant with trained lengths of rows
+        return ["lora_r8", "--dora"]
+    if method == "lora_r32":  # scaled as at r = 8
+        return ["lora_r8", "--rank=32", "--alpha=64"]
+    return rates.operator_words(method) if method in GROUPED else [method]
 
 
 def PREPARE(name):
@@ -35,13 +54,11 @@ def make(group, lr, seed, steps=0):
     """Return (config file, words) of a run."""
     (domain, method, optimizer), setting = group, DOMAINS[group[0]]
     steps, batch = steps or setting["steps"], setting["batch_size"]
-    # (DoRA is LoRA's variant with trained lengths of rows)
-    words = ["lora_r8", "--dora"] if method == "dora_r8" else [method]
-    return CONFIG, [*words, f"--data=data/{domain}", f"--optimizer={optimizer}", f"--lr={lr}",
-                    f"--seed={seed}", f"--seq_len={SEQ_LEN}", f"--batch_size={batch}",
-                    f"--micro_batch={batch}", f"--steps={steps}", f"--warmup={WARMUP}",
-                    f"--eval_every={steps}", f"--save_every={steps}", "--keep=1",
-                    "--base_dtype=float32"]
+    return CONFIG, [*words_of(method), f"--data=data/{domain}", f"--optimizer={optimizer}",
+                    f"--lr={lr}", f"--seed={seed}", f"--seq_len={SEQ_LEN}",
+                    f"--batch_size={batch}", f"--micro_batch={MICRO_BATCH}", f"--steps={steps}",
+                    f"--warmup={WARMUP}", f"--eval_every={steps}", f"--save_every={steps}",
+                    "--keep=1", "--base_dtype=float32"]
 
 
 # the untrained model: one step at a rate that changes no weight
@@ -49,4 +66,5 @@ RUNS = {f"{domain}-base": make((domain, "fft", "adamw"), 1e-30, rates.SEED, step
         for domain in DOMAINS}
 RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").items()
            if name not in RUNS}
-RUNS |= rates.runs(GROUPS, RECORDS, score, make)
+for tier in TIERS:
+    RUNS |= rates.runs(tier, RECORDS, score, make)

@@ -26,6 +26,8 @@ DRAWS = 20_000
 PAIRS = [("mora_rotate_r8", "lora"), ("mora_share_r256", "lora"), ("mora_share_r256", "fft"),
          ("mora_rotate_r8", "fft"), ("mora_rotate_r8.muon", "lora.muon"),
          ("mora_share_r256.muon", "fft.muon"), ("mora_share_r256.muon", "mora_rotate_r8.muon"),
+         ("truncate_gradient_r8", "lora"), ("truncate_gradient_r8", "mora_rotate_r8"),
+         ("share_gradient_r8", "mora_rotate_r8"),
          *((f"{method}.muon", method) for method in
            ("mora_rotate_r8", "lora", "mora_share_r256", "fft"))]
 

@@ -1,7 +1,8 @@
 """The sweep of results/gsm8k: Muon beside AdamW, three seeds, answers kept; bases of three types.
 
-AdamW runs at the rates that an earlier search chose (runs.jsonl). Muon's rates are searched: the
-runs that are done, in sweep.jsonl beside this file, decide which rates and seeds follow.
+Muon's rates are searched: the runs that are done, in sweep.jsonl beside this file, decide which
+rates and seeds follow. AdamW runs again at the rates that an earlier search chose (runs.jsonl),
+since that kept no answers. Then groups chosen by the gradient, with AdamW, beside permuted ones.
 """
 import math
 from pathlib import Path
@@ -14,12 +15,19 @@ CONFIG = "configs/gsm8k.py"
 EVALUATE = ["data/gsm8k_dev"]  # chooses rates; the validation split of data/gsm8k_fit is the test
 COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64", "--eval_every=1000", "--save_every=1000",
           "--keep=1"]
+SPECTRA = False
 METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
            "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
+# {method: the middle of its rates}: those of the same operator in runs.jsonl, or of rotate at r = 8
+GROUPED = {"truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3, "share_permute_r32": 1e-3,
+           "truncate_gradient_r8": 1e-2, "share_gradient_r8": 1e-2}
+METHODS |= {method: rates.operator_words(method) for method in GROUPED}
 # {method: (AdamW's best rate, the middle of Muon's)}
 RATES = {"mora_rotate_r8": (1e-2, 1e-2), "lora": (1e-2, 1e-2), "mora_share_r256": (1e-3, 1e-3),
          "fft": (3e-4, 3e-4)}
-SEARCHED = {("gsm8k", method, "muon"): muon for method, (_, muon) in RATES.items()}
+MUON = {("gsm8k", method, "muon"): muon for method, (_, muon) in RATES.items()}
+GRADIENT = {("gsm8k", method, "adamw"): lr for method, lr in GROUPED.items()}
+SEARCHED = MUON | GRADIENT
 FIXED = {("gsm8k", method, "adamw"): adamw for method, (adamw, _) in RATES.items()}
 BASES = {(dtype, "mora_rotate_r8", "adamw"): 1e-2 for dtype in ("bfloat16", "float8")}
 SEEDS = (rates.SEED, *rates.MORE_SEEDS)
@@ -48,9 +56,11 @@ def at_known_rates(groups, seed):
 
 
 BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that changes nothing
-COMPARED = BASES | {group: lr for group, lr in FIXED.items() if group[1] == "mora_rotate_r8"}
 RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
-for groups in (COMPARED, FIXED):
-    for number in SEEDS:
-        RUNS |= at_known_rates(groups, number)
-RUNS |= rates.runs(SEARCHED, rates.read(FOLDER / "sweep.jsonl"), score, make)
+RECORDS = rates.read(FOLDER / "sweep.jsonl")
+RUNS |= rates.runs(MUON, RECORDS, score, make)
+for number in SEEDS:
+    RUNS |= at_known_rates(FIXED, number)
+RUNS |= rates.runs(GRADIENT, RECORDS, score, make)
+for number in SEEDS:
+    RUNS |= at_known_rates(BASES, number)

@@ -1,8 +1,10 @@
-"""The sweep of results/uuid: 10,000 pairs of UUIDs, every rate to the end, AdamW and Muon.
+"""The sweep of results/uuid: 10,000 pairs of UUIDs, AdamW and Muon, rates until the best is inside.
 
 Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right. The runs that are done, in sweep.jsonl beside this file, decide which rates and seeds
-follow; so do those of runs.jsonl, the log of an earlier program, that were not cut.
+right, when 99 % are at two evaluations in a row, or when it has lost: without 99 % at a step where
+another rate of its method has had them. Order: Muon's rates; rates that fall to 0, at r = 8; seeds
+of both; AdamW; groups chosen by the gradient. The runs that are done, in sweep.jsonl beside this
+file, decide what follows; so do those of runs.jsonl, of an earlier program, that were not cut.
 """
 import json
 from pathlib import Path
@@ -13,17 +15,13 @@ import rates
 FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
-PREPARE = answered.during
+SPECTRA = False
 STEPS, COMMON = 1000, ["--seq_len=75", "--micro_batch=500", "--eval_every=100",
                        "--eval_tokens=70000", "--keep=1"]
-# {(method, optimizer): rate in the middle}; Muon's are a guess from AdamW's in runs.jsonl
-CENTRES = {("mora_r8", "muon"): 3e-3, ("mora_r256", "muon"): 1e-3, ("mora_r8", "adamw"): 3e-3,
-           ("mora_r256", "adamw"): 3e-4, ("lora_r8", "muon"): 3e-3, ("lora_r8", "adamw"): 3e-3,
-           ("lora_r256", "muon"): 1e-3, ("lora_r256", "adamw"): 1e-3, ("fft", "muon"): 3e-4,
-           ("fft", "adamw"): 3e-4}
-GROUPS = {("uuid", *group): lr for group, lr in CENTRES.items()}
-# the same at r = 8 with a rate that falls to 0 (the digits improve late there)
-GROUPS |= {("decay", method, "muon"): CENTRES[method, "muon"] for method in ("mora_r8", "lora_r8")}
+# {method: rate in the middle}, the most telling first; Muon's are guesses from those of runs.jsonl
+MUON = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4}
+ADAMW = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 3e-4, "lora_r256": 1e-3, "fft": 3e-4}
+GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
 
 
 def steps_to_99(curve):
@@ -39,7 +37,8 @@ def score(record):
 def make(group, lr, seed):
     """Return (config file, words) of a run."""
     task, method, optimizer = group
-    return CONFIG, [method, *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}",
+    words = rates.operator_words(method) if method in GRADIENT else [method]
+    return CONFIG, [*words, *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}",
                     f"--steps={STEPS}", f"--save_every={STEPS}",
                     f"--warmup={20 if optimizer == 'muon' else 0}",
                     f"--min_lr_ratio={0.0 if task == 'decay' else 1.0}"]
@@ -58,5 +57,36 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-RUNS = {name: run for name, run in rates.runs(GROUPS, read(), score, make).items()
+def PREPARE(name):
+    """Answer pairs during a run, and end it where it has lost; more seeds are never cut short."""
+    group, seed, _ = rates.parts_of(name)
+
+    def beaten(step):
+        scores = rates.scores_of(read(), group, score).values()
+        return seed == rates.SEED and min(scores, default=rates.WORST)[0] <= step
+
+    return answered.during(name, beaten)
+
+
+def groups_of(records):
+    """Return {(task, method, optimizer): rate in the middle}. The digits improve late at r = 8, so
+    rates that fall to 0 are tried there ("decay") around Muon's best constant one."""
+    groups = {("uuid", method, "muon"): lr for method, lr in MUON.items()}
+    for method in ("mora_r8", "lora_r8"):
+        lr, is_inside = rates.best(rates.scores_of(records, ("uuid", method, "muon"), score))
+        groups |= {("decay", method, "muon"): lr} if is_inside else {}
+    groups |= {("uuid", method, "adamw"): lr for method, lr in ADAMW.items()}
+    return groups | {("uuid", method, "muon"): lr for method, lr in GRADIENT.items()}
+
+
+def place(name):
+    """What sorts the runs."""
+    (task, method, optimizer), seed, _ = rates.parts_of(name)
+    is_late = 2 if method in GRADIENT else int(optimizer == "adamw")
+    return is_late, seed != rates.SEED, task == "decay"
+
+
+GROUPS = groups_of(read())
+RUNS = {name: run for name, run in sorted(rates.runs(GROUPS, read(), score, make).items(),
+                                          key=lambda item: place(item[0]))
         if name not in read_earlier()}

@@ -1,0 +1,57 @@
+"""Draw curves.png: loss on the held-out questions by learning rate, AdamW and Muon.
+
+    python results/gsm8k/curves.py
+
+One seed (1337); losses above 0.8 are left out. AdamW's runs of the first four methods are those of
+runs.jsonl.
+"""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
+LABELS = {"fft": "full fine-tuning", "lora": "LoRA, r = 8", "mora_rotate_r8": "MoRA, rotate, r = 8",
+          "mora_share_r256": "MoRA, share, r = 256",
+          "truncate_gradient_r8": "truncate, r = 8, gradient",
+          "share_gradient_r8": "share, r = 8, gradient",
+          "truncate_gradient_r32": "truncate, r = 32, gradient",
+          "share_gradient_r32": "share, r = 32, gradient"}
+
+
+def grids(plan):
+    """Return {(method, optimizer): {rate: loss}}."""
+    found = {}
+    for record in map(json.loads, (FOLDER / "runs.jsonl").read_text().splitlines()):
+        if record["seed"] == rates.SEED:
+            found.setdefault((record["method"], "adamw"), {})[record["lr"]] = record["dev_loss"]
+    records = rates.read(FOLDER / "sweep.jsonl")
+    for group in plan["SEARCHED"]:
+        scores = rates.scores_of(records, group, plan["score"])
+        if losses := {lr: loss for lr, (loss,) in scores.items() if (loss,) != rates.WORST}:
+            found[group[1:]] = losses
+    return found
+
+
+def draw(lines, file):
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for color, (method, label) in enumerate(LABELS.items()):
+        for optimizer, style in (("adamw", "--"), ("muon", "-")):
+            losses = lines.get((method, optimizer), {})
+            points = [(lr, loss) for lr, loss in sorted(losses.items()) if loss < 0.8]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=f"C{color}",
+                          marker=".", label=f"{label}, {optimizer}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="nats per token, held-out questions")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    draw(grids(runpy.run_path(str(FOLDER / "plan.py"))), FOLDER / "curves.png")

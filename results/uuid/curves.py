@@ -1,0 +1,57 @@
+"""Draw curves.png: share of right hex digits by step, of each method at its best rate.
+
+    python results/uuid/curves.py
+
+Lines are means over seeds; a run that ended early keeps its last digits. Dashed: AdamW.
+"""
+import runpy
+import sys
+from pathlib import Path
+from statistics import mean
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import rates  # noqa: E402
+
+PANELS = {"r = 8": {"LoRA": "lora_r8", "MoRA": "mora_r8",
+                    "MoRA, truncate, gradient": "truncate_gradient_r8",
+                    "MoRA, share, gradient": "share_gradient_r8"},
+          "full rank, r = 256": {"LoRA": "lora_r256", "MoRA": "mora_r256",
+                                 "full fine-tuning": "fft"}}
+STYLES = {("uuid", "muon"): ("Muon", "-"), ("decay", "muon"): ("Muon, falling rate", ":"),
+          ("uuid", "adamw"): ("AdamW", "--")}
+
+
+def curves_of(plan):
+    """Return {(task, method, optimizer): [(step, mean share of right digits)]} at the best rate."""
+    found = {}
+    for group, records, _ in rates.report(plan["read"](), plan["GROUPS"], plan["score"]):
+        curves = [record["curve"] for record in records]
+        steps = sorted({step for curve in curves for step, _, _ in curve})
+        found[group] = [(at, mean(max(point for point in curve if point[0] <= at)[1]
+                                  for curve in curves))
+                        for at in steps if all(curve[0][0] <= at for curve in curves)]
+    return found
+
+
+def draw(curves, file):
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained",
+                                   sharey=True)
+    for axis, (title, methods) in zip(axes, PANELS.items(), strict=True):
+        for color, (label, method) in enumerate(methods.items()):
+            for (task, optimizer), (suffix, style) in STYLES.items():
+                if points := curves.get((task, method, optimizer)):
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{color}", marker=".",
+                              label=f"{label}, {suffix}")
+        axis.axhline(0.99, color="gray", linewidth=0.5)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("share of right digits")
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    draw(curves_of(runpy.run_path(str(FOLDER / "plan.py"))), FOLDER / "curves.png")
