@@ -44,7 +44,7 @@ METHODS |= {"mora_two_paths": {"method": "mora"},
             "remora_permute": {"method": "mora", "groups": "permute"},
             "mixed": {"method": "mora", "groups": "permute"}}  # half of the rank is a LoRA
 METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
-            for name in ("full", "lora", "mora", "mixed")}
+            for name in ("full", "lora", "mora", "remora_permute", "mixed")}
 METHODS |= {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 METHODS["mora_fp8_base"] = {"method": "mora", "base_dtype": "float8"}
 # columns of the table: title, key of the numbers, width, format

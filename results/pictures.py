@@ -1,5 +1,5 @@
 """Draw the validation losses of pretraining runs, for curves.py of several folders."""
-from statistics import mean, median
+from statistics import mean, median, mode
 
 import matplotlib
 from matplotlib import pyplot
@@ -7,33 +7,40 @@ from matplotlib import pyplot
 OPTIMIZERS = ("muon", "adamw")
 
 
-def curve(seeds, per_gpu):
-    """Return (steps, [losses by seed], tokens of a step, GPU seconds of a step) of a run's seeds.
+def draw_line(axis, places, losses, color, label):
+    """Draw the mean over seeds, in a band from the lowest to the highest; losses: by seed."""
+    columns = list(zip(*losses, strict=True))
+    axis.plot(places, [mean(column) for column in columns], ".-", color=f"C{color}", label=label,
+              linewidth=1.2)
+    axis.fill_between(places, [min(column) for column in columns],
+                      [max(column) for column in columns], color=f"C{color}", alpha=0.2)
 
-    GPU seconds are a run's seconds of training over the processes that shared a GPU, the median.
+
+def draw_row(axes, runs, labels, per_gpu):
+    """Draw the methods of one optimizer against tokens and against GPU seconds.
+
+    GPU seconds are those of training over the processes that shared a GPU, the median of the seeds
+    that ran on the row's most frequent card; a method without such a seed is on the left alone.
     """
-    steps = [step for step, _ in seeds[0]["val_losses"] if step]
-    losses = [[dict(run["val_losses"])[step] for step in steps] for run in seeds]
-    tokens = seeds[0]["config"]["batch_size"] * seeds[0]["config"]["seq_len"]
-    return steps, losses, tokens, tokens / per_gpu / median(run["tokens_per_s"] for run in seeds)
-
-
-def draw_row(axes, runs, optimizer, labels, per_gpu):
+    device = mode(run["device"] for seeds in runs.values() for run in seeds)
     for color, (method, label) in enumerate(labels.items()):
-        if (method, optimizer) not in runs:
+        seeds = runs.get(method)
+        if not seeds:
             continue
-        steps, losses, tokens, seconds = curve(runs[method, optimizer], per_gpu)
-        columns = list(zip(*losses, strict=True))
-        for axis, unit in zip(axes, (tokens / 1e6, seconds), strict=True):
-            places = [step * unit for step in steps]
-            axis.plot(places, [mean(column) for column in columns], ".-", color=f"C{color}",
-                      label=label, linewidth=1.2)
-            axis.fill_between(places, [min(column) for column in columns],
-                              [max(column) for column in columns], color=f"C{color}", alpha=0.2)
+        steps = [step for step, _ in seeds[0]["val_losses"] if step]
+        losses = [[dict(run["val_losses"])[step] for step in steps] for run in seeds]
+        tokens = seeds[0]["config"]["batch_size"] * seeds[0]["config"]["seq_len"]
+        draw_line(axes[0], [step * tokens / 1e6 for step in steps], losses, color, label)
+        speeds = [run["tokens_per_s"] for run in seeds if run["device"] == device]
+        if speeds:
+            seconds = tokens / per_gpu / median(speeds)
+            draw_line(axes[1], [step * seconds for step in steps], losses, color, label)
+    axes[0].set_xlabel("million tokens")
+    axes[1].set_xlabel(f"GPU seconds, one {device}")
 
 
 def draw_curves(file, runs, labels, per_gpu, title):
-    """Draw a row per optimizer, against tokens and GPU seconds; bands reach over the seeds.
+    """Draw a row per optimizer, against tokens and GPU seconds.
 
     runs: {(method, optimizer): [runs of one pair of rates by seed]}; labels: {method: its label}.
     """
@@ -42,9 +49,8 @@ def draw_curves(file, runs, labels, per_gpu, title):
     figure, axes = pyplot.subplots(len(optimizers), 2, figsize=(10, 4.5 * len(optimizers)),
                                    layout="constrained", squeeze=False, sharey=True)
     for row, optimizer in zip(axes, optimizers, strict=True):
-        draw_row(row, runs, optimizer, labels, per_gpu)
+        own = {method: seeds for (method, name), seeds in runs.items() if name == optimizer}
+        draw_row(row, own, labels, per_gpu)
         row[0].set(title=f"{optimizer}, {title}", ylabel="validation loss, nats per token")
         row[0].legend()
-    for axis, label in zip(axes[-1], ("million tokens", "GPU seconds, one H100"), strict=True):
-        axis.set_xlabel(label)
     figure.savefig(file, dpi=100)

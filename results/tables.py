@@ -21,7 +21,7 @@ MARKED_TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL
 class Column(NamedTuple):
     header: str
     metric: str        # name of the metric; {} stands for the row
-    form: str          # how str.format writes the number; "rate" writes 0.0003 as 3e-4, 0 as -
+    form: str          # how str.format writes it; "rate": 0.0003 as 3e-4, 0 as -; "yes/no": 1, 0
     missing: str = ""  # the cell of a row that lacks the metric; "": the metric must exist
 
 
@@ -43,15 +43,33 @@ TABLES = {
         Column("rank of ΔW", "{}.rank", "{:.0f}"),
     )),
     "pretrain_60m": ({
-        "full rank": "full", "LoRA": "lora", "ReLoRA": "relora", "MoRA, share": "mora_share",
-        "ReMoRA, alternate": "remora_alternate", "ReMoRA, permute": "remora_permute",
+        "full rank": "full", "MoRA and LoRA (60m_best)": "best",
+        "ReMoRA, permute": "remora_permute", "MoRA, share": "mora_share", "LoRA": "lora",
+        "ReMoRA, alternate": "remora_alternate", "ReLoRA": "relora",
     }, (
-        Column("Muon: wiki perplexity", "{}.muon.wiki_ppl_mean", "{:.1f}"),
+        Column("wiki", "{}.muon.wiki_ppl_mean", "{:.2f}"),
+        Column("±", "{}.muon.wiki_ppl_std", "{:.2f}", missing="-"),
         Column("c4", "{}.muon.c4_ppl_mean", "{:.0f}"),
+        Column("seeds", "{}.muon.seeds", "{}"),
         Column("lr", "{}.muon.lr", "rate"), Column("rest_lr", "{}.muon.rest_lr", "rate"),
-        Column("AdamW: wiki perplexity", "{}.adamw.wiki_ppl_mean", "{:.1f}", missing="not run"),
-        Column("lr", "{}.adamw.lr", "rate", missing="-"),
-        Column("rest_lr", "{}.adamw.rest_lr", "rate", missing="-"),
+        Column("rank of ΔW", "{}.muon.rank", "{:.0f}", missing="-"),
+        Column("131 M: wiki", "{}.muon.131m.wiki_ppl", "{:.1f}", missing="not run"),
+        Column("c4", "{}.muon.131m.c4_ppl", "{:.0f}", missing="not run"),
+    )),
+    "pretrain_60m/grids": ({
+        "full rank": "full", "full rank, one block instead of eight": "full_one_block",
+        "MoRA and LoRA (60m_best)": "best", "ReMoRA, permute": "remora_permute", "LoRA": "lora",
+        "MoRA, share": "mora_share", "ReMoRA, alternate": "remora_alternate", "ReLoRA": "relora",
+        "blocks frozen": "frozen", "MoRA, share, r = 80": "mora_share_r80",
+        "MoRA and LoRA, r = 80": "best_r80", "LoRA, r = 80": "lora_r80",
+    }, (
+        Column("of the block parameters", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),
+        Column("Muon: wiki", "{}.muon.grid_ppl", "{:.1f}", missing="-"),
+        Column("rates", "{}.muon.rates_tried", "{}", missing="-"),
+        Column("closed", "{}.muon.bracketed", "yes/no", missing="-"),
+        Column("AdamW: wiki", "{}.adamw.grid_ppl", "{:.1f}", missing="not run"),
+        Column("rates", "{}.adamw.rates_tried", "{}", missing="-"),
+        Column("closed", "{}.adamw.bracketed", "yes/no", missing="-"),
     )),
     "throughput_h200": ({
         "full rank": "full", "frozen (embeddings, norms, head alone)": "frozen",
@@ -177,6 +195,8 @@ def cell(column, row, metrics, file):
     if column.form == "rate":
         mantissa, exponent = f"{metrics[name]:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}" if metrics[name] else "-"
+    if column.form == "yes/no":
+        return "yes" if metrics[name] else "no"
     return column.form.format(metrics[name])
 
 

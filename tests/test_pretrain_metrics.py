@@ -143,6 +143,27 @@ def test_frozen_blocks_have_one_rate(plan):
 
 
 # ------------------------------------------------------------
+# results/pretrain_60m/equal_time.py
+
+def test_equal_time_reads_perplexity_between_the_two_lengths(metrics):
+    at_ratio = metrics.equal_time.at_ratio
+    by_tokens = {33: [made_up("lora", 50.0), made_up("lora", 40.0, lr=1e-3)],
+                 66: [made_up("lora", 32.0, steps=2000)]}
+    assert at_ratio(by_tokens, 1) == 50.0 and at_ratio(by_tokens, 2) == pytest.approx(32.0)
+    assert at_ratio(by_tokens, 2 ** 0.5) == pytest.approx(40.0)
+    assert at_ratio({66: by_tokens[66]}, 1) is None and at_ratio({33: by_tokens[33]}, 1) is None
+
+
+def test_a_step_of_equal_time_has_one_step_of_muon_and_a_share_of_a_restart(metrics):
+    bench = {"1.3b.mora_fp8.tokens_per_s": 16_384, "1.3b.mora_muon_fp8.tokens_per_s": 8_192,
+             "1.3b.mora_fp8.restart_ms": 500.0}
+    seconds = metrics.equal_time.step_seconds
+    assert seconds(bench, "mora", "_fp8") == 4 + 1
+    assert seconds(bench, "mora", "_fp8", every=10) == 4 + 1 + 0.05
+    assert seconds(bench, "mora") is None
+
+
+# ------------------------------------------------------------
 # results/pretrain_250m/metrics.py: the sweep's runs of two lengths beside older logs
 
 def swept(ppl, steps, lr=2e-3, rest_lr=1.6e-2):

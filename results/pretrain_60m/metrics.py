@@ -5,7 +5,8 @@
 METHOD.OPTIMIZER.wiki_ppl_mean and the numbers beside it are those of the runs of 66 M tokens as
 soon as there is one, else those of the best rates of the grid, 33 M: tokens_m tells which. Without
 a second seed there is no wiki_ppl_std. grid_ppl (the least of one seed), rates_tried and bracketed
-are always the grid's. Longer runs have names of their own: METHOD.OPTIMIZER.131m.wiki_ppl.
+are always the grid's. Longer runs have names of their own: METHOD.OPTIMIZER.131m.wiki_ppl, and so
+has the model of equal_time.py: equal_time.METHOD.wiki_ppl.
 Prints the grids, and for each best whether it lies inside its grid on both axes.
 """
 import json
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path[:0] = map(str, (FOLDER, FOLDER.parent))
+import equal_time  # noqa: E402
 import pretraining  # noqa: E402
 
 GRID_SEED, GRID, HEADLINE = 1337, 33, 66  # of the grids, million tokens
@@ -71,7 +73,7 @@ def summarize(runs):
         for run in sum(by_tokens.values(), []):
             if "trainable_block_fraction" in run:
                 metrics[f"{method}.trainable_block_fraction"] = run["trainable_block_fraction"]
-    return metrics
+    return metrics | equal_time.numbers(groups(runs))
 
 
 if __name__ == "__main__":
