@@ -31,27 +31,40 @@ METHODS = {
 CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
            ("remora_alternate", "muon"): (4e-3, 6.4e-2)}
-SHORT, LONG = (250, 50), (2000, 200)  # steps, warm-up
+SHORT, LONG = 250, 2000  # steps
+WARMUP = {SHORT: 50, LONG: 200}
+SEED = 1337
 
 
-def run(group, point, length=SHORT, seed=1337):
-    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see grid.py."""
+def name_of(group, point, steps):
+    """Return the name of a run; group: (method, optimizer); point: see grid.py."""
+    lr, rest_lr = grid.rates_at(CENTRES[group], point)
+    return f"{'-'.join(group)}-{lr:g}-{rest_lr:g}-s{SEED}-steps{steps}"
+
+
+def run(group, point, steps):
+    """Return {name: (config, words)} of one run."""
     (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
-    steps, warmup = length
-    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}", f"--lr={lr}",
-             f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={warmup}", "--eval_every=250",
-             f"--save_every={min(steps, 1000)}"]
-    return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}-steps{steps}": (CONFIG, words)}
+    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={SEED}", f"--lr={lr}",
+             f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={WARMUP[steps]}",
+             "--eval_every=250", f"--save_every={min(steps, 1000)}"]
+    return {name_of(group, point, steps): (CONFIG, words)}
+
+
+def search(group, records):
+    """Return (the best point of a group, its neighbours that have not been tried)."""
+    return grid.search(lambda point: name_of(group, point, SHORT), records)
 
 
 def plan(records):
     """Return RUNS: what is missing in the grids, then the long runs of those that are closed."""
     short, long = {}, {}
     for group in CENTRES:
-        point, missing = grid.search(lambda p, own=group: next(iter(run(own, p))), records)
-        for one in missing:
-            short |= run(group, one)
-        long |= {} if missing else run(group, point, LONG)
+        point, missing = search(group, records)
+        for neighbour in missing:
+            short |= run(group, neighbour, SHORT)
+        if not missing:
+            long |= run(group, point, LONG)
     return short | long
 
 
