@@ -1,7 +1,6 @@
 """Draw the validation losses of pretraining runs, for curves.py of several folders."""
 from statistics import mean, median, mode
 
-import matplotlib
 from matplotlib import pyplot
 
 OPTIMIZERS = ("muon", "adamw")
@@ -47,7 +46,6 @@ def draw_curves(file, runs, labels, per_gpu, title):
 
     runs: {(method, optimizer): [runs of one pair of rates by seed]}; labels: {method: its label}.
     """
-    matplotlib.use("agg")
     found = {optimizer for _, optimizer in runs}
     optimizers = [optimizer for optimizer in OPTIMIZERS if optimizer in found]
     figure, axes = pyplot.subplots(len(optimizers), 2, figsize=(10, 4.5 * len(optimizers)),

@@ -1,6 +1,7 @@
 """metrics.json of results/pretrain_60m and pretrain_250m: which runs a number comes from."""
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,10 @@ FILE = Path(__file__).resolve().parent.parent / "results" / "pretrain_60m" / "me
 
 
 def load(file):
+    """Return the module; both folders' files are called metrics.py."""
     spec = importlib.util.spec_from_file_location("pretrain_metrics", file)
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FILE.parent.parent))
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -104,11 +104,8 @@ def test_a_failed_run_is_left_out(metrics, tmp_path):
 # plan.py: what is missing
 
 @pytest.fixture(scope="module")
-def plan(metrics):
-    import runpy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FILE.parent.parent))
-        return runpy.run_path(str(FILE.with_name("plan.py")))
+def plan():
+    return runpy.run_path(str(FILE.with_name("plan.py")))
 
 
 def own_runs(plan, records, method="full"):

@@ -88,8 +88,7 @@ def residual_std(patches, factor):
 
 
 def noise_decay(patches, factor):
-    """Multiply the random part of W by a factor at each restart; what training added stays. The
-    random part follows from the seed, so an implementation need not store it."""
+    """Multiply the random part of W, which the seed gives, by a factor at each restart."""
     noise = {}
 
     def keep(cfg, matrices):
@@ -164,26 +163,20 @@ def full_layer(patches, value):
 
 def stagger(patches, groups):
     """Restart every `groups`-th block alone, in turn; divide restart_every by this number."""
+    def block_of(name):
+        return int(name.split("layers.")[1].split(".")[0])
+
     def restart(original, model, optimizer, cycle, *args):
-        all_layers = mora.adapted_layers
-
-        def subset(model):
-            chosen = []
-            for name, layer in all_layers(model):
-                block = int(name.split("layers.")[1].split(".")[0])
-                if block % int(groups) == cycle % int(groups):
-                    chosen.append((name, layer))
-            return chosen
-
-        with mock.patch.object(mora, "adapted_layers", subset):
+        chosen = [(name, layer) for name, layer in mora.adapted_layers(model)
+                  if block_of(name) % int(groups) == cycle % int(groups)]
+        with mock.patch.object(mora, "adapted_layers", lambda model: chosen):
             return original(model, optimizer, cycle, *args)
 
     wrap(patches, mora, "restart", restart)
 
 
 def warm(patches, steps):
-    """Train all weights at full rank for `steps` steps, then start the adapters on them: a
-    full-rank run continued with --init_from, on one schedule and with the same total of steps."""
+    """Train all weights at full rank for `steps` steps, then adapters on them, on one schedule."""
     cfg = None
 
     def prepare(original, adapter_cfg, *args):
@@ -216,10 +209,9 @@ def warm(patches, steps):
 def keep_momentum(patches, _):
     """A restart keeps Muon's momentum of M."""
     def restart(original, model, optimizer, *args):
-        kept = {p: optimizer.state[p]["momentum"] for _, p in mora.adapter_parameters(model)}
+        kept = {p: optimizer.state[p] for _, p in mora.adapter_parameters(model)}
         result = original(model, optimizer, *args)
-        for p, momentum in kept.items():
-            optimizer.state[p] = {"momentum": momentum}
+        optimizer.state.update(kept)
         return result
 
     wrap(patches, mora, "restart", restart)
@@ -305,8 +297,8 @@ def replace_updates(patches, make):
 
 def square(layer, rank, keys):
     """Return a mora.Square for a layer."""
-    out_features, in_features = layer.matrix.shape
-    return mora.Square(in_features, out_features, rank, keys["operator"], keys["groups"])
+    d, k = layer.matrix.shape
+    return mora.Square(k, d, rank, keys["operator"], keys["groups"])
 
 
 def allow_fractional_ranks(patches):
@@ -378,7 +370,14 @@ def two_maps(patches, groups):
     replace_updates(patches, make)
 
 
-class Weighted(nn.Module):
+class Dense(nn.Module):
+    """An update whose forward multiplies by dW itself."""
+
+    def forward(self, x):
+        return F.linear(x, self.delta().to(x.dtype))
+
+
+class Weighted(Dense):
     """dW = diag(v) dW' diag(w): each feature has a learned weight in its group, which it keeps when
     the groups change. v and w are d + k parameters, trained by AdamW."""
 
@@ -391,9 +390,6 @@ class Weighted(nn.Module):
     def start_cycle(self, cycle, generator):
         self.part.start_cycle(cycle, generator)
 
-    def forward(self, x):
-        return F.linear(x, self.delta().to(x.dtype))
-
     def delta(self):
         return self.v[:, None] * self.part.delta() * self.w
 
@@ -401,13 +397,13 @@ class Weighted(nn.Module):
 def weighted(patches, _):
     """Replace MoRA's update by Weighted."""
     def make(name, layer, keys):
-        out_features, in_features = layer.matrix.shape
-        return Weighted(square(layer, keys["rank"], keys), in_features, out_features)
+        d, k = layer.matrix.shape
+        return Weighted(square(layer, keys["rank"], keys), k, d)
 
     replace_updates(patches, make)
 
 
-class Hadamard(nn.Module):
+class Hadamard(Dense):
     """dW = (B A) * (D C) elementwise, of rank up to (r / 2)^2 from r (in + out) parameters: FedPara
     (arXiv 2108.06098), LoHa in peft. plus: dW = (B A) * (1 + D C), which starts as a LoRA."""
 
@@ -427,9 +423,6 @@ class Hadamard(nn.Module):
                     p.copy_(0.1 * torch.randn(p.shape, generator=generator))
                 second.scale = 100 / len(second.A) ** 0.5
 
-    def forward(self, x):
-        return F.linear(x, self.delta().to(x.dtype))
-
     def delta(self):
         first, second = self.factors[0].delta(), self.factors[1].delta()
         return first * (second + 1) if self.plus else first * second
@@ -438,8 +431,8 @@ class Hadamard(nn.Module):
 def hadamard(patches, form):
     """Replace the update by Hadamard; form: "product" or "plus"."""
     def make(name, layer, keys):
-        out_features, in_features = layer.matrix.shape
-        return Hadamard(in_features, out_features, keys["rank"], form == "plus")
+        d, k = layer.matrix.shape
+        return Hadamard(k, d, keys["rank"], form == "plus")
 
     replace_updates(patches, make)
 
@@ -463,7 +456,7 @@ def fold_draw(patches, value):
     group adds its features, so that every cycle contains the sum of all features again."""
     config.need(value == "signs", f"fold_draw={value}: the only value is signs")
 
-    def init(original, self, features, *args):
+    def __init__(original, self, features, *args):
         original(self, features, *args)
         self.register_buffer("sign", torch.ones(features), persistent=False)
 
@@ -479,12 +472,11 @@ def fold_draw(patches, value):
     def adjoint(original, self, blocks):
         return original(self, blocks) * self.sign.to(blocks.dtype)
 
-    for method, wrapper in (("__init__", init), ("move", move), ("forward", forward),
-                            ("adjoint", adjoint)):
-        wrap(patches, mora.Fold, method, wrapper)
+    for wrapper in (__init__, move, forward, adjoint):
+        wrap(patches, mora.Fold, wrapper.__name__, wrapper)
 
 
-class Projected(nn.Module):
+class Projected(Dense):
     """dW = P^T M Q with dense maps; P (rows of M, out), Q (columns of M, in), or None: identity.
 
     The rows of P are orthonormal times sqrt(out / rows), so that dW has M's root mean square, as
@@ -495,10 +487,8 @@ class Projected(nn.Module):
     def __init__(self, in_features, out_features, rows, columns):
         super().__init__()
         self.M, self.generator = nn.Parameter(torch.zeros(rows, columns)), None
-        P = torch.zeros(rows, out_features) if rows < out_features else None
-        Q = torch.zeros(columns, in_features) if columns < in_features else None
-        self.register_buffer("P", P)
-        self.register_buffer("Q", Q)
+        for name, size, features in (("P", rows, out_features), ("Q", columns, in_features)):
+            self.register_buffer(name, torch.zeros(size, features) if size < features else None)
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
@@ -513,9 +503,6 @@ class Projected(nn.Module):
         dy = dy[None].flatten(0, -2)
         rows = dy if self.P is None else F.linear(dy, self.P.to(dy.dtype))
         return [(rows.T @ compressed).to(self.M.dtype)]
-
-    def forward(self, x):
-        return F.linear(x, self.delta().to(x.dtype))
 
     def delta(self):
         delta = self.M if self.Q is None else self.M @ self.Q
@@ -668,10 +655,7 @@ def use_maps(patches, value, make_update):
         report(f"step {step}: {len(stale)} new maps hold {torch.stack(held).mean().item():.3f} "
                "of the nuclear norm")
 
-    def make(name, layer, keys):
-        return make_update(name, layer, keys, projected)
-
-    replace_updates(patches, make)
+    replace_updates(patches, lambda *arguments: make_update(*arguments, projected))
     before_steps(patches, renew)
 
 
@@ -708,7 +692,7 @@ def slices(patches, value):
     before_steps(patches, renew)
 
 
-class Blocks(nn.Module):
+class Blocks(Dense):
     """dW has m blocks of their own, M_1 ... M_m, on a permuted diagonal: m = d k / (r (d + k)), the
     budget of rank r, but dW has full rank, and Muon makes it nearly orthogonal."""
 
@@ -748,9 +732,6 @@ class Blocks(nn.Module):
         is_own = torch.eye(self.m, device=M.device)[:, None, :, None]
         wide = (is_own * M[:, :, None]).reshape(self.m * width_out, self.m * width_in)
         return wide[:d, :k][self.rows_inverse][:, self.columns_inverse]
-
-    def forward(self, x):
-        return F.linear(x, self.delta().to(x.dtype))
 
 
 def blocks(patches, _):

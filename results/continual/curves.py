@@ -10,6 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from matplotlib import pyplot
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
@@ -43,9 +45,6 @@ def draw_domain(axis, domain, records):
 
 def draw(domains, records, file):
     """Draw a panel per domain."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(domains), figsize=(10, 4.5), layout="constrained")
     for axis, domain in zip(axes, domains, strict=True):
         draw_domain(axis, domain, records)

@@ -8,7 +8,6 @@ Above: training losses, three seeds at 60m (sweep.jsonl of results/pretrain_60m)
 import json
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).resolve().parents[1]
@@ -59,7 +58,6 @@ def draw(shape, runs, above, below):
 
 
 if __name__ == "__main__":
-    matplotlib.use("agg")
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for (shape, runs), column in zip(curves().items(), axes.T, strict=True):
         draw(shape, runs, *column)

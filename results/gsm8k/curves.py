@@ -10,6 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from matplotlib import pyplot
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
@@ -41,9 +43,6 @@ def loss_grids(plan):
 
 def draw(grids, file):
     """Draw a line per method and optimizer; grids: see loss_grids."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for color, (method, label) in enumerate(LABELS.items()):
         for optimizer, style in (("adamw", "--"), ("muon", "-")):

@@ -4,14 +4,12 @@ The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M
 a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
 this file, decide what is missing. A long run takes about nine minutes of one H100 alone.
 """
-import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-import grid  # noqa: E402
-import rates  # noqa: E402
+import grid
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
 COMMON = ["--hidden_size=768", "--intermediate_size=2560", "--num_hidden_layers=24",

@@ -4,14 +4,12 @@ A grid (see results/grid.py) has 1,000 steps of 32,768 tokens, 33 M. At its best
 tokens with three seeds, and 131 M with one for some methods. The runs of earlier sweeps, in
 sweep.jsonl beside this file, decide what is missing.
 """
-import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-import grid  # noqa: E402
-import rates  # noqa: E402
+import grid
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
 COMMON = ["--batch_size=64", "--micro_batch=64", "--warmup=100", "--log_every=50", "--keep=1",

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from matplotlib import pyplot
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
@@ -36,9 +38,6 @@ def curves_of(plan):
 
 def draw(curves, file):
     """Draw a panel per rank; curves: see curves_of."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained",
                                    sharey=True)
     for axis, (title, methods) in zip(axes, PANELS.items(), strict=True):
