@@ -92,10 +92,7 @@ def losses():
 
 
 def why_over(digits, before, is_beaten):
-    """Return why a run may end, or "".
-
-    digits, before: the shares of right digits at this evaluation and at the one before.
-    """
+    """Return why a run may end, or ""; before: the share of right digits one evaluation earlier."""
     if digits >= ALL_RIGHT:
         return "all right"
     if digits >= LEARNED and before >= LEARNED:

@@ -17,10 +17,8 @@ def rates_at(centre, point):
 
 
 def tried(name_of, records):
-    """Return {point: perplexity} of the runs that ended, infinite if one diverged.
-
-    name_of(point): the name of its run in the grid. records: {name: record}.
-    """
+    """Return {point: perplexity} of the runs that ended, infinite if one diverged; name_of(point):
+    the name of its run; records: {name: record}."""
     perplexities = {}
     for point in itertools.product(REACH, REACH):
         record = records.get(name_of(point), {})

@@ -7,10 +7,7 @@ OPTIMIZERS = ("muon", "adamw")
 
 
 def draw_line(axis, places, losses, color, label):
-    """Draw the mean over seeds and a band from the lowest to the highest.
-
-    places: x of each evaluation; losses: of each seed, a list over the evaluations.
-    """
+    """Draw the mean over seeds and a band from the lowest to the highest; losses: by seed."""
     columns = list(zip(*losses, strict=True))
     axis.plot(places, [mean(column) for column in columns], ".-", color=f"C{color}", label=label,
               linewidth=1.2)

@@ -42,10 +42,8 @@ def with_most_seeds(runs):
 
 
 def bracketed(pairs, best):
-    """Return whether a lower and a higher value of each rate was tried, the other rate fixed.
-
-    pairs: all (lr, rest_lr); best: one of them.
-    """
+    """Return whether the (lr, rest_lr) pairs have a lower and a higher value of each of the best's
+    rates, the other one fixed."""
     lr, rest_lr = best
     lrs = [other for other, fixed in pairs if fixed == rest_lr]
     rest_lrs = [other for fixed, other in pairs if fixed == lr]

@@ -62,11 +62,8 @@ def beside(lr, count):
 
 
 def scores_of(records, group, score, seed=SEED):
-    """Return {rate: score} of a group's runs with one seed.
-
-    A run that failed for another reason than diverging has no score: remove its line, and it runs
-    again.
-    """
+    """Return {rate: score} of a group's runs with one seed. A run that failed for another reason
+    than diverging has no score: remove its line, and it runs again."""
     scores = {}
     for name, record in records.items():
         run_group, run_seed, lr = parts_of(name)

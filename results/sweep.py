@@ -173,26 +173,17 @@ def steps_of(words):
 
 
 def would_take(steps, own, others):
-    """Return the seconds that a run may take, from runs of similar length; 0 if there are none.
-
-    Of this worker's own runs the slowest per step counts, without any the median of the others'.
-    Both are lists of (steps, seconds).
-    """
-    def seconds_per_step(runs):
-        return [seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
-
-    if own := seconds_per_step(own):
-        return steps * max(own)
-    if others := seconds_per_step(others):
-        return steps * statistics.median(others)
+    """Return the seconds that a run may take, from runs of similar length: the slowest per step of
+    this worker's own, else the median of others'; 0 if there are none. Both: [(steps, seconds)]."""
+    for runs, choose in ((own, max), (others, statistics.median)):
+        per_step = [seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
+        if per_step:
+            return steps * choose(per_step)
     return 0
 
 
 def claim_first(claims, seconds, deadline):
-    """Return the first run that ends before the deadline and is not claimed, or None; claim it.
-
-    claims: {name: file}; seconds: {name: how long the run may take}.
-    """
+    """Claim the first free run that would end in time and return its name, or None without one."""
     for name, file in claims.items():
         if time.time() + seconds[name] <= deadline and claim(file):
             return name

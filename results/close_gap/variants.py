@@ -317,12 +317,10 @@ def budget(patches, value):
 
     def adapt(original, model, **keys):
         nonlocal mean
-        total = weighted_total = 0
-        for name, layer in mora.find_targets(model, keys["targets"]).items():
-            size = sum(layer.weight.shape)
-            total += size
-            weighted_total += factors[name.rpartition(".")[2]] * size
-        mean = weighted_total / total
+        targets = mora.find_targets(model, keys["targets"])
+        sizes = {name: sum(layer.weight.shape) for name, layer in targets.items()}
+        wanted = sum(factors[name.rpartition(".")[2]] * size for name, size in sizes.items())
+        mean = wanted / sum(sizes.values())
         return original(model, **keys)
 
     def make(name, layer, keys):  # one fold per layer: the widths of q, k and v differ

@@ -86,20 +86,16 @@ def paired(a, b, generator):
 
 def methods_of(records, plan):
     """Return {name in metrics.json: (records by seed, whether its rate is inside its grid)}."""
+    rows = [(group, rates.ended(records, group, lr), True)
+            for group, lr in (plan["FIXED"] | plan["BASES"]).items()]
+    rows += rates.report(records, plan["SEARCHED"], plan["score"])
     methods = {}
-
-    def add(group, seeds, is_inside):
-        task, method, optimizer = group
+    for (task, method, optimizer), seeds, is_inside in rows:
         name = rates.name_in_metrics(method, optimizer)
         if task != "gsm8k":  # a base of another type
             name += f".{task}"
         if seeds:
             methods[name] = seeds, is_inside
-
-    for group, lr in (plan["FIXED"] | plan["BASES"]).items():
-        add(group, rates.ended(records, group, lr), True)
-    for group, seeds, is_inside in rates.report(records, plan["SEARCHED"], plan["score"]):
-        add(group, seeds, is_inside)
     return methods
 
 

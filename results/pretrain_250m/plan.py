@@ -4,6 +4,7 @@ The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M
 a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
 this file, decide what is missing. A long run takes about nine minutes of one H100 alone.
 """
+from functools import partial
 from pathlib import Path
 
 import grid
@@ -49,16 +50,11 @@ def run(group, point, steps):
     return {name_of(group, point, steps): (CONFIG, words)}
 
 
-def search(group, records):
-    """Return (the best point of a group, its neighbours that have not been tried)."""
-    return grid.search(lambda point: name_of(group, point, SHORT), records)
-
-
 def plan(records):
     """Return RUNS: what is missing in the grids, then the long runs of those that are closed."""
     short, long = {}, {}
     for group in CENTRES:
-        point, missing = search(group, records)
+        point, missing = grid.search(partial(name_of, group, steps=SHORT), records)
         for neighbour in missing:
             short |= run(group, neighbour, SHORT)
         if not missing:

@@ -27,10 +27,8 @@ SPEEDS = {"full": ("bench_h200.json", "full", 0),  # in FP8 too
 
 
 def step_seconds(bench, method, products="", every=0):
-    """Return the seconds of a step with Muon, or None if bench lacks a speed.
-
-    products: "" or "_fp8"; every: steps between two restarts, 0 without them.
-    """
+    """Return the seconds of a step with Muon, or None if bench lacks a speed; products: "" or
+    "_fp8"; every: steps between two restarts, 0 without them."""
     adamw = bench.get(f"1.3b.{method}{products}.tokens_per_s")
     muon = bench.get(f"1.3b.{method}_muon{products}.tokens_per_s")
     if not (adamw and muon):

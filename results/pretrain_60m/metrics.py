@@ -51,22 +51,19 @@ def groups(runs):
 
 
 def of_group(title, by_tokens):
-    """Return the numbers of one method and optimizer; prints the grid under a title.
-
-    by_tokens: {million tokens: [runs]}.
-    """
-    short, about_grid, headline = by_tokens.get(GRID, []), {}, []
+    """Return the numbers of {million tokens: [runs]}; prints the grid after the title."""
+    short, about, headline = by_tokens.get(GRID, []), {}, []
     grid = [run for run in short if run["config"]["seed"] == GRID_SEED]
     if grid:
         print(title, end=" ")
         best, about = pretraining.of_grid(grid)
-        about_grid = {"grid_ppl": round(best["val_ppl"], 2), **about}
+        about = {"grid_ppl": round(best["val_ppl"], 2)} | about
         headline = [run for run in short
                     if pretraining.rates_of(run) == pretraining.rates_of(best)]
     if HEADLINE in by_tokens:
         headline = pretraining.with_most_seeds(by_tokens[HEADLINE])
     numbers = pretraining.of_seeds(headline, "_mean") if headline else {}
-    numbers |= about_grid
+    numbers |= about
     for tokens in by_tokens.keys() - {GRID, HEADLINE}:
         longer = pretraining.with_most_seeds(by_tokens[tokens])
         numbers |= {f"{tokens}m.wiki_ppl": pretraining.average(longer, "val_ppl", 2),

@@ -4,6 +4,7 @@ A grid (see results/grid.py) has 1,000 steps of 32,768 tokens, 33 M. At its best
 tokens with three seeds, and 131 M with one for some methods. The runs of earlier sweeps, in
 sweep.jsonl beside this file, decide what is missing.
 """
+from functools import partial
 from pathlib import Path
 
 import grid
@@ -68,7 +69,7 @@ def run(group, point, seed=SEED, steps=STEPS):
 
 def search(group, records):
     """Return (the best point of a group, its neighbours that have not been tried)."""
-    return grid.search(lambda point: name_of(group, point), records, has_lr=group[0] != "frozen")
+    return grid.search(partial(name_of, group), records, has_lr=group[0] != "frozen")
 
 
 def plan(records):
