@@ -10,6 +10,7 @@ checkpoint: some updates have no format. One process, no resume, no FSDP.
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import random
 import sys
@@ -41,10 +42,10 @@ def wrap(patches, module, name, wrapper):
 
 def before_steps(patches, hook):
     """Call hook(step, model, optimizer, batch) before each optimizer step."""
-    steps = iter(range(10 ** 9))
+    counter = itertools.count()
 
     def step(original, model, optimizer, batch, *rest):
-        hook(next(steps), model, optimizer, batch)
+        hook(next(counter), model, optimizer, batch)
         return original(model, optimizer, batch, *rest)
 
     wrap(patches, train, "optimizer_step", step)
