@@ -1,10 +1,10 @@
 """Greedy answers of runs of results/sweep.py, for plans whose task is scored by them.
 
-A plan has `PREPARE = answered.at_the_end`, or `answered.during`: a context that the run is in and
-that yields a dict, for the run's line. Answers come from a merged copy with bfloat16 matrices on a
-GPU, as those of evaluate.py. Losses are computed without torch.compile: other numbers of rows or
-lengths would be compiled for one or two passes. No checkpoints are written, which takes up to six
-seconds a run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
+A plan's PREPARE returns at_the_end(name), during(name) or losses(): a context manager in which the
+run happens and that yields a dict for the run's line. Answers come from a merged copy with bfloat16
+matrices on a GPU, as those of evaluate.py. Losses are computed without torch.compile, which would
+compile for every number of rows and every length. No checkpoints are written, which saves up to six
+seconds per run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
 """
 import contextlib
 import copy
@@ -16,6 +16,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -29,23 +31,11 @@ from shards import open_split
 
 # shares of right digits of UUID pairs: where a run has nothing more to learn, where it has learned
 ALL_RIGHT, LEARNED = 0.999, 0.99
-
-
-@contextlib.contextmanager
-def replaced(module, **functions):
-    """Functions of a module that are others inside a `with` block."""
-    before = {name: getattr(module, name) for name in functions}
-    try:
-        for name, function in functions.items():
-            setattr(module, name, function)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+SOME, ALL = 1000, 10000  # UUID pairs that are answered at each evaluation, and where a run ends
 
 
 def eager(function):
-    """A function that is called without torch.compile."""
+    """Return a function that calls this one without torch.compile."""
     @functools.wraps(function)
     def call(*arguments, **options):
         with torch.compiler.set_stance("force_eager"):
@@ -53,12 +43,12 @@ def eager(function):
     return call
 
 
-def unsaved(*arguments):
-    """What checkpoint.save is in these contexts."""
+def save_nothing(*arguments):
+    """Take the place of checkpoint.save."""
 
 
 def answers(model, samples, limit=0, batch=512):
-    """Return evaluate.answers of a model in training, which stays as it is."""
+    """Return evaluate.answers of a model in training, which is not changed."""
     model = copy.deepcopy(model)
     merge_for_reading(model)
     tok = tokenizer.load(samples.tokenizer, samples.folder)
@@ -70,44 +60,46 @@ def at_the_end(name):
     """Answer the validation questions after training: {"numbers": share of right ones, "right":
     "0110...", "answers": [number or None], "answer_seconds"}. OUT/answers-NAME.jsonl.xz has the
     texts; the run's own folder is OUT/runs/NAME."""
-    run, found = train.train, {}
+    original_train, found = train.train, {}
 
     def train_and_answer(cfg):
-        model, started = run(cfg), time.time()
+        model, started = original_train(cfg), time.time()
         samples = open_split(cfg.data, "val", verify=False)
-        records = answers(model, samples, limit=LIMIT)
+        records = answers(model, samples)
         text = "".join(json.dumps(record) + "\n" for record in records).encode()
         folder = Path(cfg.out).parents[1]
         (folder / f"answers-{name}.jsonl.xz").write_bytes(lzma.compress(text))
-        own, right = ([evaluate.number(record[key]) for record in records]
-                      for key in ("answer", "reference"))
-        found.update(numbers=evaluate.scores(records, samples.format)["numbers"],
-                     right="".join(str(int(a == b is not None))
-                                   for a, b in zip(own, right, strict=True)),
-                     answers=[a if a is None else str(a) for a in own],
-                     answer_seconds=round(time.time() - started, 1))
+        given = [evaluate.number(record["answer"]) for record in records]
+        right = [evaluate.number(record["reference"]) for record in records]
+        is_right = [a is not None and a == b for a, b in zip(given, right, strict=True)]
+        found["numbers"] = evaluate.scores(records, samples.format)["numbers"]
+        found["right"] = "".join("1" if yes else "0" for yes in is_right)
+        found["answers"] = [None if number is None else str(number) for number in given]
+        found["answer_seconds"] = round(time.time() - started, 1)
         return model
 
-    with losses(), replaced(train, train=train_and_answer):
+    with losses(), patch.object(train, "train", train_and_answer):
         yield found
 
 
 @contextlib.contextmanager
 def losses():
-    """No answers; losses without torch.compile."""
+    """Give no answers; compute losses without torch.compile."""
     loss = eager(evaluate.perplexity)
-    with (replaced(train, perplexity=loss), replaced(evaluate, perplexity=loss),
-          replaced(checkpoint, save=unsaved)):
+    with (patch.object(train, "perplexity", loss), patch.object(evaluate, "perplexity", loss),
+          patch.object(checkpoint, "save", save_nothing)):
         yield
 
 
 def why_over(digits, before, is_beaten):
-    """Return why a run may end at these digits, or "". before: those of the evaluation before."""
+    """Return why a run may end, or ""; before: the share of right digits one evaluation earlier."""
     if digits >= ALL_RIGHT:
         return "all right"
-    if min(digits, before) >= LEARNED:
+    if digits >= LEARNED and before >= LEARNED:
         return "stays learned"
-    return "" if digits >= LEARNED or not is_beaten else "beaten"
+    if digits < LEARNED and is_beaten:
+        return "beaten"
+    return ""
 
 
 @contextlib.contextmanager
@@ -116,49 +108,49 @@ def during(name, beaten=lambda step: False):
     share of right digits, pairs]], "ended": why it ended before its last step, or ""}.
 
     It ends where nearly all digits are right, where 99 % are at two evaluations in a row, or where
-    they are not and beaten(step) says that another run has had them by now.
+    fewer are and beaten(step) is true: another run had 99 % by this step.
     """
-    run, loss, state, curve = train.train, eager(evaluate.perplexity), {}, []
+    original_train, loss = train.train, eager(evaluate.perplexity)
+    run, curve = SimpleNamespace(cfg=None, evaluations=0, model=None), []
     found = {"curve": curve, "ended": ""}
 
-    def look(model, samples, *settings):
-        """Scores of an evaluation; evaluations are counted, since they do not know their step."""
-        scores, cfg = loss(model, samples, *settings), state["cfg"]
-        step = min(state["evaluations"] * cfg.eval_every, cfg.steps)
-        state["evaluations"] += 1
-        if step:
-            before = curve[-1][1] if curve else 0.0
-            digits, pairs, is_beaten = share(model, samples, SOME), SOME, beaten(step)
-            why = why_over(digits, before, is_beaten)
-            if why or step == cfg.steps:
-                digits, pairs = share(model, samples, ALL), ALL
-                why = why_over(digits, before, is_beaten)  # of all it may be less
-            curve.append([step, digits, pairs])
-            print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
-            if why and step < cfg.steps:
-                state["model"], found["ended"] = model, why
-                os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
+    def answer(model, samples, *settings):
+        """Return the scores of an evaluation, and answer pairs at each but that of step 0."""
+        scores = loss(model, samples, *settings)
+        # an evaluation is not told its step: count
+        step = min(run.evaluations * run.cfg.eval_every, run.cfg.steps)
+        run.evaluations += 1
+        if step == 0:
+            return scores
+        before = curve[-1][1] if curve else 0.0
+        digits, pairs, is_beaten = share(model, samples, SOME), SOME, beaten(step)
+        why = why_over(digits, before, is_beaten)
+        if why or step == run.cfg.steps:
+            digits, pairs = share(model, samples, ALL), ALL
+            why = why_over(digits, before, is_beaten)  # the share of all may be less
+        curve.append([step, digits, pairs])
+        print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
+        if why and step < run.cfg.steps:
+            run.model, found["ended"] = model, why
+            os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
         return scores
 
     def train_until_right(cfg):
-        state.update(cfg=cfg, evaluations=0)
+        run.cfg, run.evaluations = cfg, 0
         try:
-            model = run(cfg)
+            return original_train(cfg)
         except SystemExit:
-            if "model" not in state:  # somebody else stopped it
+            if run.model is None:  # the signal was not ours
                 raise
-            model = state["model"]
-        return model
+            return run.model
 
-    with (replaced(train, train=train_until_right, perplexity=look),
-          replaced(checkpoint, save=unsaved)):
+    with (patch.object(train, "train", train_until_right),
+          patch.object(train, "perplexity", answer),
+          patch.object(checkpoint, "save", save_nothing)):
         yield found
 
 
 def share(model, samples, pairs):
+    """Return the share of right digits in the answers to the first pairs."""
     records = answers(model, samples, pairs, batch=1000)
     return evaluate.scores(records, "uuid")["digits"]
-
-
-LIMIT, SOME, ALL = (int(os.environ.get(key, default)) for key, default in
-                    (("LIMIT", 0), ("SOME", 1000), ("ALL", 10000)))  # smaller ones for trials

@@ -3,6 +3,7 @@
 A point (i, j) is 2^i times the centre's lr and 2^j times its rest_lr. A method's matrices learn at
 lr, embeddings, head and norms at rest_lr.
 """
+import itertools
 import math
 
 import rates
@@ -16,19 +17,24 @@ def rates_at(centre, point):
 
 
 def tried(name_of, records):
-    """Return {point: perplexity} of the runs that ended, infinite if one diverged.
-
-    name_of(point): the name of its run in the grid. records: {name: record}.
-    """
-    names = {(i, j): name_of((i, j)) for i in REACH for j in REACH}
-    found = {point: records[name] for point, name in names.items() if name in records}
-    return {point: record.get("val_ppl", math.inf) for point, record in found.items()
-            if rates.diverged(record) or "error" not in record}
+    """Return {point: perplexity} of the runs that ended, infinite if one diverged; name_of(point):
+    the name of its run; records: {name: record}."""
+    perplexities = {}
+    for point in itertools.product(REACH, REACH):
+        record = records.get(name_of(point), {})
+        if rates.diverged(record):
+            perplexities[point] = math.inf
+        elif "val_ppl" in record:
+            perplexities[point] = record["val_ppl"]
+    return perplexities
 
 
 def search(name_of, records, has_lr=True):
     """Return (the best point, those of it and its neighbours that have not been tried)."""
-    scores = tried(name_of, records)
-    i, j = best = min(scores, key=scores.get, default=(0, 0))
-    cross = [best, (i, j + 1), (i, j - 1)] + has_lr * [(i + 1, j), (i - 1, j)]
-    return best, [point for point in cross if point not in scores]
+    perplexities = tried(name_of, records)
+    best = min(perplexities, key=perplexities.get, default=(0, 0))
+    i, j = best
+    cross = [best, (i, j + 1), (i, j - 1)]
+    if has_lr:
+        cross += [(i + 1, j), (i - 1, j)]
+    return best, [point for point in cross if point not in perplexities]

@@ -1,14 +1,13 @@
 """Draw the validation losses of pretraining runs, for curves.py of several folders."""
 from statistics import mean, median, mode
 
-import matplotlib
 from matplotlib import pyplot
 
 OPTIMIZERS = ("muon", "adamw")
 
 
 def draw_line(axis, places, losses, color, label):
-    """Draw the mean over seeds, in a band from the lowest to the highest; losses: by seed."""
+    """Draw the mean over seeds and a band from the lowest to the highest; losses: by seed."""
     columns = list(zip(*losses, strict=True))
     axis.plot(places, [mean(column) for column in columns], ".-", color=f"C{color}", label=label,
               linewidth=1.2)
@@ -17,10 +16,10 @@ def draw_line(axis, places, losses, color, label):
 
 
 def draw_row(axes, runs, labels, per_gpu):
-    """Draw the methods of one optimizer against tokens and against GPU seconds.
+    """Draw the methods of one optimizer: left against tokens, right against GPU seconds.
 
-    GPU seconds are those of training over the processes that shared a GPU, the median of the seeds
-    that ran on the row's most frequent card; a method without such a seed is on the left alone.
+    GPU seconds are a run's seconds divided by per_gpu, the processes that shared a GPU; the median
+    of the seeds on the row's most frequent card. A method without such a seed is drawn left only.
     """
     device = mode(run["device"] for seeds in runs.values() for run in seeds)
     for color, (method, label) in enumerate(labels.items()):
@@ -44,13 +43,13 @@ def draw_curves(file, runs, labels, per_gpu, title):
 
     runs: {(method, optimizer): [runs of one pair of rates by seed]}; labels: {method: its label}.
     """
-    matplotlib.use("agg")
-    optimizers = [name for name in OPTIMIZERS if any(name == own for _, own in runs)]
+    found = {optimizer for _, optimizer in runs}
+    optimizers = [optimizer for optimizer in OPTIMIZERS if optimizer in found]
     figure, axes = pyplot.subplots(len(optimizers), 2, figsize=(10, 4.5 * len(optimizers)),
                                    layout="constrained", squeeze=False, sharey=True)
     for row, optimizer in zip(axes, optimizers, strict=True):
-        own = {method: seeds for (method, name), seeds in runs.items() if name == optimizer}
-        draw_row(row, own, labels, per_gpu)
+        by_method = {method: seeds for (method, name), seeds in runs.items() if name == optimizer}
+        draw_row(row, by_method, labels, per_gpu)
         row[0].set(title=f"{optimizer}, {title}", ylabel="validation loss, nats per token")
         row[0].legend()
     figure.savefig(file, dpi=100)

@@ -18,6 +18,7 @@ def read_runs(path):
 
 
 def rates_of(run):
+    """Return (lr, rest_lr)."""
     return run["config"]["lr"], run["config"]["rest_lr"]
 
 
@@ -28,39 +29,44 @@ def tokens_of(run):
 
 
 def average(runs, key, digits):
+    """Return the rounded mean of a number of runs."""
     return round(mean(run[key] for run in runs), digits)
 
 
 def with_most_seeds(runs):
-    """Return the runs at the rates that have the most seeds, the best of several such."""
+    """Return the runs at one pair of rates: that with the most seeds, of these the best."""
     by_rates = {}
     for run in runs:
         by_rates.setdefault(rates_of(run), []).append(run)
     return max(by_rates.values(), key=lambda seeds: (len(seeds), -average(seeds, "val_ppl", 9)))
 
 
-def bracketed(grid, best):
-    """Return whether the grid holds a lower and a higher value of each rate, the other fixed."""
+def bracketed(pairs, best):
+    """Return whether the (lr, rest_lr) pairs have a lower and a higher value of each of the best's
+    rates, the other one fixed."""
     lr, rest_lr = best
-    return all(min(line) < rate < max(line) for rate, line in (
-        (lr, [a for a, b in grid if b == rest_lr]), (rest_lr, [b for a, b in grid if a == lr])))
+    lrs = [other for other, fixed in pairs if fixed == rest_lr]
+    rest_lrs = [other for fixed, other in pairs if fixed == lr]
+    return min(lrs) < lr < max(lrs) and min(rest_lrs) < rest_lr < max(rest_lrs)
 
 
-def of_grid(grid):
+def of_grid(runs):
     """Return (the best run of a grid of one seed, numbers about the grid); prints the grid."""
-    ordered = sorted(grid, key=lambda run: run["val_ppl"])
-    best, rate_pairs = rates_of(ordered[0]), [rates_of(run) for run in grid]
-    inside = bracketed(rate_pairs, best)
-    print("best", best, "inside its grid" if inside else "at the edge of its grid")
+    ordered = sorted(runs, key=lambda run: run["val_ppl"])
+    best, pairs = rates_of(ordered[0]), [rates_of(run) for run in runs]
+    is_inside = bracketed(pairs, best)
+    print("best", best, "inside its grid" if is_inside else "at the edge of its grid")
     for run in ordered:
         print("    lr {:g}, rest_lr {:g}:".format(*rates_of(run)), f"{run['val_ppl']:.2f}")
-    return ordered[0], {"rates_tried": len(set(rate_pairs)), "bracketed": int(inside)}
+    return ordered[0], {"rates_tried": len(set(pairs)), "bracketed": int(is_inside)}
 
 
 def of_seeds(runs, suffix=""):
     """Return the numbers of runs that differ in their seeds; suffix: of the names of scores."""
     lr, rest_lr = rates_of(runs[0])
-    numbers = {name + suffix: average(runs, *source) for name, source in SCORES.items()}
+    numbers = {}
+    for name, (key, digits) in SCORES.items():
+        numbers[name + suffix] = average(runs, key, digits)
     if len(runs) > 1:
         numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
     numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0]),
@@ -68,5 +74,6 @@ def of_seeds(runs, suffix=""):
                 "peak_gib": round(median(run["peak_gib"] for run in runs), 2)}
     spectra = [run["spectrum"] for run in runs if "spectrum" in run]
     if spectra:
-        numbers |= {key: average(spectra, key, 1) for key in ("singular_above_0.1", "rank")}
+        for key in ("singular_above_0.1", "rank"):
+            numbers[key] = average(spectra, key, 1)
     return numbers

@@ -1,8 +1,8 @@
-"""What sweeps of fine-tuning share: names of runs, rates tried until the best is inside, its seeds.
+"""What sweeps of fine-tuning share: names of runs, the search for the best rate, its seeds.
 
 A plan calls runs(); metrics.py calls report(). Both read sweep.jsonl beside them, so a plan gets
-more runs while sweep.py adds lines there. First every method runs at its centre and at one rate
-beside it, then at what the best of these lacks: worse ones on both sides. So a grid closes after
+more runs while sweep.py adds lines there. Every method runs at its centre and at one rate beside
+it, then at rates further out until the best one has worse rates on both sides. A grid closes after
 three runs if the centre or the second rate is best. More seeds at the best rate follow.
 A run's name is TASK-METHOD-OPTIMIZER-sSEED-RATE; rates are 1 or 3 times a power of ten.
 """
@@ -11,17 +11,21 @@ import json
 import math
 from statistics import stdev
 
-SEED, MORE_SEEDS = 1337, (1338, 1339)
+SEEDS = (1337, 1338, 1339)
+SEED = SEEDS[0]  # of the search for the best rate
 MOST_RATES = 7
-WORST = (math.inf,)  # score of a run that diverged; those of others are tuples too, less is better
+WORST = (math.inf,)  # score of a run that diverged; scores are tuples, the least is the best
 
 
 def read(path):
     """Return the records of a file of JSON lines by run name, {} if the file does not exist."""
-    *lines, last = path.read_text().split("\n") if path.exists() else [""]
-    with contextlib.suppress(ValueError):  # another process may be writing the last one
-        lines += [last] if last and json.loads(last) else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+    if not path.exists():
+        return {}
+    *lines, last = path.read_text().split("\n")
+    records = [json.loads(line) for line in lines]
+    with contextlib.suppress(ValueError):  # empty, or another process is writing it
+        records.append(json.loads(last))
+    return {record["name"]: record for record in records}
 
 
 def spread(values):
@@ -40,8 +44,13 @@ def parts_of(name):
     return (task, method, optimizer), int(seed[1:]), float(lr)
 
 
+def name_in_metrics(method, optimizer):
+    """Return METHOD for AdamW, METHOD.muon for Muon."""
+    return f"{method}.muon" if optimizer == "muon" else method
+
+
 def operator_words(method):
-    """Return a variant and keys of a method OPERATOR_GROUPS_rRANK, as truncate_gradient_r8."""
+    """Return the words of a method OPERATOR_GROUPS_rRANK, for example truncate_gradient_r8."""
     operator, groups, rank = method.split("_")
     return ["mora_r8", f"--rank={rank[1:]}", f"--operator={operator}", f"--groups={groups}"]
 
@@ -53,17 +62,22 @@ def beside(lr, count):
 
 
 def scores_of(records, group, score, seed=SEED):
-    """Return {rate: score} of a group's runs with one seed. A run that failed otherwise than by
-    diverging (see checkpoint.diverged) has no score: remove its line, and it runs again."""
-    found = {}
+    """Return {rate: score} of a group's runs with one seed. A run that failed for another reason
+    than diverging has no score: remove its line, and it runs again."""
+    scores = {}
     for name, record in records.items():
-        own, own_seed, lr = parts_of(name)
-        if own == group and own_seed == seed and (diverged(record) or "error" not in record):
-            found[lr] = WORST if diverged(record) else score(record)
-    return found
+        run_group, run_seed, lr = parts_of(name)
+        if run_group != group or run_seed != seed:
+            continue
+        if diverged(record):
+            scores[lr] = WORST
+        elif "error" not in record:
+            scores[lr] = score(record)
+    return scores
 
 
 def diverged(record):
+    """Return whether a run ended with the error of checkpoint.diverged."""
     return record.get("error", "").startswith("UserError: step ")
 
 
@@ -81,13 +95,15 @@ def rates_to_run(centre, scores, side):
     side: where the second rate lies, -1 or 1. No third one is chosen before both have a score:
     if the second is better, the rate on the centre's other side is not needed.
     """
-    rates = [centre, beside(centre, side)]
-    rates += [lr for lr in scores if lr not in rates]
-    rate, is_inside = best(scores)
-    if set(rates) <= set(scores) and not is_inside and len(rates) < MOST_RATES:
-        rate = rate or min(rates)  # where all diverged, lower
-        rates.append(beside(rate, 1 if rate == max(rates) else -1))
-    return rates
+    wanted = [centre, beside(centre, side)]
+    wanted += [lr for lr in scores if lr not in wanted]
+    edge, is_inside = best(scores)
+    if is_inside or len(wanted) >= MOST_RATES or any(lr not in scores for lr in wanted):
+        return wanted
+    if edge is None:  # all diverged
+        edge = min(wanted)
+    step = 1 if edge == max(wanted) else -1
+    return [*wanted, beside(edge, step)]
 
 
 def runs(groups, records, score, make):
@@ -96,16 +112,24 @@ def runs(groups, records, score, make):
     groups: {(task, method, optimizer): rate in the middle}, the most important first. The second
     rate is a higher one with Muon, whose best rates were AdamW's or twice those (pretrain_60m).
     """
-    stages = {}
+    wanted = []  # (stage, group, rate, seed)
     for group, centre in groups.items():
         scores = scores_of(records, group, score)
+        side = 1 if group[2] == "muon" else -1
+        for stage, lr in enumerate(rates_to_run(centre, scores, side)):
+            wanted.append((stage, group, lr, SEED))
         rate, is_inside = best(scores)
-        tried = rates_to_run(centre, scores, 1 if group[2] == "muon" else -1)
-        wanted = [(i, lr, SEED) for i, lr in enumerate(tried)]
-        wanted += [(MOST_RATES + i, rate, seed) for i, seed in enumerate(MORE_SEEDS) if is_inside]
-        for stage, lr, seed in wanted:
-            stages.setdefault(stage, {})[name_of(group, seed, lr)] = make(group, lr, seed)
-    return {name: run for stage in sorted(stages) for name, run in stages[stage].items()}
+        if is_inside:
+            for stage, seed in enumerate(SEEDS[1:], MOST_RATES):
+                wanted.append((stage, group, rate, seed))
+    wanted.sort(key=lambda run: run[0])  # a stable sort: within a stage the order of groups stays
+    return {name_of(group, seed, lr): make(group, lr, seed) for _, group, lr, seed in wanted}
+
+
+def ended(records, group, lr):
+    """Return the records of a group's runs at one rate that ended, by seed."""
+    found = [records.get(name_of(group, seed, lr)) for seed in SEEDS]
+    return [record for record in found if record and "error" not in record]
 
 
 def report(records, groups, score):
@@ -119,8 +143,6 @@ def report(records, groups, score):
         if rate is None:
             continue
         print(*group, f"best {rate:g},", "inside its grid" if is_inside else "AT THE EDGE")
-        for lr, value in sorted(scores.items()):
-            print(f"    {lr:g}:", *(f"{number:.4f}" for number in value))
-        names = (name_of(group, seed, rate) for seed in (SEED, *MORE_SEEDS))
-        yield group, [records[name] for name in names
-                      if name in records and "error" not in records[name]], is_inside
+        for lr, numbers in sorted(scores.items()):
+            print(f"    {lr:g}:", *(f"{number:.4f}" for number in numbers))
+        yield group, ended(records, group, rate), is_inside

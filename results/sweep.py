@@ -2,16 +2,16 @@
 
     python results/sweep.py results/pretrain_60m/plan.py OUT --per_gpu=3 --seconds=500
 
-A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, data
-folders to evaluate every model on too. PREPARE(name), if a plan has it, is a context (`with`) that
-the run is in; a dict that it yields becomes a part of the run's line. SPECTRA = False leaves out
-the singular values of what changed in the blocks, which take seconds a run. A run with a line in
-sweep.jsonl, beside the plan, is done; one that failed has a line with "error". To run it again,
+A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, more
+data folders on which every model is evaluated. PREPARE(name), if a plan has it, returns a context
+manager in which the run happens; a dict that it yields is added to the run's line. SPECTRA = False
+leaves out the singular values of the blocks' changes, which take seconds per run. A run with a line
+in sweep.jsonl, beside the plan, is done; one that failed has a line with "error". To run it again,
 remove its line and start the sweep again.
 
-A worker reads the plan before each run, so that RUNS may depend on sweep.jsonl and grow, and it
-waits while a run of another worker may make it grow. No run starts that would end after --seconds.
-A stopped sweep can be started again. Without PREPARE it continues runs from their checkpoints in
+A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
+while other workers' runs may make the plan grow. No run starts that would end after --seconds. A
+stopped sweep can be started again. Without PREPARE it continues runs from their checkpoints in
 OUT/runs; the "seconds" of such a run are those of its last part. Logs: OUT/*.log.
 """
 import contextlib
@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import rates  # noqa: E402
 
-LOOK_EVERY = 5  # seconds between two looks of a worker that waits
+LOOK_EVERY = 5  # seconds after which a worker that waits reads the plan again
 
 
 def claim(path):
@@ -54,19 +54,19 @@ def is_running(path):
 
 
 def change_of(layer, first):
-    """Return dW of a projection, float32, since its first weight: restarts' merges and update."""
+    """Return dW of a projection since its first weight: what restarts merged, and the update."""
     import torch
 
     import mora
-    if layer.weight.dtype == torch.float8_e4m3fn:  # it takes no merge: the update is all of dW
+    if layer.weight.dtype == torch.float8_e4m3fn:  # restarts cannot merge: the update is all of dW
         return mora.delta_of(layer.update, layer.weight.device, torch.float32)
     weight = layer.merged() if hasattr(layer, "merged") else layer.weight
     return weight - first.to(layer.weight)  # in the base's type, so that its rounding cancels
 
 
 def measure_blocks(model, first):
-    """Return the trainable share of the blocks' projections, the spectrum of their dW, a mean over
-    all, and the spectra by kind (q_proj, ...).
+    """Return the trainable share of the blocks' projections and the mean spectra of their dW: of
+    all projections, and by kind (q_proj, ...).
 
     first: the model before training. Singular values come from the smaller Gram matrix, which is
     several times faster; they are exact to 1e-8 of the largest, and ranks count to 1e-3 of it.
@@ -79,25 +79,26 @@ def measure_blocks(model, first):
     with torch.no_grad():
         for name, layer in layers.items():
             delta = change_of(layer, before[name].weight).double()
-            delta = delta if len(delta) <= delta.shape[1] else delta.T
+            if len(delta) > delta.shape[1]:
+                delta = delta.T
             squares = torch.linalg.eigvalsh(delta @ delta.T)
             values[name] = squares.flip(0).clamp(min=0).sqrt().cpu()
     trained = sum(p.numel() for layer in layers.values() for p in layer.parameters()
                   if p.requires_grad)
     total = sum(layer.weight.numel() for layer in layers.values())
-    means = {kind: {key: float(f"{value:.4g}") for key, value in row.items()}
-             for kind, row in mean_measures(values).items()}
-    return {"trainable_block_fraction": round(trained / total, 4), "spectrum": means.pop("all"),
-            "spectra": means}
+    spectra = {kind: {key: float(f"{value:.4g}") for key, value in row.items()}
+               for kind, row in mean_measures(values).items()}
+    return {"trainable_block_fraction": round(trained / total, 4), "spectrum": spectra.pop("all"),
+            "spectra": spectra}
 
 
 def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
     head, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     head["config"]["out"] = name  # not a path of the machine
-    # of a resumed run the later line of a step counts
-    steps = [*{line["step"]: line for line in lines if "loss" in line}.values()]
-    scores = [*{line["step"]: line for line in lines if "val_ppl" in line}.values()]
+    # a resumed run repeats steps: the later line of a step counts
+    steps = list({line["step"]: line for line in lines if "loss" in line}.values())
+    scores = list({line["step"]: line for line in lines if "val_ppl" in line}.values())
     return {"name": name, "val_ppl": scores[-1]["val_ppl"], "val_loss": scores[-1]["val_loss"],
             "bits_per_byte": scores[-1]["val_bits_per_byte"], **extra,
             "tokens_per_s": statistics.median_high(line["tokens_per_s"] for line in steps),
@@ -117,10 +118,12 @@ def run_one(name, words, folders, out, spectra=True):
     from shards import open_split
     torch.compiler.reset()
     folder, started = out / "runs" / name, time.time()
-    begun = checkpoint.steps_of(folder)  # of an earlier start of the sweep, which was stopped
-    if not begun:
+    words = [*words, f"--out={folder}"]
+    if checkpoint.steps_of(folder):  # an earlier start of the sweep was stopped in this run
+        words.append("--resume")
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-    cfg = load([*words, f"--out={folder}", *["--resume"] * bool(begun)], None)
+    cfg = load(words, None)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model = train.train(cfg)
@@ -128,14 +131,15 @@ def run_one(name, words, folders, out, spectra=True):
     for data in folders:
         tokens = open_split(data, "val", verify=False)
         scores = perplexity(model, tokens, cfg.seq_len, 32, limit=cfg.eval_tokens)
-        extra |= {f"{Path(data).name}_{key}": scores[key] for key in ("ppl", "bits_per_byte")}
+        for key in ("ppl", "bits_per_byte"):
+            extra[f"{Path(data).name}_{key}"] = scores[key]
     extra["seconds"] = round(time.time() - started, 1)
-    try:
-        if spectra:
+    if spectra:
+        try:
             _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
             extra |= measure_blocks(model, first)
-    except Exception as error:  # a finished run keeps its scores
-        extra["spectrum_error"] = f"{type(error).__name__}: {error}"[:500]
+        except Exception as error:  # a finished run keeps its scores
+            extra["spectrum_error"] = f"{type(error).__name__}: {error}"[:500]
     result = record(name, folder, extra)
     shutil.rmtree(folder)
     return result
@@ -144,10 +148,11 @@ def run_one(name, words, folders, out, spectra=True):
 def attempt(name, plan, out):
     """Return the record of a run, or of its error; plan: the values of the plan's file."""
     config, words = plan["RUNS"][name]
-    if "PREPARE" in plan:  # a checkpoint lacks what the context has collected: from the beginning
+    prepare = plan.get("PREPARE", contextlib.nullcontext)
+    if "PREPARE" in plan:  # no checkpoint has what the context collects: start anew
         shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:
-        with plan.get("PREPARE", contextlib.nullcontext)(name) as more:
+        with prepare(name) as more:
             line = run_one(name, [config, *words], plan["EVALUATE"], out,
                            plan.get("SPECTRA", True))
         return line | more if isinstance(more, dict) else line
@@ -160,34 +165,46 @@ def attempt(name, plan, out):
 
 def steps_of(words):
     """Return the --steps of a run; 1 if it has none, which makes all runs equally long."""
-    steps = (word.removeprefix("--steps=") for word in reversed(words) if "--steps=" in word)
-    return int(float(next(steps, 1)))
+    steps = 1
+    for word in words:
+        if word.startswith("--steps="):
+            steps = int(float(word.removeprefix("--steps=")))
+    return steps
 
 
 def would_take(steps, own, others):
     """Return the seconds that a run may take, from runs of similar length: the slowest per step of
     this worker's own, else the median of others'; 0 if there are none. Both: [(steps, seconds)]."""
-    own, others = ([seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
-                   for runs in (own, others))
-    return steps * (max(own) if own else statistics.median(others or [0]))
+    for runs, choose in ((own, max), (others, statistics.median)):
+        per_step = [seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
+        if per_step:
+            return steps * choose(per_step)
+    return 0
+
+
+def claim_first(claims, seconds, deadline):
+    """Claim the first free run that would end in time and return its name, or None without one."""
+    for name, file in claims.items():
+        if time.time() + seconds[name] <= deadline and claim(file):
+            return name
+    return None
 
 
 def work(path, out, deadline):
     """Run what is neither done nor claimed and would end in time, in the plan's order."""
     done, own = path.with_name("sweep.jsonl"), []
     while time.time() <= deadline:
-        finished = rates.read(done)  # first: the plan must have what follows from these lines
+        finished = rates.read(done)  # before the plan, so that it has the runs that follow
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
         others = [(line["config"]["steps"], line["seconds"]) for line in finished.values()
                   if "seconds" in line]
         steps = {name: steps_of(plan["RUNS"][name][1]) for name in claims}
-        in_time = [name for name in claims
-                   if time.time() + would_take(steps[name], own, others) <= deadline]
-        name = next((name for name in in_time if claim(claims[name])), None)
-        if name is None and not any(map(is_running, filter(Path.exists, claims.values()))):
-            break
+        seconds = {name: would_take(steps[name], own, others) for name in claims}
+        name = claim_first(claims, seconds, deadline)
         if name is None:
+            if not any(file.exists() and is_running(file) for file in claims.values()):
+                break
             time.sleep(LOOK_EVERY)
             continue
         started = time.time()
@@ -199,17 +216,19 @@ def work(path, out, deadline):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    for name, kind, default in (("plan", Path, None), ("out", Path, None), ("--per_gpu", int, 1),
-                                ("--gpus", int, 1), ("--seconds", float, 1e9)):
-        parser.add_argument(name, type=kind, default=default)
-    parser.add_argument("--deadline", type=float, help=SUPPRESS)  # of a worker
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--per_gpu", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--deadline", type=float, help=SUPPRESS)  # makes this process a worker
     args = parser.parse_args()
     if args.deadline:
         return work(args.plan, args.out, args.deadline)
-    shutil.rmtree(args.out / "claims", ignore_errors=True)  # stale ones
+    shutil.rmtree(args.out / "claims", ignore_errors=True)  # those of an earlier start
     (args.out / "claims").mkdir(parents=True)
     done = args.plan.with_name("sweep.jsonl")
-    if done.exists() and not done.read_bytes().endswith(b"\n"):  # of an editor, or half a line
+    if done.exists() and not done.read_bytes().endswith(b"\n"):  # an editor's, or half a line
         done.write_text("".join(json.dumps(line) + "\n" for line in rates.read(done).values()))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else range(args.gpus)
@@ -219,13 +238,13 @@ def main():
         command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}"]
         with open(args.out / f"worker{i}.log", "a") as log:
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    # a worker that was killed has its process id, and so looks alive to the others, until poll()
+    # a killed worker keeps its process id until poll(), so that the others take it for alive
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)
     lines, names = rates.read(done), runpy.run_path(str(args.plan))["RUNS"]
-    failed = [name for name in names if "error" in lines.get(name, ())]
-    print(f"{len(names) - len(names.keys() & lines.keys())} of {len(names)} runs are left; failed:",
-          ", ".join(failed) or "none")
+    left = [name for name in names if name not in lines]
+    failed = [name for name in names if name in lines and "error" in lines[name]]
+    print(f"{len(left)} of {len(names)} runs are left; failed:", ", ".join(failed) or "none")
     raise SystemExit(any(worker.returncode for worker in workers))
 
 

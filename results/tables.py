@@ -1,11 +1,11 @@
-"""Write the result tables of README.md from the metrics.json of each results folder.
+"""Write README.md's tables of results from the metrics.json of each results folder.
 
     python results/tables.py            rewrite the tables in README.md
     python results/tables.py --check    change nothing; exit 1 and name each table that differs
 
 A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`. A new table is one
 entry of TABLES and one pair of these comments. metrics.json maps names to finite numbers. A row
-without any number is left out, and so is a table without rows: they wait for their runs.
+without any number is left out until its runs are done, and so is a table without rows.
 """
 import json
 import math
@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 
 class Paper(NamedTuple):
-    """The paper's own numbers, for some rows; those of LLaMA-2 7B are not ours to compare with."""
+    """The paper's own numbers for some rows: of LLaMA-2 7B, so not to be compared with ours."""
     header: str
     cells: dict  # {the row's part of the metrics' names: text}
 
@@ -137,8 +137,8 @@ TABLES = {
         Column("test loss", "{}.test_loss", "{:.4f}"),
         Paper("paper, 7B", {
             "fft": "66.6%", "lora": "64.6%", "mora_rotate_r8": "64.2%", "mora_share_r256": "67.9%",
-            **{f"operator_{operator}": f"{percent}% (r = 8)" for operator, percent in (
-                ("truncate", 59.5), ("share", 62.5), ("decouple", 63.6), ("rotate", 64.2))}}),
+            "operator_truncate": "59.5% (r = 8)", "operator_share": "62.5% (r = 8)",
+            "operator_decouple": "63.6% (r = 8)", "operator_rotate": "64.2% (r = 8)"}),
     )),
     "continual": ({
         "untrained": "base", "full fine-tuning": "fft",
@@ -146,10 +146,12 @@ TABLES = {
         "LoRA, r = 256": "lora_r256", "MoRA, share, r = 256": "mora_r256",
         "LoRA, r = 8, Muon": "lora_r8.muon", "MoRA, rotate, r = 8, Muon": "mora_r8.muon",
     }, (
-        *(column for domain in ("biomed", "finance") for column in (
-            Column(domain, f"{domain}.{{}}.bits_per_byte", "{:.4f}", missing="-"),
-            Column("wiki", f"{domain}.{{}}.wiki_bits_per_byte", "{:.4f}", missing="-"),
-            Column("rate", f"{domain}.{{}}.lr", "rate", missing="-"))),
+        Column("biomed", "biomed.{}.bits_per_byte", "{:.4f}", missing="-"),
+        Column("wiki", "biomed.{}.wiki_bits_per_byte", "{:.4f}", missing="-"),
+        Column("rate", "biomed.{}.lr", "rate", missing="-"),
+        Column("finance", "finance.{}.bits_per_byte", "{:.4f}", missing="-"),
+        Column("wiki", "finance.{}.wiki_bits_per_byte", "{:.4f}", missing="-"),
+        Column("rate", "finance.{}.lr", "rate", missing="-"),
         Paper("paper, 7B, %", {
             "fft": "56.4, 69.6", "lora_r8": "52.3, 64.0", "mora_r8": "53.3, 67.1",
             "lora_r256": "54.1, 67.3", "mora_r256": "55.4, 68.7"}),
@@ -172,7 +174,7 @@ TABLES = {
 
 
 def load_metrics(file):
-    """The numbers of a metrics.json by name; ValueError if one is not a finite number."""
+    """Return the numbers of a metrics.json by name; ValueError if one is not a finite number."""
     if not file.exists():
         raise ValueError(f"{file} does not exist; it must hold the numbers of the table")
     metrics = json.loads(file.read_text())
@@ -184,7 +186,7 @@ def load_metrics(file):
 
 
 def cell(column, row, metrics, file):
-    """One number as text. ValueError if the metric does not exist and must."""
+    """Return one cell as text. ValueError if the metric is missing and must exist."""
     if isinstance(column, Paper):
         return column.cells.get(row, "")
     name = column.metric.format(row)
@@ -192,29 +194,34 @@ def cell(column, row, metrics, file):
         if not column.missing:
             raise ValueError(f"{file}: no metric {name!r}; add it, or correct TABLES in tables.py")
         return column.missing
-    if column.form == "rate":
-        mantissa, exponent = f"{metrics[name]:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}" if metrics[name] else "-"
+    value = metrics[name]
     if column.form == "yes/no":
-        return "yes" if metrics[name] else "no"
-    return column.form.format(metrics[name])
+        return "yes" if value else "no"
+    if column.form != "rate":
+        return column.form.format(value)
+    if value == 0:
+        return "-"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def render(name, results=RESULTS):
-    """A table of TABLES in Markdown, or ""; each line ends with a newline."""
+    """Return a table of TABLES in Markdown, each line with a newline; "" if it has no rows."""
     rows, columns = TABLES[name]
     file = Path(results) / name.split("/")[0] / "metrics.json"
     metrics = load_metrics(file)
+    names = [column.metric for column in columns if isinstance(column, Column)]
     lines = [["", *(column.header for column in columns)], ["---"] * (len(columns) + 1)]
     for label, row in rows.items():
-        if any(isinstance(column, Column) and column.metric.format(row) in metrics
-               for column in columns):
+        if any(name.format(row) in metrics for name in names):
             lines.append([label, *(cell(column, row, metrics, file) for column in columns)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines) if lines[2:] else ""
+    if len(lines) == 2:
+        return ""
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def update(text, results=RESULTS):
-    """(text with its marked tables rendered again, names of the tables that differed)."""
+    """Return (text with its marked tables rendered again, names of the tables that differed)."""
     found, changed = [], []
 
     def replace(match):
@@ -229,7 +236,8 @@ def update(text, results=RESULTS):
 
     text = MARKED_TABLE.sub(replace, text)
     for name in TABLES:
-        if (count := found.count(name)) != 1:
+        count = found.count(name)
+        if count != 1:
             raise ValueError(f"'<!-- table: {name} -->' to '<!-- end -->': {count} times, not once")
     return text, changed
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent))
+sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "results")]
 torch.set_num_threads(1)
 
 TINY = """

@@ -1,16 +1,13 @@
 """results/rates.py, gsm8k/metrics.py: which runs follow from which, paired tests; a variant."""
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rates
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-spec = importlib.util.spec_from_file_location("rates", RESULTS / "rates.py")
-rates = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rates)
+RESULTS = Path(rates.__file__).parent
 GROUP = ("task", "method", "muon")
 
 

@@ -1,5 +1,4 @@
 """README's tables are what results/*/metrics.json gives, and every results folder is complete."""
-import importlib.util
 import json
 import runpy
 import shutil
@@ -8,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
 
 FOLDERS = sorted(file.name for file in (ROOT / "results").iterdir()
                  if file.is_dir() and file.name != "__pycache__")

@@ -1,5 +1,4 @@
 """results/sweep.py: records hold what a run changed in the blocks; workers share growing plans."""
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import answered
 import pytest
+import rates
+import sweep
 import torch
 from conftest import stopped_copy
 
@@ -19,11 +20,6 @@ import checkpoint
 import mora
 import sft
 import train
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-spec = importlib.util.spec_from_file_location("sweep", RESULTS / "sweep.py")
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
 
 
 @pytest.fixture
@@ -125,7 +121,6 @@ def test_a_float8_base_changes_by_its_update():
     ("at_the_end", "prompt", {"prompt": "1 + 1", "response": "#### 2"}),
     ("during", "uuid", {"prompt": "0" * 8, "response": "1" * 8})])
 def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prepare, style, row):
-    import answered
     folder = tmp_path / "answers"
     sft.prepare(folder, "bytes", {"source": "test", "format": style},
                 [(lambda: [row] * 8, ["train", "val"])], "prompt")
@@ -145,7 +140,6 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
 
 
 def test_a_run_of_uuids_ends_where_another_rate_has_beaten_it(config, tmp_path, handlers):
-    import answered
     folder, asked = tmp_path / "answers", []
     sft.prepare(folder, "bytes", {"source": "test", "format": "uuid"},
                 [(lambda: [{"prompt": "0" * 8, "response": "1" * 8}] * 8, ["train", "val"])],
@@ -163,19 +157,19 @@ def test_a_run_of_uuids_ends_where_another_rate_has_beaten_it(config, tmp_path, 
 
 
 def test_why_a_run_of_uuids_is_over():
-    from answered import why_over
-    assert why_over(1.0, 0.2, False) == "all right"
-    assert why_over(0.995, 0.992, False) == why_over(0.995, 0.992, True) == "stays learned"
-    assert why_over(0.995, 0.98, True) == why_over(0.98, 0.995, False) == ""
-    assert why_over(0.98, 0.995, True) == "beaten"
+    why = answered.why_over
+    assert why(1.0, 0.2, False) == "all right"
+    assert why(0.995, 0.992, False) == why(0.995, 0.992, True) == "stays learned"
+    assert why(0.995, 0.98, True) == why(0.98, 0.995, False) == ""
+    assert why(0.98, 0.995, True) == "beaten"
 
 
 def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):
-    name = sweep.rates.name_of(("task", "lora", "muon"), 1337, 1e9)
+    name = rates.name_of(("task", "lora", "muon"), 1337, 1e9)
     plan = {"EVALUATE": [], "RUNS": {name: (str(config), ["--lr=1e9", "--warmup=0"])}}
     records = {name: sweep.attempt(name, plan, tmp_path)}
-    scores = sweep.rates.scores_of(records, ("task", "lora", "muon"), len)
-    assert scores == {1e9: sweep.rates.WORST}
+    scores = rates.scores_of(records, ("task", "lora", "muon"), len)
+    assert scores == {1e9: rates.WORST}
 
 
 GROWING = """
@@ -223,7 +217,7 @@ class Sweep:
 
     def records(self):
         """The lines of sweep.jsonl without the pids, and the pids by name."""
-        lines = [*sweep.rates.read(self.plan.with_name("sweep.jsonl")).values()]
+        lines = [*rates.read(self.plan.with_name("sweep.jsonl")).values()]
         return lines, {line["name"]: line.pop("pid", None) for line in lines}
 
 
@@ -320,7 +314,7 @@ def run_one(name, words, folders, out, spectra):
 __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
 """)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
-    done = subprocess.run([sys.executable, RESULTS / "sweep.py", plan, tmp_path / "out"],
+    done = subprocess.run([sys.executable, sweep.__file__, plan, tmp_path / "out"],
                           env=environment, timeout=30)
     assert done.returncode == 1  # somebody should look into worker1.log
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
@@ -404,15 +398,9 @@ def test_the_time_of_one_step_tells_nothing_about_a_long_run():
     assert sweep.would_take(2000, [], [(1000, 100), (1000, 140), (1000, 110)]) == 220
 
 
-@pytest.mark.parametrize("tail", ['{"name": "b"}', '{"name": "b", "lo'])
-def test_a_file_without_a_final_newline_loses_nothing(tmp_path, tail):
-    """A whole last line counts; half of one does not (a worker may be writing it)."""
+@pytest.mark.parametrize("last, names", [('{"name": "b"}', "ab"), ('{"name": "b", "lo', "a")])
+def test_a_last_line_without_a_newline_counts_if_it_is_whole(tmp_path, last, names):
+    """A worker may be writing it."""
     path = tmp_path / "sweep.jsonl"
-    path.write_text('{"name": "a"}\n' + tail)
-    assert [*sweep.rates.read(path)] == ["a", "b"][:1 + tail.endswith("}")]
-
-
-def test_a_line_that_another_process_is_writing_is_not_read(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    path.write_text('{"name": "a"}\n{"name": "b", "los')
-    assert sweep.rates.read(path) == {"a": {"name": "a"}}
+    path.write_text('{"name": "a"}\n' + last)
+    assert rates.read(path) == {name: {"name": name} for name in names}

@@ -10,20 +10,12 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
 
-
-def flat(name):
-    return name.replace(" ", ".")
-
-
-def summarize(tiny, runs):
-    numbers = {flat(name): round(run["val_ppl"], 4) for name, run in tiny.items()}
-    for name, run in runs.items():
-        numbers |= {f"60m.{flat(name)}.wiki_ppl": round(run["val_ppl"], 2),
-                    f"60m.{flat(name)}.c4_ppl": round(run["c4_sample_ppl"], 1)}
-    return numbers
-
-
 if __name__ == "__main__":
-    tiny, runs = (rates.read(folder / "sweep.jsonl") for folder in (FOLDER / "tiny", FOLDER))
-    numbers = summarize(tiny, runs)
+    numbers = {}
+    for name, run in rates.read(FOLDER / "tiny" / "sweep.jsonl").items():
+        numbers[name.replace(" ", ".")] = round(run["val_ppl"], 4)
+    for name, run in rates.read(FOLDER / "sweep.jsonl").items():
+        key = f"60m.{name.replace(' ', '.')}"
+        numbers |= {f"{key}.wiki_ppl": round(run["val_ppl"], 2),
+                    f"{key}.c4_ppl": round(run["c4_sample_ppl"], 1)}
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")

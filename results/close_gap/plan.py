@@ -1,4 +1,4 @@
-"""Variants that may close the gap, at 60m: 1,000 steps of 32,768 tokens, by promise.
+"""Variants that may close the gap, at 60m: 1,000 steps of 32,768 tokens, the most promising first.
 
     python results/sweep.py results/close_gap/plan.py OUT --per_gpu=3
 
@@ -23,15 +23,19 @@ FULL = ["--method=full"]
 
 def run(variant, lr=4e-3, rest_lr=6.4e-2, words=CYCLES, restart_every=100, **more):
     """Return {name: (config, words)}. The name's first word is the variant, see PREPARE."""
-    every = [] if words is FULL or not restart_every else [f"--restart_every={restart_every}"]
+    restarts = []
+    if restart_every and words is not FULL:
+        restarts = [f"--restart_every={restart_every}"]
     options = [f"--{key}={value}" for key, value in more.items()]
-    method, shown = words[0].removeprefix("--method="), [word[2:] for word in every + options]
-    name = " ".join([variant, method, f"{lr:g}", f"{rest_lr:g}", *shown])
+    method = words[0].removeprefix("--method=")
+    name = " ".join([variant, method, f"{lr:g}", f"{rest_lr:g}",
+                     *(word.removeprefix("--") for word in restarts + options)])
     rates = [f"--lr={lr}", f"--rest_lr={rest_lr}"]
-    return {name: (CONFIG, [*COMMON, *words, *every, *rates, *options])}
+    return {name: (CONFIG, [*COMMON, *words, *restarts, *rates, *options])}
 
 
 def mixed(value, rest_lr=3.2e-2, restart_every=10, **more):
+    """Return run() of the variant mixed, with its usual settings."""
     return run(f"mixed={value}", rest_lr=rest_lr, restart_every=restart_every, **more)
 
 

@@ -2,13 +2,15 @@
 
     python results/continual/curves.py
 
-Each point is a rate with seed 1337, lines join a method's rates in order, a ring is its best rate.
-Further left is more learned of the domain, lower is less forgotten. AdamW. Rates that are worse
-than no training at all are left out.
+AdamW. Each point is a rate with seed 1337, lines join a method's rates in order, a ring is its best
+rate. Further left is more learned of the domain, lower is less forgotten. Rates that are worse than
+no training at all are left out.
 """
 import runpy
 import sys
 from pathlib import Path
+
+from matplotlib import pyplot
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -25,14 +27,16 @@ def both(record):
 
 
 def draw_domain(axis, domain, records):
+    """Draw a line per method, and a star for the untrained model if it has run."""
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     base = records.get(f"{domain}-base")
     if base:
         axis.plot(*both(base), "k*", label="untrained")
     for color, (method, label) in enumerate(LABELS.items()):
         scores = rates.scores_of(trained, (domain, method, "adamw"), both)
-        points = [point for _, point in sorted(scores.items()) if point != rates.WORST
-                  and (not base or point[0] < both(base)[0])]
+        points = [point for _, point in sorted(scores.items()) if point != rates.WORST]
+        if base:
+            points = [point for point in points if point[0] < both(base)[0]]
         if points:
             axis.plot(*zip(*points, strict=True), ".-", color=f"C{color}", label=label)
             axis.plot(*min(points), "o", color=f"C{color}", fillstyle="none")
@@ -40,9 +44,7 @@ def draw_domain(axis, domain, records):
 
 
 def draw(domains, records, file):
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    """Draw a panel per domain."""
     figure, axes = pyplot.subplots(1, len(domains), figsize=(10, 4.5), layout="constrained")
     for axis, domain in zip(axes, domains, strict=True):
         draw_domain(axis, domain, records)

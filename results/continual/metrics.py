@@ -16,24 +16,25 @@ import rates  # noqa: E402
 
 
 def summarize(records, plan):
-    """Return the flat numbers: of each domain its data, the untrained model and every method."""
+    """Return the flat numbers of each domain's data, of the untrained model and every method."""
     numbers = {}
     for domain, setting in plan["DOMAINS"].items():
-        trained = setting["steps"] * setting["batch_size"] * plan["SEQ_LEN"]
-        numbers |= {f"{domain}.tokens": setting["tokens"], f"{domain}.tokens_trained": trained}
-        if base := records.get(f"{domain}-base"):
+        tokens = setting["steps"] * setting["batch_size"] * plan["SEQ_LEN"]
+        numbers |= {f"{domain}.tokens": setting["tokens"], f"{domain}.tokens_trained": tokens}
+        base = records.get(f"{domain}-base")
+        if base:
             numbers |= {f"{domain}.base.bits_per_byte": base["bits_per_byte"],
                         f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"],
                         f"{domain}.base.lr": 0.0}
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
         domain, method, optimizer = group
-        name = f"{domain}.{method}" + (".muon" if optimizer == "muon" else "")
-        own, wiki = ([record[key] for record in seeds]
-                     for key in ("bits_per_byte", "wiki_val_bits_per_byte"))
-        numbers |= {f"{name}.bits_per_byte": mean(own),
-                    f"{name}.bits_per_byte_std": rates.spread(own),
-                    f"{name}.wiki_bits_per_byte": mean(wiki),
+        name = f"{domain}.{rates.name_in_metrics(method, optimizer)}"
+        learned = [record["bits_per_byte"] for record in seeds]
+        numbers |= {f"{name}.bits_per_byte": mean(learned),
+                    f"{name}.bits_per_byte_std": rates.spread(learned),
+                    f"{name}.wiki_bits_per_byte": mean(record["wiki_val_bits_per_byte"]
+                                                       for record in seeds),
                     f"{name}.lr": seeds[0]["config"]["lr"], f"{name}.bracketed": int(is_inside),
                     f"{name}.seeds": len(seeds),
                     f"{name}.parameters": seeds[0]["trainable_parameters"]}

@@ -12,7 +12,7 @@ import rates
 
 FOLDER = Path(__file__).parent
 CONFIG = "configs/continual.py"
-EVALUATE = ["data/wiki_val"]  # what is forgotten
+EVALUATE = ["data/wiki_val"]  # measures what is forgotten
 DOMAINS = {"biomed": {"steps": 212, "batch_size": 32, "tokens": 6_965_399},
            "finance": {"steps": 209, "batch_size": 16, "tokens": 1_143_453}}
 WARMUP, SEQ_LEN = 20, 1024
@@ -32,31 +32,35 @@ GROUPS = TIERS[0] | TIERS[1] | TIERS[2]
 
 
 def words_of(method):
-    """Return a variant of the config file and what is changed in it."""
+    """Return a variant of the config file and the keys that differ from it."""
     if method == "dora_r8":  # DoRA is LoRA's variant with trained lengths of rows
         return ["lora_r8", "--dora"]
     if method == "lora_r32":  # scaled as at r = 8
         return ["lora_r8", "--rank=32", "--alpha=64"]
-    return rates.operator_words(method) if method in GROUPED else [method]
+    if method in GROUPED:
+        return rates.operator_words(method)
+    return [method]
 
 
 def PREPARE(name):
-    """Evaluate without torch.compile: other numbers of rows would be compiled for two passes."""
+    """Evaluate without torch.compile, which would compile anew for the evaluation's batches."""
     return answered.losses()
 
 
 def score(record):
-    """What chooses a rate: the loss on the domain's validation text."""
+    """Return what chooses a rate: the loss on the domain's validation text."""
     return (record["val_loss"],)
 
 
-def make(group, lr, seed, steps=0):
-    """Return (config file, words) of a run."""
-    (domain, method, optimizer), setting = group, DOMAINS[group[0]]
-    steps, batch = steps or setting["steps"], setting["batch_size"]
+def make(group, lr, seed, steps=None):
+    """Return (config file, words) of a run; steps: default, the domain's."""
+    domain, method, optimizer = group
+    if steps is None:
+        steps = DOMAINS[domain]["steps"]
     return CONFIG, [*words_of(method), f"--data=data/{domain}", f"--optimizer={optimizer}",
                     f"--lr={lr}", f"--seed={seed}", f"--seq_len={SEQ_LEN}",
-                    f"--batch_size={batch}", f"--micro_batch={MICRO_BATCH}", f"--steps={steps}",
+                    f"--batch_size={DOMAINS[domain]['batch_size']}",
+                    f"--micro_batch={MICRO_BATCH}", f"--steps={steps}",
                     f"--warmup={WARMUP}", f"--eval_every={steps}", f"--save_every={steps}",
                     "--keep=1", "--base_dtype=float32"]
 

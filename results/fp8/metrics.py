@@ -1,4 +1,4 @@
-"""Write metrics.json from the logs beside this file and those of the runs that it names.
+"""Write metrics.json from the logs beside this file and the records of other folders' runs.
 
     python results/fp8/metrics.py
 
@@ -15,29 +15,29 @@ from statistics import mean
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent
 sys.path.insert(0, str(RESULTS))
-from rates import read, spread  # noqa: E402
+import rates  # noqa: E402
 
 BASES = {"float32": "gsm8k", "bfloat16": "bfloat16", "float8": "float8"}  # {base: task in a name}
 
 
 def read_table(file, shape):
     """Return {(method, "tokens_per_s" or "peak_gib"): number} of a shape in bench.py's output."""
-    numbers, shown = {}, ""
+    numbers, current = {}, ""
     for line in file.read_text().splitlines():
         words = line.replace(",", "").split()
-        if ", 1 x " in line:
-            shown = words[0]
-        elif shown == shape and words[1].isdigit():
+        if ", 1 x " in line:  # the line above the rows of a shape
+            current = words[0]
+        elif current == shape and words[1].isdigit():
             numbers |= {(words[0], "tokens_per_s"): int(words[1]),
                         (words[0], "peak_gib"): float(words[4])}
     return numbers
 
 
 def of_shape(shape, file):
-    """Return the flat numbers of a table, with what each method has to full rank in bf16."""
+    """Return the flat numbers of a table and each method's ratio to full rank in bf16."""
     table, numbers = read_table(file, shape), {}
     for (method, key), value in table.items():
-        ratio = {"tokens_per_s": "over_full", "peak_gib": "peak_over_full"}[key]
+        ratio = "over_full" if key == "tokens_per_s" else "peak_over_full"
         numbers |= {f"{shape}.{method}.{key}": value,
                     f"{shape}.{method}.{ratio}": round(value / table["full", key], 3)}
     for method, other in (("mora_fp8", "full_fp8"), ("remora_permute_fp8", "mora_fp8")):
@@ -51,28 +51,31 @@ def of_7b():
     rows = re.findall(r"^7b (\S+) (.*?): ([\d,]+) tokens/s, .*?, ([\d.]+) GiB",
                       (FOLDER / "where_first.txt").read_text(), re.MULTILINE)
     numbers, speeds = {}, {}
-    for method, changes, speed, peak in rows:  # then mora_fp8 was what mora_fp8_base is now
-        name = "mora_fp8_base" if method == "mora_fp8" and "float32" not in changes else method
-        speeds[name] = int(speed.replace(",", ""))
-        numbers |= {f"7b.{name}.tokens_per_s": speeds[name], f"7b.{name}.peak_gib": float(peak)}
+    for method, changes, speed, peak in rows:
+        if method == "mora_fp8" and "float32" not in changes:
+            method = "mora_fp8_base"  # its name since that run
+        speeds[method] = int(speed.replace(",", ""))
+        numbers |= {f"7b.{method}.tokens_per_s": speeds[method],
+                    f"7b.{method}.peak_gib": float(peak)}
     return numbers | {f"7b.{name}.over_mora": round(speed / speeds["mora"], 3)
                       for name, speed in speeds.items()}
 
 
 def of_60m():
     """Return the flat numbers of three seeds with and without FP8."""
-    records, numbers = read(RESULTS / "pretrain_60m" / "sweep.jsonl"), {}
+    records, numbers = rates.read(RESULTS / "pretrain_60m" / "sweep.jsonl"), {}
     for name, method in (("mora", "mora_share"), ("full", "full")):
         names = [f"{method}-muon-0.002-0.016-s{seed}" for seed in (1337, 1, 2)]
-        for key, end in ((name, ""), (f"{name}_fp8", "-matmulfp8")):
-            values = [records[run + end]["val_ppl"] for run in names]
+        bf16 = [records[run] for run in names]
+        fp8 = [records[f"{run}-matmulfp8"] for run in names]
+        for key, runs in ((name, bf16), (f"{name}_fp8", fp8)):
+            values = [run["val_ppl"] for run in runs]
             numbers |= {f"60m.{key}.ppl_mean": round(mean(values), 2),
-                        f"60m.{key}.ppl_std": round(spread(values), 2),
+                        f"60m.{key}.ppl_std": round(rates.spread(values), 2),
                         f"60m.{key}.seeds": len(values)}
-        changes = [records[f"{run}-matmulfp8"]["val_loss"] - records[run]["val_loss"]
-                   for run in names]
+        changes = [b["val_loss"] - a["val_loss"] for a, b in zip(bf16, fp8, strict=True)]
         numbers |= {f"60m.{name}_fp8.loss_difference_mean": round(mean(changes), 4),
-                    f"60m.{name}_fp8.loss_difference_std": round(spread(changes), 4)}
+                    f"60m.{name}_fp8.loss_difference_std": round(rates.spread(changes), 4)}
     return numbers
 
 
@@ -80,16 +83,18 @@ def others():
     """Return the differences at 250m, the errors of gradients, the losses on three bases."""
     losses = json.loads((RESULTS / "pretrain_250m" / "metrics.json").read_text())
     errors = json.loads((FOLDER / "gradients.json").read_text())["mora"]
-    numbers = {f"250m.{name}_fp8.loss_difference_{key}":
-               losses[f"{name}_fp8.muon.loss_difference_{key}"]
-               for name in ("mora", "full") for key in (1500, 2000, "std")}
+    numbers = {}
+    for name in ("mora_fp8", "full_fp8"):
+        for key in (1500, 2000, "std"):
+            difference = losses[f"{name}.muon.loss_difference_{key}"]
+            numbers[f"250m.{name}.loss_difference_{key}"] = difference
     numbers |= {f"gradient_error_{key}": round(error, 4) for key, error in errors.items()}
-    records = read(RESULTS / "gsm8k" / "sweep.jsonl")
+    records = rates.read(RESULTS / "gsm8k" / "sweep.jsonl")
     for base, task in BASES.items():
         values = [record["val_loss"] for name, record in records.items()
                   if name.startswith(f"{task}-mora_rotate_r8-adamw-")]
         numbers |= {f"gsm8k.{base}.test_loss_mean": round(mean(values), 4),
-                    f"gsm8k.{base}.test_loss_std": round(spread(values), 4),
+                    f"gsm8k.{base}.test_loss_std": round(rates.spread(values), 4),
                     f"gsm8k.{base}.seeds": len(values)}
     return numbers
 

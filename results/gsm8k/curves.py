@@ -10,6 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from matplotlib import pyplot
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
@@ -22,28 +24,29 @@ LABELS = {"fft": "full fine-tuning", "lora": "LoRA, r = 8", "mora_rotate_r8": "M
           "share_gradient_r32": "share, r = 32, gradient"}
 
 
-def grids(plan):
+def loss_grids(plan):
     """Return {(method, optimizer): {rate: loss}}."""
     found = {}
-    for record in map(json.loads, (FOLDER / "runs.jsonl").read_text().splitlines()):
+    for line in (FOLDER / "runs.jsonl").read_text().splitlines():
+        record = json.loads(line)
         if record["seed"] == rates.SEED:
             found.setdefault((record["method"], "adamw"), {})[record["lr"]] = record["dev_loss"]
     records = rates.read(FOLDER / "sweep.jsonl")
     for group in plan["SEARCHED"]:
         scores = rates.scores_of(records, group, plan["score"])
-        if losses := {lr: loss for lr, (loss,) in scores.items() if (loss,) != rates.WORST}:
-            found[group[1:]] = losses
+        losses = {lr: score[0] for lr, score in scores.items() if score != rates.WORST}
+        if losses:
+            _, method, optimizer = group
+            found[method, optimizer] = losses
     return found
 
 
-def draw(lines, file):
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+def draw(grids, file):
+    """Draw a line per method and optimizer; grids: see loss_grids."""
     figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for color, (method, label) in enumerate(LABELS.items()):
         for optimizer, style in (("adamw", "--"), ("muon", "-")):
-            losses = lines.get((method, optimizer), {})
+            losses = grids.get((method, optimizer), {})
             points = [(lr, loss) for lr, loss in sorted(losses.items()) if loss < 0.8]
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=f"C{color}",
@@ -54,4 +57,4 @@ def draw(lines, file):
 
 
 if __name__ == "__main__":
-    draw(grids(runpy.run_path(str(FOLDER / "plan.py"))), FOLDER / "curves.png")
+    draw(loss_grids(runpy.run_path(str(FOLDER / "plan.py"))), FOLDER / "curves.png")

@@ -2,12 +2,12 @@
 
     python results/gsm8k/metrics.py
 
-runs.jsonl: an earlier program's, without answers; a method that has as many seeds in sweep.jsonl
-replaces its numbers.
-sweep.jsonl: plan.py's. A.vs.B.difference is A's exact match minus B's, a mean over
-seeds; low and high bound 95 % of a bootstrap over questions; p is that of a sign-flip test of the
-questions (McNemar's null hypothesis, for several seeds): the chance of so large a difference if A
-and B answered every question alike. Both take the runs as given: seeds vary on top of it.
+runs.jsonl is an earlier program's and has no answers. sweep.jsonl is plan.py's; a method that has
+as many seeds there takes its numbers from there.
+A.vs.B.difference is A's exact match minus B's, a mean over seeds; low and high bound 95 % of a
+bootstrap over questions; p is that of a sign-flip test of the questions (McNemar's null hypothesis,
+for several seeds): the chance of so large a difference if A and B answered every question alike.
+Both take the runs as given and do not measure how much seeds differ.
 """
 import json
 import math
@@ -27,9 +27,8 @@ PAIRS = [("mora_rotate_r8", "lora"), ("mora_share_r256", "lora"), ("mora_share_r
          ("mora_rotate_r8", "fft"), ("mora_rotate_r8.muon", "lora.muon"),
          ("mora_share_r256.muon", "fft.muon"), ("mora_share_r256.muon", "mora_rotate_r8.muon"),
          ("truncate_gradient_r8", "lora"), ("truncate_gradient_r8", "mora_rotate_r8"),
-         ("share_gradient_r8", "mora_rotate_r8"),
-         *((f"{method}.muon", method) for method in
-           ("mora_rotate_r8", "lora", "mora_share_r256", "fft"))]
+         ("share_gradient_r8", "mora_rotate_r8"), ("mora_rotate_r8.muon", "mora_rotate_r8"),
+         ("lora.muon", "lora"), ("mora_share_r256.muon", "mora_share_r256"), ("fft.muon", "fft")]
 
 
 def earlier(path):
@@ -38,20 +37,21 @@ def earlier(path):
     for record in map(json.loads, path.read_text().splitlines()):
         methods.setdefault(record["method"], []).append(record)
     for method, records in methods.items():
-        best = min((record for record in records if record["seed"] == rates.SEED),
-                   key=lambda record: record["dev_loss"])
+        searched = [record for record in records if record["seed"] == rates.SEED]
+        best = min(searched, key=lambda record: record["dev_loss"])
         seeds = [record for record in records if record["lr"] == best["lr"]]
         numbers |= {f"{method}.exact_match": mean(record["numbers"] for record in seeds),
                     f"{method}.seeds": len(seeds), f"{method}.lr": best["lr"],
                     f"{method}.test_loss": mean(record["test_loss"] for record in seeds),
-                    f"{method}.dev_loss": best["dev_loss"],
-                    f"{method}.parameters": best.get("trainable_parameters")}
-    return {name: number for name, number in numbers.items()
-            if number is not None and name != "base.lr"}
+                    f"{method}.dev_loss": best["dev_loss"]}
+        if "trainable_parameters" in best:
+            numbers[f"{method}.parameters"] = best["trainable_parameters"]
+    del numbers["base.lr"]  # the untrained model has no rate
+    return numbers
 
 
 def of_seeds(name, records):
-    """Return the flat numbers of the runs of one rate, the first that of the search."""
+    """Return the flat numbers of the runs of one rate; the first run is that of the search."""
     losses = [record["val_loss"] for record in records]
     numbers = {f"{name}.test_loss": mean(losses), f"{name}.test_loss_std": rates.spread(losses),
                f"{name}.dev_loss": math.log(records[0]["gsm8k_dev_ppl"]),
@@ -70,7 +70,7 @@ def right_answers(records):
 
 
 def paired(a, b, generator):
-    """Return the numbers of two methods' shares of right runs per question."""
+    """Return the numbers of A.vs.B; a, b: for each question the share of right runs."""
     difference = a - b
     observed, moved = difference.mean(), difference[difference != 0]
     means, flips = [], []
@@ -85,45 +85,49 @@ def paired(a, b, generator):
 
 
 def methods_of(records, plan):
-    """Return {name in metrics.json: records by seed} of sweep.jsonl."""
-    found = {}
-    fixed = {group: (lr, True) for group, lr in (plan["FIXED"] | plan["BASES"]).items()}
-    searched = {group: (seeds[0]["config"]["lr"], is_inside) for group, seeds, is_inside in
-                rates.report(records, plan["SEARCHED"], plan["score"])}
-    for group, (lr, is_inside) in (fixed | searched).items():
-        task, method, optimizer = group
-        name = method + (".muon" if optimizer == "muon" else "")
-        name += "" if task == "gsm8k" else f".{task}"
-        names = (rates.name_of(group, seed, lr) for seed in plan["SEEDS"])
-        seeds = [records[name] for name in names
-                 if name in records and "error" not in records[name]]
+    """Return {name in metrics.json: (records by seed, whether its rate is inside its grid)}."""
+    rows = [(group, rates.ended(records, group, lr), True)
+            for group, lr in (plan["FIXED"] | plan["BASES"]).items()]
+    rows += rates.report(records, plan["SEARCHED"], plan["score"])
+    methods = {}
+    for (task, method, optimizer), seeds, is_inside in rows:
+        name = rates.name_in_metrics(method, optimizer)
+        if task != "gsm8k":  # a base of another type
+            name += f".{task}"
         if seeds:
-            found[name] = seeds, is_inside
-    return found
+            methods[name] = seeds, is_inside
+    return methods
+
+
+def compare(methods):
+    """Return the flat numbers of PAIRS, as far as all runs of both methods have answers."""
+    numbers, generator = {}, np.random.default_rng(0)
+    answered = {name: seeds for name, (seeds, _) in methods.items()
+                if all("right" in record for record in seeds)}
+    for first, second in PAIRS:
+        if first not in answered or second not in answered:
+            continue
+        result = paired(right_answers(answered[first]), right_answers(answered[second]), generator)
+        for key, value in result.items():
+            numbers[f"{first}.vs.{second}.{key}"] = round(float(value), 6)
+        print(first, "vs", second, *(f"{key} {value:.4f}" for key, value in result.items()))
+    return numbers
 
 
 def summarize(plan):
+    """Return the flat numbers of both files."""
     numbers, records = earlier(FOLDER / "runs.jsonl"), rates.read(FOLDER / "sweep.jsonl")
     base = records.pop(plan["BASE"], None)
     methods = methods_of(records, plan)
     for name, (seeds, is_inside) in methods.items():
         if len(seeds) < numbers.get(f"{name}.seeds", 0):
-            continue  # the search is not over: the earlier program's numbers stand
+            continue  # the search is not over: the earlier program's numbers stay
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
     if base:
         numbers |= {"base.exact_match": base["numbers"], "base.test_loss": base["val_loss"],
                     "base.dev_loss": math.log(base["gsm8k_dev_ppl"])}
-    generator = np.random.default_rng(0)
-    for first, second in PAIRS:
-        if all(name in methods and all("right" in record for record in methods[name][0])
-               for name in (first, second)):
-            a, b = (right_answers(methods[name][0]) for name in (first, second))
-            result = paired(a, b, generator)
-            numbers |= {f"{first}.vs.{second}.{key}": round(float(value), 6)
-                        for key, value in result.items()}
-            print(first, "vs", second, *(f"{key} {value:.4f}" for key, value in result.items()))
-    return numbers
+    return numbers | compare(methods)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,17 @@ METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
 GROUPED = {"truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3, "share_permute_r32": 1e-3,
            "truncate_gradient_r8": 1e-2, "share_gradient_r8": 1e-2}
 METHODS |= {method: rates.operator_words(method) for method in GROUPED}
-# {method: (AdamW's best rate, the middle of Muon's)}
-RATES = {"mora_rotate_r8": (1e-2, 1e-2), "lora": (1e-2, 1e-2), "mora_share_r256": (1e-3, 1e-3),
-         "fft": (3e-4, 3e-4)}
-MUON = {("gsm8k", method, "muon"): muon for method, (_, muon) in RATES.items()}
+# {method: AdamW's best rate, which is the middle of Muon's}
+RATES = {"mora_rotate_r8": 1e-2, "lora": 1e-2, "mora_share_r256": 1e-3, "fft": 3e-4}
+MUON = {("gsm8k", method, "muon"): lr for method, lr in RATES.items()}
 GRADIENT = {("gsm8k", method, "adamw"): lr for method, lr in GROUPED.items()}
 SEARCHED = MUON | GRADIENT
-FIXED = {("gsm8k", method, "adamw"): adamw for method, (adamw, _) in RATES.items()}
+FIXED = {("gsm8k", method, "adamw"): lr for method, lr in RATES.items()}
 BASES = {(dtype, "mora_rotate_r8", "adamw"): 1e-2 for dtype in ("bfloat16", "float8")}
-SEEDS = (rates.SEED, *rates.MORE_SEEDS)
 
 
 def score(record):
-    """What chooses a rate: the loss on held-out training questions."""
+    """Return what chooses a rate: the loss on held-out training questions."""
     return (math.log(record["gsm8k_dev_ppl"]),)
 
 
@@ -42,25 +40,25 @@ def make(group, lr, seed):
     """Return (config file, words) of a run."""
     task, method, optimizer = group
     words = [*METHODS[method], *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}"]
-    return CONFIG, [*words, f"--base_dtype={task}"] if group in BASES else words
+    if group in BASES:
+        words.append(f"--base_dtype={task}")
+    return CONFIG, words
 
 
 def PREPARE(name):
     """Keep the answers of all runs but those on bases of other types, whose losses are compared."""
-    is_base = rates.parts_of(name)[0] in BASES
-    return answered.losses() if is_base else answered.at_the_end(name)
+    group, _, _ = rates.parts_of(name)
+    return answered.losses() if group in BASES else answered.at_the_end(name)
 
 
-def at_known_rates(groups, seed):
-    return {rates.name_of(group, seed, lr): make(group, lr, seed) for group, lr in groups.items()}
+def at_known_rates(groups):
+    """Return {name: run} of {group: rate}, seed by seed."""
+    return {rates.name_of(group, seed, lr): make(group, lr, seed)
+            for seed in rates.SEEDS for group, lr in groups.items()}
 
 
 BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that changes nothing
 RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
 RECORDS = rates.read(FOLDER / "sweep.jsonl")
-RUNS |= rates.runs(MUON, RECORDS, score, make)
-for number in SEEDS:
-    RUNS |= at_known_rates(FIXED, number)
-RUNS |= rates.runs(GRADIENT, RECORDS, score, make)
-for number in SEEDS:
-    RUNS |= at_known_rates(BASES, number)
+RUNS |= rates.runs(MUON, RECORDS, score, make) | at_known_rates(FIXED)
+RUNS |= rates.runs(GRADIENT, RECORDS, score, make) | at_known_rates(BASES)

@@ -21,9 +21,12 @@ LABELS = {"full": "full rank", "best": "MoRA and LoRA (250m_best)", "lora": "LoR
 
 def main():
     lengths = by_length(read(FOLDER / "sweep.jsonl").values())
-    runs = {(method, optimizer): best_seeds(lengths.get((method, optimizer, LONG), []))
-            for optimizer in OPTIMIZERS for method in LABELS}
-    runs = {group: seeds for group, seeds in runs.items() if seeds}
+    runs = {}
+    for optimizer in OPTIMIZERS:
+        for method in LABELS:
+            seeds = best_seeds(lengths.get((method, optimizer, LONG), []))
+            if seeds:
+                runs[method, optimizer] = seeds
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, PER_GPU, "r = 128, FP8")

@@ -32,12 +32,12 @@ NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py
 
 
 def of_run(path):
-    """Return (name, config, {step: validation loss}, [tokens per second]) of a log.jsonl."""
+    """Return (name, config, {step: validation loss}, median of tokens/s) of a log.jsonl."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     config = records[0]["config"]
     losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
-    return f"{path.stem}.{config['optimizer']}", config, losses, speeds
+    return f"{path.stem}.{config['optimizer']}", config, losses, median(speeds)
 
 
 def of_losses(losses):
@@ -48,6 +48,7 @@ def of_losses(losses):
 
 
 def logs(folder):
+    """Return the paths of the older runs' logs."""
     return sorted(set(folder.glob("*.jsonl")) - {folder / "sweep.jsonl"})
 
 
@@ -55,19 +56,19 @@ def of_logs(folder):
     """Return {METHOD.OPTIMIZER: its numbers}, with the differences that FP8 makes."""
     numbers, runs = {}, {}
     for path in logs(folder):
-        name, config, losses, speeds = of_run(path)
+        name, config, losses, speed = of_run(path)
         runs[name] = losses
         numbers[name] = {"wiki_ppl": math.exp(losses[max(losses)]), **of_losses(losses),
                          "lr": config["lr"], "rest_lr": config["rest_lr"],
-                         "tokens_per_s": median(speeds)}
+                         "tokens_per_s": speed}
     for name, losses in runs.items():
         method, _, optimizer = name.partition(".")
         fp8 = runs.get(f"{method}_fp8.{optimizer}")
         if fp8:
             differences = {step: fp8[step] - loss for step, loss in losses.items() if step}
-            numbers[f"{method}_fp8.{optimizer}"] |= {
-                **{f"loss_difference_{step}": value for step, value in differences.items()},
-                "loss_difference_std": stdev(differences.values())}
+            own = numbers[f"{method}_fp8.{optimizer}"]
+            own |= {f"loss_difference_{step}": value for step, value in differences.items()}
+            own["loss_difference_std"] = stdev(differences.values())
     return {name: {key: round(number, 4) for key, number in part.items()}
             for name, part in numbers.items()}
 
@@ -88,7 +89,7 @@ def by_length(records):
 
 
 def best_seeds(runs):
-    """Return the runs of the rates that count, by seed; [] if all diverged."""
+    """Return pretraining.with_most_seeds of the runs that ended; [] if all diverged."""
     ended = [run for run in runs if "error" not in run]
     return pretraining.with_most_seeds(ended) if ended else []
 
@@ -111,18 +112,21 @@ def of_sweep(records):
             losses = [dict(run["val_losses"]) for run in seeds]
             means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
             found |= {key: round(value, 4) for key, value in of_losses(means).items()}
-        prefix = PREFIXES.get(steps, f"steps{steps}.")
-        named = {prefix + key: value for key, value in found.items()}
+        named = {PREFIXES[steps] + key: value for key, value in found.items()}
         numbers.setdefault(f"{method}.{optimizer}", {}).update(named)
     return numbers
 
 
 def summarize(folder):
-    """Return the flat numbers. A log's numbers stay until the sweep has a headline of that name."""
-    swept, logged = of_sweep(rates.read(folder / "sweep.jsonl").values()), of_logs(folder)
-    logged = {name: part for name, part in logged.items() if "wiki_ppl" not in swept.get(name, ())}
-    return {f"{name}.{key}": number for part in (logged, swept)
-            for name, numbers in part.items() for key, number in numbers.items()}
+    """Return the flat numbers. A log's numbers stay until the sweep has a long run of that name."""
+    swept = of_sweep(rates.read(folder / "sweep.jsonl").values())
+    flat = {}
+    for name, numbers in of_logs(folder).items():
+        if "wiki_ppl" not in swept.get(name, {}):
+            flat |= {f"{name}.{key}": number for key, number in numbers.items()}
+    for name, numbers in swept.items():
+        flat |= {f"{name}.{key}": number for key, number in numbers.items()}
+    return flat
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M
 a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
 this file, decide what is missing. A long run takes about nine minutes of one H100 alone.
 """
-import sys
+from functools import partial
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-import grid  # noqa: E402
-import rates  # noqa: E402
+import grid
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
 COMMON = ["--hidden_size=768", "--intermediate_size=2560", "--num_hidden_layers=24",
@@ -31,27 +30,35 @@ METHODS = {
 CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
            ("remora_alternate", "muon"): (4e-3, 6.4e-2)}
-SHORT, LONG = (250, 50), (2000, 200)  # steps, warm-up
+SHORT, LONG = 250, 2000  # steps
+WARMUP = {SHORT: 50, LONG: 200}
+SEED = 1337
 
 
-def run(group, point, length=SHORT, seed=1337):
-    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see grid.py."""
+def name_of(group, point, steps):
+    """Return the name of a run; group: (method, optimizer); point: see grid.py."""
+    lr, rest_lr = grid.rates_at(CENTRES[group], point)
+    return f"{'-'.join(group)}-{lr:g}-{rest_lr:g}-s{SEED}-steps{steps}"
+
+
+def run(group, point, steps):
+    """Return {name: (config, words)} of one run."""
     (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
-    steps, warmup = length
-    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}", f"--lr={lr}",
-             f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={warmup}", "--eval_every=250",
-             f"--save_every={min(steps, 1000)}"]
-    return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}-steps{steps}": (CONFIG, words)}
+    words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={SEED}", f"--lr={lr}",
+             f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={WARMUP[steps]}",
+             "--eval_every=250", f"--save_every={min(steps, 1000)}"]
+    return {name_of(group, point, steps): (CONFIG, words)}
 
 
 def plan(records):
     """Return RUNS: what is missing in the grids, then the long runs of those that are closed."""
     short, long = {}, {}
     for group in CENTRES:
-        point, missing = grid.search(lambda p, own=group: next(iter(run(own, p))), records)
-        for one in missing:
-            short |= run(group, one)
-        long |= {} if missing else run(group, point, LONG)
+        point, missing = grid.search(partial(name_of, group, steps=SHORT), records)
+        for neighbour in missing:
+            short |= run(group, neighbour, SHORT)
+        if not missing:
+            long |= run(group, point, LONG)
     return short | long
 
 

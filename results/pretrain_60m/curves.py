@@ -10,14 +10,15 @@ from pictures import OPTIMIZERS, draw_curves
 from pretraining import read_runs, with_most_seeds
 
 PER_GPU = 3  # processes that shared a GPU
-LABELS = {"full": "full rank", "best": "MoRA and LoRA (60m_best)", "remora_permute":
-          "ReMoRA, permute", "lora": "LoRA", "mora_share": "MoRA, share",
+LABELS = {"full": "full rank", "best": "MoRA and LoRA (60m_best)",
+          "remora_permute": "ReMoRA, permute", "lora": "LoRA", "mora_share": "MoRA, share",
           "remora_alternate": "ReMoRA, alternate", "relora": "ReLoRA"}
 
 if __name__ == "__main__":
-    runs = {group: with_most_seeds(by_tokens[HEADLINE])
-            for group, by_tokens in groups(read_runs(FOLDER / "sweep.jsonl")).items()
-            if HEADLINE in by_tokens and group[1] in OPTIMIZERS}
+    runs = {}
+    for (method, optimizer), by_tokens in groups(read_runs(FOLDER / "sweep.jsonl")).items():
+        if HEADLINE in by_tokens and optimizer in OPTIMIZERS:
+            runs[method, optimizer] = with_most_seeds(by_tokens[HEADLINE])
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 66 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, PER_GPU, "r = 32")

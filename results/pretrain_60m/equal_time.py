@@ -2,9 +2,10 @@
 
 Quality is that of this folder's runs, speed that of the 1.3b shape (results/fp8, bench.py on one
 H200), both with Muon. A step has 65,536 tokens per GPU: the paper's 1,024 sequences of 512 on eight
-GPUs. Its seconds are those of bench.py with AdamW, for the tokens, and what Muon takes longer, once
-a step. While full rank trains on 32.8 M tokens, an adapter trains on `tokens_ratio` times as many;
-its perplexity there lies on the line through its runs of 33 and 66 M tokens (logarithms of both).
+GPUs. Its seconds are those of the tokens with AdamW plus, once per step, the time that Muon adds to
+a step of bench.py. While full rank trains on 32.8 M tokens, an adapter trains on `tokens_ratio`
+times as many; its perplexity there lies on the line through its runs of 33 and 66 M tokens, in
+logarithms of both.
 """
 import json
 import math
@@ -26,17 +27,20 @@ SPEEDS = {"full": ("bench_h200.json", "full", 0),  # in FP8 too
 
 
 def step_seconds(bench, method, products="", every=0):
-    """Return the seconds of a step with Muon, or None if bench lacks a speed; every: steps between
-    two restarts."""
-    adamw, muon = (bench.get(f"1.3b.{name}{products}.tokens_per_s")
-                   for name in (method, f"{method}_muon"))
+    """Return the seconds of a step with Muon, or None if bench lacks a speed; products: "" or
+    "_fp8"; every: steps between two restarts, 0 without them."""
+    adamw = bench.get(f"1.3b.{method}{products}.tokens_per_s")
+    muon = bench.get(f"1.3b.{method}_muon{products}.tokens_per_s")
     if not (adamw and muon):
         return None
-    restart = bench[f"1.3b.{method}{products}.restart_ms"] / 1000 / every if every else 0.0
-    return STEP_TOKENS / adamw + BENCH_TOKENS * (1 / muon - 1 / adamw) + restart
+    seconds = STEP_TOKENS / adamw + BENCH_TOKENS * (1 / muon - 1 / adamw)
+    if every:
+        seconds += bench[f"1.3b.{method}{products}.restart_ms"] / 1000 / every
+    return seconds
 
 
 def read_bench(name):
+    """Return the numbers of a file of results/fp8, {} if it does not exist."""
     return json.loads((FP8 / name).read_text()) if (FP8 / name).exists() else {}
 
 
@@ -50,7 +54,8 @@ def at_ratio(by_tokens, ratio):
              if pretraining.rates_of(run) == pretraining.rates_of(longer[0])]
     if not short:
         return None
-    at_33, at_66 = (pretraining.average(runs, "val_ppl", 9) for runs in (short, longer))
+    at_33 = pretraining.average(short, "val_ppl", 9)
+    at_66 = pretraining.average(longer, "val_ppl", 9)
     return at_33 * (at_66 / at_33) ** math.log2(ratio)
 
 
@@ -62,8 +67,9 @@ def numbers(groups):
         seconds = step_seconds(read_bench(file), name, "_fp8", every)
         if not (full and seconds):
             continue
-        ppl = at_ratio(groups.get((method, "muon"), {}), full / seconds)
+        ratio = full / seconds
+        ppl = at_ratio(groups.get((method, "muon"), {}), ratio)
         if ppl:
-            found |= {f"equal_time.{method}.tokens_ratio": round(full / seconds, 2),
+            found |= {f"equal_time.{method}.tokens_ratio": round(ratio, 2),
                       f"equal_time.{method}.wiki_ppl": round(ppl, 2)}
     return found

@@ -18,22 +18,21 @@ sys.path[:0] = map(str, (FOLDER, FOLDER.parent))
 import equal_time  # noqa: E402
 import pretraining  # noqa: E402
 
-GRID_SEED, GRID, HEADLINE = 1337, 33, 66  # of the grids, million tokens
-OF_NO_METHOD = ("steps", "eval_every", "save_every", "matmul")
+GRID_SEED = 1337
+GRID, HEADLINE = 33, 66  # million tokens
+NOT_OF_METHOD = ("steps", "matmul")  # options that are no part of a method
 
 
 def method_of(run):
     """Return the method of a run, whose name is METHOD-OPTIMIZER-LR-REST_LR-sSEED and options.
 
-    Options are what METHOD lacks in plan.py: lora and -rank80 are the method lora_r80, other
-    restarts are remora_permute.restart_every50.
+    Older runs have options that no method of plan.py has: remora_permute with -restart_every50 is
+    the method remora_permute.restart_every50.
     """
     method = run["name"].split("-")[0]
     _, _, options = run["name"].partition(f"-s{run['config']['seed']}")
-    for option in filter(None, options.split("-")):
-        if option.startswith("rank"):
-            method += "_" + option.replace("rank", "r")
-        elif not option.startswith(OF_NO_METHOD):
+    for option in options.split("-")[1:]:
+        if not option.startswith(NOT_OF_METHOD):
             method += f".{option}"
     return method
 
@@ -43,36 +42,45 @@ def groups(runs):
     result = {}
     for run in runs:
         config = run["config"]
-        products = "" if config["matmul"] == "bf16" else f".{config['matmul']}"
-        group = result.setdefault((method_of(run), config["optimizer"] + products), {})
+        optimizer = config["optimizer"]
+        if config["matmul"] != "bf16":
+            optimizer += f".{config['matmul']}"
+        group = result.setdefault((method_of(run), optimizer), {})
         group.setdefault(pretraining.tokens_of(run), []).append(run)
     return result
+
+
+def of_group(title, by_tokens):
+    """Return the numbers of {million tokens: [runs]}; prints the grid after the title."""
+    short, about, headline = by_tokens.get(GRID, []), {}, []
+    grid = [run for run in short if run["config"]["seed"] == GRID_SEED]
+    if grid:
+        print(title, end=" ")
+        best, about = pretraining.of_grid(grid)
+        about = {"grid_ppl": round(best["val_ppl"], 2)} | about
+        headline = [run for run in short
+                    if pretraining.rates_of(run) == pretraining.rates_of(best)]
+    if HEADLINE in by_tokens:
+        headline = pretraining.with_most_seeds(by_tokens[HEADLINE])
+    numbers = pretraining.of_seeds(headline, "_mean") if headline else {}
+    numbers |= about
+    for tokens in by_tokens.keys() - {GRID, HEADLINE}:
+        longer = pretraining.with_most_seeds(by_tokens[tokens])
+        numbers |= {f"{tokens}m.wiki_ppl": pretraining.average(longer, "val_ppl", 2),
+                    f"{tokens}m.c4_ppl": pretraining.average(longer, "c4_sample_ppl", 1)}
+    return numbers
 
 
 def summarize(runs):
     """Return the flat numbers of all methods."""
     metrics = {}
     for (method, optimizer), by_tokens in sorted(groups(runs).items()):
-        short, numbers, headline = by_tokens.get(GRID, []), {}, []
-        grid = [run for run in short if run["config"]["seed"] == GRID_SEED]
-        if grid:
-            print(method, optimizer, end=" ")
-            best, about = pretraining.of_grid(grid)
-            numbers = {"grid_ppl": round(best["val_ppl"], 2), **about}
-            headline = [run for run in short
-                        if pretraining.rates_of(run) == pretraining.rates_of(best)]
-        if HEADLINE in by_tokens:
-            headline = pretraining.with_most_seeds(by_tokens[HEADLINE])
-        if headline:
-            numbers = pretraining.of_seeds(headline, "_mean") | numbers
-        for tokens in by_tokens.keys() - {GRID, HEADLINE}:
-            longer = pretraining.with_most_seeds(by_tokens[tokens])
-            numbers |= {f"{tokens}m.wiki_ppl": pretraining.average(longer, "val_ppl", 2),
-                        f"{tokens}m.c4_ppl": pretraining.average(longer, "c4_sample_ppl", 1)}
+        numbers = of_group(f"{method} {optimizer}", by_tokens)
         metrics |= {f"{method}.{optimizer}.{key}": value for key, value in numbers.items()}
-        for run in sum(by_tokens.values(), []):
-            if "trainable_block_fraction" in run:
-                metrics[f"{method}.trainable_block_fraction"] = run["trainable_block_fraction"]
+        for seeds in by_tokens.values():
+            for run in seeds:
+                if "trainable_block_fraction" in run:
+                    metrics[f"{method}.trainable_block_fraction"] = run["trainable_block_fraction"]
     return metrics | equal_time.numbers(groups(runs))
 
 

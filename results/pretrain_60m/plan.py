@@ -4,14 +4,13 @@ A grid (see results/grid.py) has 1,000 steps of 32,768 tokens, 33 M. At its best
 tokens with three seeds, and 131 M with one for some methods. The runs of earlier sweeps, in
 sweep.jsonl beside this file, decide what is missing.
 """
-import sys
+from functools import partial
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-import grid  # noqa: E402
-import rates  # noqa: E402
+import grid
+import rates
 
+FOLDER = Path(__file__).parent
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
 COMMON = ["--batch_size=64", "--micro_batch=64", "--warmup=100", "--log_every=50", "--keep=1",
@@ -47,39 +46,51 @@ OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-
           ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
 CENTRES = MUON | ADAMW | OTHERS
 LONGEST = {(method, "muon") for method in ("full", "lora", "mora_share", "best")}
-SEED, MORE_SEEDS, STEPS = 1337, (1, 2), 1000
+SEED, MORE_SEEDS = 1337, (1, 2)
+STEPS = 1000  # of the runs of a grid
+
+
+def name_of(group, point, seed=SEED, steps=STEPS):
+    """Return the name of a run; group: (method, optimizer); point: see grid.py."""
+    lr, rest_lr = grid.rates_at(CENTRES[group], point)
+    name = f"{'-'.join(group)}-{lr:g}-{rest_lr:g}-s{seed}"
+    return name if steps == STEPS else f"{name}-steps{steps}"
 
 
 def run(group, point, seed=SEED, steps=STEPS):
-    """Return {name: (config, words)} of one run; group: (method, optimizer); point: see grid.py."""
+    """Return {name: (config, words)} of one run."""
     (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
+    eval_every = steps if steps == STEPS else steps // 8
     words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={seed}",
              f"--lr={lr}", f"--rest_lr={rest_lr}", f"--steps={steps}", f"--save_every={steps}",
-             f"--eval_every={steps if steps == STEPS else steps // 8}"]
-    options = "" if steps == STEPS else f"-steps{steps}"
-    return {f"{method}-{optimizer}-{lr:g}-{rest_lr:g}-s{seed}{options}": (CONFIG, words)}
+             f"--eval_every={eval_every}"]
+    return {name_of(group, point, seed, steps): (CONFIG, words)}
 
 
 def search(group, records):
     """Return (the best point of a group, its neighbours that have not been tried)."""
-    return grid.search(lambda point: next(iter(run(group, point))), records,
-                       has_lr=group[0] != "frozen")
+    return grid.search(partial(name_of, group), records, has_lr=group[0] != "frozen")
 
 
 def plan(records):
     """Return RUNS. Of each set of groups: what is missing in the grids, then longer runs."""
-    found = {group: search(group, records) for group in CENTRES}
-    best = {group: point for group, (point, missing) in found.items() if not missing}
     runs = {}
     for groups in (MUON, OTHERS, ADAMW):
+        best = {}  # {group: best point} of the grids that are closed
         for group in groups:
-            for point in found[group][1]:
-                runs |= run(group, point)
-        for seed in (SEED, *MORE_SEEDS):
-            for group in filter(best.get, groups):
-                runs |= run(group, best[group], seed, steps=2000)
-            for group in filter(best.get, groups):
-                runs |= run(group, best[group], steps=4000) if group in LONGEST else {}
+            point, missing = search(group, records)
+            for neighbour in missing:
+                runs |= run(group, neighbour)
+            if not missing:
+                best[group] = point
+        for group, point in best.items():
+            runs |= run(group, point, steps=2000)
+        for group, point in best.items():
+            if group in LONGEST:
+                runs |= run(group, point, steps=4000)
+        for seed in MORE_SEEDS:
+            for group, point in best.items():
+                runs |= run(group, point, seed, steps=2000)
     return runs
 
 

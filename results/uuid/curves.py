@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from matplotlib import pyplot
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
@@ -28,22 +30,21 @@ def curves_of(plan):
     for group, records, _ in rates.report(plan["read"](), plan["GROUPS"], plan["score"]):
         curves = [record["curve"] for record in records]
         steps = sorted({step for curve in curves for step, _, _ in curve})
-        found[group] = [(at, mean(max(point for point in curve if point[0] <= at)[1]
-                                  for curve in curves))
-                        for at in steps if all(curve[0][0] <= at for curve in curves)]
+        first = max(curve[0][0] for curve in curves)
+        found[group] = [(at, mean(plan["digits_at"](curve, at) for curve in curves))
+                        for at in steps if at >= first]
     return found
 
 
 def draw(curves, file):
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    """Draw a panel per rank; curves: see curves_of."""
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained",
                                    sharey=True)
     for axis, (title, methods) in zip(axes, PANELS.items(), strict=True):
         for color, (label, method) in enumerate(methods.items()):
             for (task, optimizer), (suffix, style) in STYLES.items():
-                if points := curves.get((task, method, optimizer)):
+                points = curves.get((task, method, optimizer))
+                if points:
                     axis.plot(*zip(*points, strict=True), style, color=f"C{color}", marker=".",
                               label=f"{label}, {suffix}")
         axis.axhline(0.99, color="gray", linewidth=0.5)

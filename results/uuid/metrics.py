@@ -17,11 +17,13 @@ import rates  # noqa: E402
 STEPS = (100, 300, 500, 700, 900)
 
 
-def of_seeds(name, records, is_inside, steps_to_99):
-    """Return the flat numbers of the runs of one rate. Means; steps_to_99 is the slowest seed's,
-    and is left out if one never gets there. A run that ended early counts with its last digits."""
+def of_seeds(name, records, is_inside, plan):
+    """Return the flat numbers of the runs of one rate, means over seeds. steps_to_99 is the slowest
+    seed's, and is left out if one never gets there. A run that ended early keeps its last digits.
+    """
     curves = [record["curve"] for record in records]
-    final, firsts = [curve[-1][1] for curve in curves], [steps_to_99(curve) for curve in curves]
+    final = [curve[-1][1] for curve in curves]
+    firsts = [plan["steps_to_99"](curve) for curve in curves]
     last = max(curve[-1][0] for curve in curves)
     numbers = {f"{name}.accuracy_final": mean(final),
                f"{name}.accuracy_final_std": rates.spread(final)}
@@ -33,18 +35,19 @@ def of_seeds(name, records, is_inside, steps_to_99):
     for at in STEPS:
         if at <= last:
             numbers[f"{name}.accuracy_at_{at}"] = mean(
-                max((step, digits) for step, digits, _ in curve if step <= at)[1]
-                for curve in curves)
+                plan["digits_at"](curve, at) for curve in curves)
     return numbers
 
 
 def summarize(plan):
+    """Return the flat numbers of all methods."""
     numbers = {}
     found = rates.report(plan["read"](), plan["GROUPS"], plan["score"])
     for (task, method, optimizer), seeds, is_inside in found:
-        name = method + (".muon" if optimizer == "muon" else "")
-        name += ".decay" if task == "decay" else ""
-        numbers |= of_seeds(name, seeds, is_inside, plan["steps_to_99"])
+        name = rates.name_in_metrics(method, optimizer)
+        if task == "decay":
+            name += ".decay"
+        numbers |= of_seeds(name, seeds, is_inside, plan)
     return numbers
 
 

@@ -1,10 +1,10 @@
 """The sweep of results/uuid: 10,000 pairs of UUIDs, AdamW and Muon, rates until the best is inside.
 
 Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right, when 99 % are at two evaluations in a row, or when it has lost: without 99 % at a step where
-another rate of its method has had them. Order: Muon's rates; rates that fall to 0, at r = 8; seeds
-of both; AdamW; groups chosen by the gradient. The runs that are done, in sweep.jsonl beside this
-file, decide what follows; so do those of runs.jsonl, of an earlier program, that were not cut.
+right, when 99 % are at two evaluations in a row, or when it has lost: it has fewer at a step by
+which another rate of its method had 99 %. Order: Muon's rates; rates that fall to 0, at r = 8;
+seeds of both; AdamW; groups chosen by the gradient. The runs that are done, in sweep.jsonl beside
+this file, decide what follows; so do the complete ones in runs.jsonl, of an earlier program.
 """
 import json
 from pathlib import Path
@@ -16,9 +16,10 @@ FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
 SPECTRA = False
-STEPS, COMMON = 1000, ["--seq_len=75", "--micro_batch=500", "--eval_every=100",
-                       "--eval_tokens=70000", "--keep=1"]
-# {method: rate in the middle}, the most telling first; Muon's are guesses from those of runs.jsonl
+STEPS = 1000
+COMMON = ["--seq_len=75", "--micro_batch=500", "--eval_every=100", "--eval_tokens=70000",
+          "--keep=1"]
+# {method: rate in the middle}, the most informative first; Muon's are guesses from runs.jsonl
 MUON = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4}
 ADAMW = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 3e-4, "lora_r256": 1e-3, "fft": 3e-4}
 GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
@@ -26,11 +27,19 @@ GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
 
 def steps_to_99(curve):
     """Return the first step with 99 % of the digits right, or None."""
-    return next((step for step, digits, _ in curve if digits >= 0.99), None)
+    for step, digits, _ in curve:
+        if digits >= 0.99:
+            return step
+    return None
+
+
+def digits_at(curve, at):
+    """Return the share of right digits at the last evaluation up to a step."""
+    return [digits for step, digits, _ in curve if step <= at][-1]
 
 
 def score(record):
-    """What chooses a rate: the first step with 99 %, then the digits at the end."""
+    """Return what chooses a rate: the first step with 99 %, then the digits at the end."""
     return (steps_to_99(record["curve"]) or 10 * STEPS, -record["curve"][-1][1])
 
 
@@ -38,18 +47,22 @@ def make(group, lr, seed):
     """Return (config file, words) of a run."""
     task, method, optimizer = group
     words = rates.operator_words(method) if method in GRADIENT else [method]
+    warmup = 20 if optimizer == "muon" else 0
+    min_lr_ratio = 0.0 if task == "decay" else 1.0
     return CONFIG, [*words, *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}",
-                    f"--steps={STEPS}", f"--save_every={STEPS}",
-                    f"--warmup={20 if optimizer == 'muon' else 0}",
-                    f"--min_lr_ratio={0.0 if task == 'decay' else 1.0}"]
+                    f"--steps={STEPS}", f"--save_every={STEPS}", f"--warmup={warmup}",
+                    f"--min_lr_ratio={min_lr_ratio}"]
 
 
 def read_earlier():
     """Return the records of runs.jsonl that went to the end or reached 99 %, named as new ones."""
-    lines = (FOLDER / "runs.jsonl").read_text().splitlines()
-    return {rates.name_of(("uuid", record["method"], "adamw"), record["seed"], record["lr"]): record
-            for record in map(json.loads, lines)
-            if record["step"] == STEPS or record["steps_to_99"]}
+    found = {}
+    for line in (FOLDER / "runs.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["step"] == STEPS or record["steps_to_99"]:
+            group = "uuid", record["method"], "adamw"
+            found[rates.name_of(group, record["seed"], record["lr"])] = record
+    return found
 
 
 def read():
@@ -58,7 +71,8 @@ def read():
 
 
 def PREPARE(name):
-    """Answer pairs during a run, and end it where it has lost; more seeds are never cut short."""
+    """Answer pairs during a run, and end it where it has lost. Only the first seed, which searches
+    for the rate, may lose."""
     group, seed, _ = rates.parts_of(name)
 
     def beaten(step):
@@ -74,19 +88,22 @@ def groups_of(records):
     groups = {("uuid", method, "muon"): lr for method, lr in MUON.items()}
     for method in ("mora_r8", "lora_r8"):
         lr, is_inside = rates.best(rates.scores_of(records, ("uuid", method, "muon"), score))
-        groups |= {("decay", method, "muon"): lr} if is_inside else {}
+        if is_inside:
+            groups["decay", method, "muon"] = lr
     groups |= {("uuid", method, "adamw"): lr for method, lr in ADAMW.items()}
     return groups | {("uuid", method, "muon"): lr for method, lr in GRADIENT.items()}
 
 
 def place(name):
-    """What sorts the runs."""
+    """Return the place of a run in the order, for sorting: (tier, is another seed, rate falls)."""
     (task, method, optimizer), seed, _ = rates.parts_of(name)
-    is_late = 2 if method in GRADIENT else int(optimizer == "adamw")
-    return is_late, seed != rates.SEED, task == "decay"
+    tier = 1 if optimizer == "adamw" else 0
+    if method in GRADIENT:
+        tier = 2
+    return tier, seed != rates.SEED, task == "decay"
 
 
 GROUPS = groups_of(read())
-RUNS = {name: run for name, run in sorted(rates.runs(GROUPS, read(), score, make).items(),
-                                          key=lambda item: place(item[0]))
-        if name not in read_earlier()}
+ALL_RUNS = rates.runs(GROUPS, read(), score, make)
+EARLIER = read_earlier()
+RUNS = {name: ALL_RUNS[name] for name in sorted(ALL_RUNS, key=place) if name not in EARLIER}

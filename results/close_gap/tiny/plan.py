@@ -21,10 +21,11 @@ HALF = {"batch_size": 8, "steps": 600, "warmup": 80, "log_every": 50, "eval_ever
 
 def run(variant, rank=4, seed=1337, words=CYCLES, **more):
     """Return {name: (config, words)} of one run; rank 0: full rank."""
-    size = [f"--rank={rank}"] if rank else []
+    ranks = [f"--rank={rank}"] if rank else []
     options = [f"--{key}={value}" for key, value in more.items()]
-    name = " ".join([variant, f"r{rank}", f"s{seed}", *(option[2:] for option in options)])
-    return {name: (CONFIG, [*COMMON, *words, *size, f"--seed={seed}", *options])}
+    name = " ".join([variant, f"r{rank}", f"s{seed}",
+                     *(option.removeprefix("--") for option in options)])
+    return {name: (CONFIG, [*COMMON, *words, *ranks, f"--seed={seed}", *options])}
 
 
 def PREPARE(name):
