@@ -24,6 +24,11 @@ METHODS = {
     "best": [*PERMUTE, "--rank=32", "--restart_every=10", "--lora_rank=16"],  # configs/60m_best.py
     "remora_alternate": ["--method=mora", "--rank=32", "--groups=alternate", "--restart_every=200"],
     "relora": ["--method=lora", "--rank=32", "--restart_every=200"],
+    # checks: the paper's share of warm-up in a cycle, a tenth of the above; groups alone
+    "relora_warmup5": ["--method=lora", "--rank=32", "--restart_every=200", "--restart_warmup=5"],
+    "remora_alternate_warmup5": ["--method=mora", "--rank=32", "--groups=alternate",
+                                 "--restart_every=200", "--restart_warmup=5"],
+    "mora_permute": ["--method=mora", "--groups=permute", "--rank=32"],  # no restarts
     "frozen": ["--method=frozen"],  # embeddings, head and norms learn, always by AdamW
     # no adapter at all: one block instead of eight, 12.5 % of their parameters
     "full_one_block": ["--method=full", "--num_hidden_layers=1"],
@@ -44,7 +49,10 @@ ADAMW = {("full", "adamw"): (1e-3, 1.6e-2), ("best", "adamw"): (1e-3, 1.6e-2),
          ("frozen", "adamw"): (1e-3, 6.4e-2)}
 OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-3, 3.2e-2),
           ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
-CENTRES = MUON | ADAMW | OTHERS
+# one run of 33 M tokens each
+CHECKS = {("relora_warmup5", "muon"): (4e-3, 3.2e-2), ("mora_permute", "muon"): (4e-3, 6.4e-2),
+          ("remora_alternate_warmup5", "muon"): (4e-3, 6.4e-2)}
+CENTRES = MUON | ADAMW | OTHERS | CHECKS
 LONGEST = {(method, "muon") for method in ("full", "lora", "mora_share", "best")}
 SEED, MORE_SEEDS = 1337, (1, 2)
 STEPS = 1000  # of the runs of a grid
@@ -73,8 +81,10 @@ def search(group, records):
 
 
 def plan(records):
-    """Return RUNS. Of each set of groups: what is missing in the grids, then longer runs."""
+    """Return RUNS: the checks; of each other set of groups what its grids lack, then long runs."""
     runs = {}
+    for group in CHECKS:
+        runs |= run(group, (0, 0))
     for groups in (MUON, OTHERS, ADAMW):
         best = {}  # {group: best point} of the grids that are closed
         for group in groups:
