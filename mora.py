@@ -199,9 +199,8 @@ class Square(nn.Module):
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
-        """Set M = 0 and move the groups of the outputs; mora.start_cycle moves the inputs'."""
+        """Set M = 0. mora.start_cycle moves the groups."""
         self.M.zero_()
-        self.fold_out.move(cycle, generator.initial_seed())
 
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""
@@ -567,6 +566,7 @@ def start_cycle(layers, seed, cycle):
                 square.seed, square.cycle = seed, cycle
                 input_name = f"{name.rpartition('.')[0]} {square.fold_in.features}"
                 square.fold_in.move(cycle, seed_of(input_name))
+                square.fold_out.move(cycle, seed_of(name))
 
 
 def merge(model):
