@@ -73,7 +73,7 @@ def seconds(work, repeats):
     for _ in range(repeats):
         work()
         times.append(timer())
-    return [end - begun for begun, end in zip(times, times[1:], strict=False)]
+    return [end - begun for begun, end in zip(times[:-1], times[1:], strict=True)]
 
 
 def needed_flops(model, cfg):
