@@ -62,7 +62,7 @@ LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
 def read_config(folder):
     """The adapter_config.json of a folder. Raises UserError that names a wrong key and value."""
     file = folder / "adapter_config.json"
-    config = read_json(file, dict)
+    config = read_json(file)
     checks = AUTHORS_CHECKS if config.get("use_mora") else CHECKS
     needed = NEEDED["MORA" if config.get("peft_type") == "MORA" else "LORA"]
     for key in (*needed, *config):
