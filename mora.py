@@ -439,9 +439,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             siblings = name if groups == "gradient" else (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if gradients:
-                orders = [norms.argsort(descending=True, stable=True) for norms in gradients[name]]
-                update.fold_in.set_order(orders[0])
-                update.fold_out.set_order(orders[1])
+                update.fold_in.set_order(gradients[name][0].argsort(descending=True, stable=True))
+                update.fold_out.set_order(gradients[name][1].argsort(descending=True, stable=True))
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
