@@ -548,7 +548,8 @@ def refuse_unfit(model, linears):
 
 def features_of(linear):
     """(in_features, out_features), the first arguments of an update."""
-    return tuple(linear.weight.shape[::1 if is_transposed(linear) else -1])
+    rows, columns = linear.weight.shape
+    return (rows, columns) if is_transposed(linear) else (columns, rows)
 
 
 def start_cycle(layers, seed, cycle):
