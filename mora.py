@@ -98,10 +98,10 @@ class Fold(nn.Module):
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        for name in ("order", "inverse"):
-            order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
-            is_saved = name == "order" and groups == "gradient"  # no seed draws it again
-            self.register_buffer(name, order, persistent=is_saved)
+        order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
+        inverse = None if order is None else order.clone()
+        self.register_buffer("order", order, persistent=groups == "gradient")  # no seed draws it
+        self.register_buffer("inverse", inverse, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
