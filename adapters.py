@@ -62,7 +62,7 @@ LAST_PARTS = r"(.*\.)?({})"  # of a name: what the patterns match
 def read_config(folder):
     """The adapter_config.json of a folder. Raises UserError that names a wrong key and value."""
     file = folder / "adapter_config.json"
-    config = read_json(file, dict)
+    config = read_json(file)
     checks = AUTHORS_CHECKS if config.get("use_mora") else CHECKS
     needed = NEEDED["MORA" if config.get("peft_type") == "MORA" else "LORA"]
     for key in (*needed, *config):
@@ -251,7 +251,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     need(config["peft_type"] == "MORA", "the model has no MoRA adapter to write as a LoRA")
     squares = {name: getattr(m.update, "inner", m.update) for name, m in mora.adapted_layers(model)}
     updates = {name: p for name, p in mora.adapter_parameters(model) if name.endswith("magnitude")}
-    width = rank or max(len(s.M) + getattr(s, "lora_rank", 0) for s in squares.values())
+    common_rank = rank or max(len(s.M) + getattr(s, "lora_rank", 0) for s in squares.values())
     for name, square in squares.items():
         dW = square.delta()
         need(rank or square.fold_in.blocks == 1, f"{name}: {square.operator} makes a dW of rank up "
@@ -268,18 +268,18 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         A, B = A.to(dtype), B.to(dtype)
         lost = dW - B.to(dW.dtype) @ A.to(dW.dtype)
         error = max(error, (lost.norm() / dW.norm().clamp_min(1e-30)).item())
-        updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, width - len(A)))
-        updates[f"{name}.update.B"] = F.pad(B, (0, width - len(A)))
+        updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, common_rank - len(A)))
+        updates[f"{name}.update.B"] = F.pad(B, (0, common_rank - len(A)))
     text = json.dumps(config)
     # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
     is_mora = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
     metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
     config = {key: value for key, value in config.items()
               if key not in (*NEEDED["MORA"], "lora_rank")}
-    config |= {"peft_type": "LORA", "r": width, "lora_alpha": width, "rank_pattern": {}}
+    config |= {"peft_type": "LORA", "r": common_rank, "lora_alpha": common_rank, "rank_pattern": {}}
     write(folder, config, updates, metadata)
     size = (folder / "adapter_model.safetensors").stat().st_size
-    return {"rank": width, "bytes": size, "error": error}
+    return {"rank": common_rank, "bytes": size, "error": error}
 
 
 def restore(square, tensors):

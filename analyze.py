@@ -14,7 +14,7 @@ import runpy
 from pathlib import Path
 from statistics import fmean
 
-from config import ROOT, Arguments, Config, command_line, need  # before torch; isort: skip
+from config import ROOT, Arguments, Config, command_line, need, read_json  # isort: skip
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def first_weights(step):
     cfg = Config(**checkpoint.read_state(step)["config"])
     if cfg.init_from:
         return weights(cfg.init_from)[0]
-    vocab_size = checkpoint.read_json(step / "base" / "config.json")["vocab_size"]
+    vocab_size = read_json(step / "base" / "config.json")["vocab_size"]
     shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())
     return Llama(shape, cfg.seed, cfg.residual_init).state_dict()
 

@@ -73,7 +73,7 @@ def seconds(work, repeats):
     for _ in range(repeats):
         work()
         times.append(timer())
-    return [end - begun for begun, end in zip(times, times[1:], strict=False)]
+    return [end - begun for begun, end in zip(times[:-1], times[1:], strict=True)]
 
 
 def needed_flops(model, cfg):
@@ -152,7 +152,7 @@ def run_child(argv, name, processes):
 
 def compare(args, argv):
     """Measure the methods one after another; print a table and write --json."""
-    numbers = read_json(args.json, dict) if args.json and args.json.exists() else {}
+    numbers = read_json(args.json) if args.json and args.json.exists() else {}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")

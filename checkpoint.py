@@ -109,7 +109,7 @@ def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
     every directory written from the model: (special tokens, generation_config.json or None)."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    config = read_json(file, dict)
+    config = read_json(file)
     cfg, weights = llama_config(config, file), base_weights(folder)
     need(cfg.num_hidden_layers <= len(weights), f"{file}: num_hidden_layers is "
          f"{cfg.num_hidden_layers}, but the directory holds {len(weights)} tensors in all")
@@ -118,18 +118,18 @@ def read_hugging_face(folder):
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     load_weights(model, copies, folder, assign=True)
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
-                       read_json(generation, dict) if generation.exists() else None)
+                       read_json(generation) if generation.exists() else None)
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
-    return model, name and tokenizer.load(name, folder)
+    return model, tokenizer.load(name, folder) if name else None
 
 
 def base_weights(folder):
     """{name: tensor} of a Hugging Face directory: of one file, or of several with an index."""
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        weight_map = read_json(index, dict).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         need(files and all(isinstance(file, str) and Path(file).name == file for file in files),
              f"{index}: weight_map must map tensors to files of the folder, got {weight_map!s:.60}")
@@ -257,7 +257,7 @@ def best_of(run):
 
 def read_state(step):
     """The state.json of a checkpoint with the keys of Config: those that it lacks, by default."""
-    state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json", dict)
+    state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json")
     for key in ("step", "cycle", "config", "files", "fp8_scales"):
         need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
              f"{step / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
@@ -276,7 +276,7 @@ def damage(step, resuming):
                 need(found == record, f"{step / name} has changed since it was saved: it is "
                      f"{found}, but state.json has in files {record}")
         if not records:
-            read_json(step / "base" / "config.json", dict)
+            read_json(step / "base" / "config.json")
             read_step(step, resuming)
     except (UserError, OSError) as error:
         return str(error)
@@ -378,6 +378,6 @@ def trained_seq_len(folder):
     if (step / "state.json").exists():
         file, values = step / "state.json", read_state(step)["config"]
     elif file.exists():
-        values = read_json(file, dict)
+        values = read_json(file)
     seq_len = values.get("seq_len")
     return seq_len and number(f"{file}: seq_len", seq_len, int, 1)

@@ -480,11 +480,11 @@ def at_least(minimum, kind=int, largest=LARGEST):
     return lambda text: number("", to_number(text), kind, minimum, largest)
 
 
-def read_json(path, kind=object):
-    """The value of a JSON file; kind=dict: it must be an object. Raises UserError."""
+def read_json(path):
+    """The dict in a JSON file. Raises UserError if the file holds something else."""
     with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text())
-    need(isinstance(value, kind), f"{path} must hold a JSON object, got {value!r:.80}")
+    need(isinstance(value, dict), f"{path} must hold a JSON object, got {value!r:.80}")
     return value
 
 

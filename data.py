@@ -233,7 +233,7 @@ def check(args):
     for split, totals in manifest["splits"].items():
         if totals["tokens"]:
             tokens = open_split(folder, split)
-            for position, shard in zip(tokens.shard_starts, tokens.shards, strict=False):
+            for position, shard in zip(tokens.shard_starts[:-1], tokens.shards, strict=True):
                 tokens.read(position, len(shard))
     print(f"{folder} is complete: {summary(manifest)}")
 

@@ -17,7 +17,6 @@ from statistics import fmean
 from config import Arguments, at_least, command_line, need  # before torch: Ctrl-C; isort: skip
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import tokenizer
@@ -42,7 +41,7 @@ def perplexity(model, tokens, seq_len, batch, rank=0, world=1, limit=0):
         totals += torch.stack((torch.where(count > 0, loss.to(totals) * count, 0), count))
     model.train(was_training)
     if world > 1:
-        dist.all_reduce(totals)
+        torch.distributed.all_reduce(totals)
     nats, count = totals.tolist()
     loss = nats / count
     tokens_per_byte = tokens.totals.get("learned", tokens.totals["tokens"]) / tokens.totals["bytes"]

@@ -80,21 +80,21 @@ class Rescaled(nn.Module):
     def start_cycle(self, cycle, generator):
         """Start the inner update and set m to the lengths of the rows: dW = 0."""
         self.inner.start_cycle(cycle, generator)
-        self.magnitude.copy_(row_norms(self.whole()))
+        self.magnitude.copy_(row_norms(self.merged()))
 
-    def whole(self):
+    def merged(self):
         """W + the inner dW, (out, in), in float32 or float64."""
         return self.layer[0].matrix.to(self.magnitude.dtype) + self.inner.delta()
 
     def delta(self):
         """s (W + dW) - W, (out, in)."""
-        whole = self.whole()
-        return (self.magnitude / row_norms(whole))[:, None] * whole - self.layer[0].matrix
+        merged = self.merged()
+        return (self.magnitude / row_norms(merged))[:, None] * merged - self.layer[0].matrix
 
     def forward(self, x):
         """The change of the layer's output, (..., in) -> (..., out), in x's dtype."""
         y = F.linear(x, self.layer[0].matrix.to(x.dtype))
-        scale = self.magnitude / row_norms(self.whole())
+        scale = self.magnitude / row_norms(self.merged())
         return ((scale - 1) * y + scale * self.inner(x)).to(y.dtype)
 
     def compress(self, x):
@@ -103,9 +103,9 @@ class Rescaled(nn.Module):
     def gradients(self, x, dy):
         """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||, which
         takes one more product of W's size, as in full rank."""
-        dy, whole = dy[None].flatten(0, -2), self.whole()
-        norms = row_norms(whole)
-        dm = (dy * F.linear(x, whole.to(x.dtype))).sum(0, dtype=norms.dtype) / norms
+        dy, merged = dy[None].flatten(0, -2), self.merged()
+        norms = row_norms(merged)
+        dm = (dy * F.linear(x, merged.to(x.dtype))).sum(0, dtype=norms.dtype) / norms
         scaled_dy = (dy * (self.magnitude / norms)).to(dy.dtype)
         return [dm, *self.inner.gradients(self.inner.compress(x), scaled_dy)]
 

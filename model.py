@@ -312,9 +312,9 @@ class Float8Products(nn.Module):
 
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
-        columns = weight / self.scale
-        columns = torch.where(columns.abs() <= LARGEST, columns, torch.nan)
-        return multiply_fp8(x, columns.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
+        scaled = weight / self.scale
+        scaled = torch.where(scaled.abs() <= LARGEST, scaled, torch.nan)
+        return multiply_fp8(x, scaled.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
 
     def dx(self, dy, weight):
         return self.y(dy, weight.T.contiguous())

@@ -98,10 +98,10 @@ class Fold(nn.Module):
         self.features, self.width, self.blocks, self.pieces = features, width, blocks, pieces
         self.used = min(features, pieces * width)
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
-        for name in ("order", "inverse"):
-            order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
-            is_saved = name == "order" and groups == "gradient"  # no seed draws it again
-            self.register_buffer(name, order, persistent=is_saved)
+        order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
+        inverse = None if order is None else order.clone()
+        self.register_buffer("order", order, persistent=groups == "gradient")  # no seed draws it
+        self.register_buffer("inverse", inverse, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
@@ -199,9 +199,8 @@ class Square(nn.Module):
 
     @torch.no_grad()
     def start_cycle(self, cycle, generator):
-        """Set M = 0 and move the groups of the outputs; mora.start_cycle moves the inputs'."""
+        """Set M = 0. mora.start_cycle moves the groups."""
         self.M.zero_()
-        self.fold_out.move(cycle, generator.initial_seed())
 
     def forward(self, x):
         """dW x, (..., in) -> (..., out), in x's dtype."""
@@ -440,9 +439,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             siblings = name if groups == "gradient" else (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
             if gradients:
-                orders = [norms.argsort(descending=True, stable=True) for norms in gradients[name]]
-                update.fold_in.set_order(orders[0])
-                update.fold_out.set_order(orders[1])
+                update.fold_in.set_order(gradients[name][0].argsort(descending=True, stable=True))
+                update.fold_out.set_order(gradients[name][1].argsort(descending=True, stable=True))
             if update.M.numel() > linear.weight.numel():
                 oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
@@ -550,7 +548,8 @@ def refuse_unfit(model, linears):
 
 def features_of(linear):
     """(in_features, out_features), the first arguments of an update."""
-    return tuple(linear.weight.shape[::1 if is_transposed(linear) else -1])
+    rows, columns = linear.weight.shape
+    return (rows, columns) if is_transposed(linear) else (columns, rows)
 
 
 def start_cycle(layers, seed, cycle):
@@ -567,6 +566,7 @@ def start_cycle(layers, seed, cycle):
                 square.seed, square.cycle = seed, cycle
                 input_name = f"{name.rpartition('.')[0]} {square.fold_in.features}"
                 square.fold_in.move(cycle, seed_of(input_name))
+                square.fold_out.move(cycle, seed_of(name))
 
 
 def merge(model):

@@ -15,13 +15,13 @@ two are learned. Prompt and response are encoded separately, so that generation 
 the tokens of training.
 """
 import io
+import itertools
 import random
 import re
 import threading
 import uuid
 import warnings
 from functools import lru_cache, partial
-from itertools import count
 
 import numpy as np
 from jinja2 import TemplateError, nodes
@@ -175,7 +175,7 @@ def tulu_turns(messages):
 
 
 def template_turns(tok, messages):
-    """An answer is what the template adds to the messages before it and the generation prompt."""
+    """[(text, is it an answer?)] of a chat; an answer is what the template adds to its prompt."""
     turns, done = [], ""
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -265,6 +265,6 @@ def render(tok, messages, generation_prompt):
                        TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError,
                        TypeError, ValueError):
         template = compiled(tok.chat_template)
-        LimitedSandbox.state.steps = count(1)
+        LimitedSandbox.state.steps = itertools.count(1)
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
                                **tok.special_tokens)

@@ -142,7 +142,7 @@ def write_corpus(folder, manifest, encode, stages, limits):
     empty = {split: SPLIT | {"shards": []} for split in SPLITS}
     progress = PROGRESS | {"request": request, "splits": empty}
     if progress_file.exists():
-        stored = read_json(progress_file, dict)
+        stored = read_json(progress_file)
         check_value(stored, PROGRESS, progress_file)
         if not changes(stored["request"], request):
             progress = stored | {"request": request}
@@ -208,7 +208,7 @@ def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     need(path.exists(), f"no token shards in {folder}: prepare them with data.py (python data.py "
          "--help lists the corpora)")
-    manifest = {"kind": "text"} | read_json(path, dict)  # old manifests lack the kind
+    manifest = {"kind": "text"} | read_json(path)  # old manifests lack the kind
     check_value(manifest, MANIFEST, path)
     kind, dtype = manifest["kind"], manifest["dtype"]
     intact(kind in ("text", "samples") and dtype in ("uint16", "uint32"), path,
@@ -307,7 +307,7 @@ class Tokens:
         return int(self.shard_starts[-1])
 
     def read(self, position, count):
-        """Token ids (count,) int64 from a position on. Raises UserError for an invalid id."""
+        """Token ids (count,) int64 from a position on, fewer at the end. UserError: invalid ids."""
         ids = self.words(position, count).astype(np.int64) & self.id_bits
         largest = ids.max()
         intact(largest < self.vocab_size, self.folder / "manifest.json",

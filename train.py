@@ -96,14 +96,14 @@ def train(cfg):
             losses, norms, stopping = agree(numbers, bool(signals), world, done, cfg)
             log.steps(done, losses, norms, rate, time.time() - clock, batches)
             numbers, clock = [], time.time()
-    log.close(step, stopping, tokens.manifest.get("kind"))
+    log.close(step, stopping, tokens.manifest["kind"])
     return model
 
 
 def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
     kind = cfg.device.replace("auto", "cuda" if gpus else "mps" if mps else "cpu")
     need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")

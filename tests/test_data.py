@@ -231,6 +231,12 @@ def test_windows_cross_shards(tmp_path, monkeypatch):
         assert (one.read(position, count) == many.read(position, count)).all()
 
 
+def test_a_read_past_the_end_has_the_tokens_that_are_left(corpus):
+    tokens = Tokens(corpus, "val")
+    rest = tokens.read(5, len(tokens) - 5)
+    assert (tokens.read(5, len(tokens)) == rest).all() and len(rest) == len(tokens) - 5
+
+
 def test_every_window_once_per_epoch_and_shuffled(corpus):
     tokens = Tokens(corpus, "train")
     batches = Batches(tokens, seed=1, seq_len=16, batch_size=8, micro_batch=8)

@@ -3,6 +3,7 @@ import copy
 import itertools
 import math
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -287,6 +288,19 @@ def test_a_new_cycle_moves_the_groups_and_their_inverse():
     mora.start_cycle(mora.adapted_layers(model), seed=0, cycle=2)
     assert (fold.order != before).any()
     assert torch.equal(fold.order[fold.inverse.long()], torch.arange(40, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_layers_groups_are_functions_of_seed_cycle_and_name(dora):
+    """A resumed run, and an adapter folder, draw the groups again from these three."""
+    model = nn.ModuleDict({"block": block_of_three()})
+    mora.adapt(model, rank=2, groups="permute", targets=("q", "k"), seed=3, cycle=2, dora=dora)
+    for name, layer in mora.adapted_layers(model):
+        square = getattr(layer.update, "inner", layer.update)
+        folds = square.fold_in, square.fold_out
+        assert [fold.seed for fold in folds] == [zlib.crc32(b"3 2 block 40"),
+                                                 zlib.crc32(f"3 2 {name}".encode())]
+        assert [fold.cycle for fold in folds] == [2, 2]
 
 
 @pytest.mark.parametrize("keep", (1.0, 0.3))
