@@ -103,8 +103,8 @@ def measure(args):
     for _, layer in layers:
         layer.merges = not args.child.startswith("mora_two_paths")
     parallel = data_parallel(model, device) if world > 1 else model
-    ids = torch.randint(vocab_size, (2, 1, cfg.batch_size, cfg.seq_len), device=device,
-                        generator=torch.Generator(device).manual_seed(rank))  # inputs and targets
+    ids = torch.randint(vocab_size, (2, args.accumulate, cfg.batch_size, cfg.seq_len),  # x, y
+                        device=device, generator=torch.Generator(device).manual_seed(rank))
 
     def block():
         for _ in range(args.steps):
@@ -119,7 +119,7 @@ def measure(args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = seconds(block, args.repeats)
-    speed = args.steps * cfg.batch_size * cfg.seq_len / median(times)  # of one process
+    speed = args.steps * ids[0].numel() / median(times)  # of one process
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 8192 if device.type == "cuda" else 512  # of the matrix product that MFU compares with
     a, b = torch.randn(2, width, width, device=device, dtype=model.compute_dtype)
@@ -180,7 +180,8 @@ def main(argv):
         help=f"some of {', '.join(METHODS)}")
     add("--rank", type=at_least(0), default=0, help="default: 128; at 7b 8, at tiny 16")
     add("--seq_len", type=count, default=512 if gpu else 64)
-    add("--batch", type=at_least(0), default=0, help="per process and step; default: by shape")
+    add("--batch", type=at_least(0), default=0, help="sequences at once; default: by shape")
+    add("--accumulate", type=count, default=1, help="batches per process and step")
     add("--steps", type=count, default=10 if gpu else 2, help="steps per block")
     add("--repeats", type=count, default=5, help="blocks, of which the median counts")
     add("--processes", type=count, default=1, help="GPUs (or CPU processes) of this machine")
