@@ -100,8 +100,7 @@ def rope_config(config, where):
     scaling = {key: rope.get(key) for key in LLAMA3} if rope_type == "llama3" else None
     if scaling:
         _, low, high, _ = (number(f"{where}: {key}", scaling[key], float, TINY) for key in LLAMA3)
-        need(low < high, f"{where}: low_freq_factor {low:g} must be below high_freq_factor "
-             f"{high:g}")
+        need(low < high, f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

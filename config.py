@@ -331,8 +331,7 @@ def conflicts(cfg):
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
            f"{cfg.init_from} loads them: remove one of the two")
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
-    yield (cfg.groups == "gradient" and cfg.shard, "groups gradient takes the gradient of whole "
-           "weights, which shard cuts: use other groups, or no shard")
+    yield cfg.groups == "gradient" and cfg.shard, "groups gradient needs whole weights: drop shard"
     yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
     yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
     yield restarts and not adapts, f"method {method} has no update to restart, got {given}"
@@ -341,16 +340,16 @@ def conflicts(cfg):
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
     yield restarts and half, f"restarts merge small updates, which base_dtype {base} rounds away"
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
-           f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: the rest does not train")
+           f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: use rest_lr 0")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
     yield method == "frozen" and not cfg.train_rest, "frozen without train_rest trains nothing"
-    yield (muon and cfg.restart_keep,
-           f"restart_keep {cfg.restart_keep:g} keeps moments of AdamW: use 0 with optimizer muon")
+    yield muon and cfg.restart_keep, f"restart_keep {cfg.restart_keep:g} needs optimizer adamw"
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
     yield half and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
     yield half and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"
-    yield ((fp8 or base == "float8") and cfg.shard,
-           "shard has no FP8 products: use matmul bf16 and no base_dtype float8")
+    yield (fp8 or base == "float8") and cfg.shard, "shard has no FP8 products: drop one of the two"
+    yield (cfg.keep_best and cfg.eval_every % cfg.save_every, "keep_best needs a save at each "
+           f"evaluation: eval_every {cfg.eval_every} is no multiple of save_every {cfg.save_every}")
     yield (base == "float8" and (cfg.train_rest or not cfg.init_from or not list(
            Path(cfg.init_from).glob("model.safetensors*"))),
            "base_dtype float8 keeps no whole weights, so it needs train_rest False and init_from a "

@@ -73,7 +73,9 @@ def main(argv):
     need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
     need(args.target or not args.as_lora, "--as_lora needs a TARGET folder: name one")
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
-    target, dtype = args.target or folder.parent / "merged", getattr(torch, args.dtype)
+    # not inside a step: it would be removed with it
+    run = folder.parent.parent if (folder.parent / "state.json").exists() else folder.parent
+    target, dtype = args.target or run / "merged", getattr(torch, args.dtype)
     base = (folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:

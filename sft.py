@@ -11,8 +11,7 @@ The keys of the first complete row decide the format of all rows:
     prompt, response              both as they are
 
 A sample holds the tokens that open a document, the prompt, the response and end-of-text. The last
-two are learned. Prompt and response are encoded separately, so that generation starts from exactly
-the tokens of training.
+two are learned. Prompt and response are encoded apart, so that generation starts as in training.
 """
 import io
 import itertools

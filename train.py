@@ -172,13 +172,16 @@ def check_run_folder(cfg, rank):
     state = checkpoint.read_state(newest)
     before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
     fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
-    changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(fixed)
-               if before[key] != now[key]]
+    changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
+               if now[key] != before[key] and key not in ("out", "resume")}
+    changed = [change for key, change in changes.items() if key in fixed]
     if state.get("corpus", fingerprint(cfg.data)) != fingerprint(cfg.data):
         changed.append(f"the tokens in {cfg.data} changed since")
     need(not changed, f"{newest} is of another experiment: {'; '.join(changed)}")
     need(state["step"] <= cfg.steps, f"{newest} is past the last step: steps is {cfg.steps}; take "
          f"--steps={state['step']} or more")
+    if changes and rank == 0:
+        print(f"note: since {newest.name} {'; '.join(changes.values())}")
     return newest, state["cycle"]
 
 
@@ -359,8 +362,7 @@ def tracker(cfg, settings):
             return wandb.log
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(f"log_to={cfg.log_to} needs a package that is not installed: "
-                        f"pip install {cfg.log_to}") from None
+        raise UserError(f"log_to={cfg.log_to} needs a package: pip install {cfg.log_to}") from None
     writer = SummaryWriter(cfg.out)
 
     def send(values, step):

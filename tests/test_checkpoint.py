@@ -233,7 +233,7 @@ WRONG = [
     ({"rope_scaling": {"rope_type": "llama3"}}, "factor must be a number from .*, got None"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
                        "high_freq_factor": 4, "original_max_position_embeddings": 64}},
-     "low_freq_factor 4 must be below"),
+     "low_freq_factor 4 is not below"),
     ({"rope_theta": 0}, "rope_theta must be a number from 1e-30 to .*, got 0"),
     ({"rope_theta": "1e4"}, "rope_theta must be a number from 1e-30 to .*, got '1e4'"),
     ({"rope_theta": float("nan")}, "rope_theta must be a number from 1e-30 to .*, got nan"),

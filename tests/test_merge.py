@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def test_evaluate_prints_the_log_s_figure_after_init_from(run, corpus, capsys, s
     assert checkpoint.trained_seq_len(step / "base") == seq_len
     evaluate.main([str(out), str(corpus), "--seq_len=16"])
     assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(expected, rel=1e-4)
+
+
+def test_a_merged_adapter_of_a_step_stands_beside_the_steps(run, tmp_path):
+    """Inside the step it would be removed with it. An adapter elsewhere has merged/ beside it."""
+    out = run("--steps=2")
+    step = checkpoint.steps_of(out)[-1]
+    merge.main([str(step / "adapter")])
+    assert (out / "merged").is_dir() and not (step / "merged").exists()
+    shutil.copytree(step / "adapter", tmp_path / "elsewhere" / "adapter")
+    merge.main([str(tmp_path / "elsewhere" / "adapter"), f"--base={step / 'base'}"])
+    assert (tmp_path / "elsewhere" / "merged").is_dir()
 
 
 def test_a_link_is_the_directory_that_it_names(run, tmp_path):

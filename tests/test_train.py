@@ -307,6 +307,17 @@ def test_a_corpus_that_changed_is_noticed_on_resume(run, tmp_path):
         run(f"--data={folder}", "--steps=12", "--resume")
 
 
+def test_a_resume_tells_which_keys_changed(run, capsys):
+    """Apart from those that may not: a forgotten --steps or --lr would be another experiment."""
+    run("--steps=4", "--lr=1e-3")
+    capsys.readouterr()
+    run("--steps=6", "--lr=2e-3", "--resume")
+    assert "note: since step-00000004 lr was 0.001, now 0.002; steps was 4, now 6\n" in (
+        capsys.readouterr().out)
+    run("--steps=6", "--lr=2e-3", "--resume")
+    assert "note: since" not in capsys.readouterr().out
+
+
 def test_full_rank_warm_start(run):
     """init_from: adapters on the weights of a full-rank run; the loss is that of its end."""
     warm = run("--method=full", "--steps=60", "--eval_every=60", "--save_every=60",
