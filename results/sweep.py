@@ -173,10 +173,11 @@ def steps_of(words):
 
 
 def would_take(steps, own, others):
-    """Return the seconds that a run may take, from runs of similar length: the slowest per step of
-    this worker's own, else the median of others'; 0 if there are none. Both: [(steps, seconds)]."""
+    """Return the seconds that a run may take, from runs of a quarter to four times its length: the
+    slowest per step of this worker's own, else the median of others'; 0 without any. Compiling and
+    saving would make more of shorter runs. Both: [(steps, seconds)]."""
     for runs, choose in ((own, max), (others, statistics.median)):
-        per_step = [seconds / n for n, seconds in runs if 0.1 <= steps / n <= 10]
+        per_step = [seconds / n for n, seconds in runs if 0.25 <= steps / n <= 4]
         if per_step:
             return steps * choose(per_step)
     return 0

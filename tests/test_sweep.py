@@ -377,13 +377,13 @@ def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
 
 
 def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
-    """A step of 0.1 s: after the first run 30 steps would end too late, 5 do not."""
+    """A step of 0.1 s: after the first run 16 steps would end too late, 5 do not."""
     def run_one(name, words, folders, out, spectra):
         time.sleep(0.1 * sweep.steps_of(words))
         return fake(name, words, folders, out, spectra)
 
     runs = {name: ("CONFIG", ["--steps=9", f"--steps={steps}"])
-            for name, steps in (("first", 4), ("long", 30), ("short", 5))}
+            for name, steps in (("first", 4), ("long", 16), ("short", 5))}
     sweeping.plan.write_text(f"EVALUATE, RUNS = [], {runs}")
     started = time.time()
     sweeping.work(run_one, seconds=1.5)

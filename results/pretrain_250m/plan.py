@@ -2,7 +2,8 @@
 
 The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M) each is checked by
 a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
-this file, decide what is missing. A long run takes about nine minutes of one H100 alone.
+this file, decide what is missing. A long run takes about nine minutes of one H100 alone, one run
+per GPU.
 """
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ METHODS = {
     "best": [*PERMUTE, "--lora_rank=64"],  # configs/250m_best.py
     "lora": ["--method=lora", "--rank=128"],
     "remora_alternate": ["--method=mora", "--rank=128", "--groups=alternate",
-                         "--restart_every=400"],
+                         "--restart_every=400", "--restart_warmup=10"],
 }
 # {(method, optimizer): (lr, rest_lr) where its grid starts}
 CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
-           ("remora_alternate", "muon"): (4e-3, 6.4e-2)}
+           ("remora_alternate", "muon"): (2e-3, 1.6e-2)}
+# a short run ends before the first restart, so that its grid would be the other method's again
+GRID_OF = {("remora_alternate", "muon"): ("mora_share", "muon")}
 SHORT, LONG = 250, 2000  # steps
 WARMUP = {SHORT: 50, LONG: 200}
 SEED = 1337
@@ -51,15 +54,16 @@ def run(group, point, steps):
 
 
 def plan(records):
-    """Return RUNS: what is missing in the grids, then the long runs of those that are closed."""
-    short, long = {}, {}
+    """Return RUNS: of each group what its grid lacks or, once it is closed, the long run."""
+    runs = {}
     for group in CENTRES:
-        point, missing = grid.search(partial(name_of, group, steps=SHORT), records)
+        grid_group = GRID_OF.get(group, group)
+        point, missing = grid.search(partial(name_of, grid_group, steps=SHORT), records)
         for neighbour in missing:
-            short |= run(group, neighbour, SHORT)
+            runs |= run(grid_group, neighbour, SHORT)
         if not missing:
-            long |= run(group, point, LONG)
-    return short | long
+            runs |= run(group, point, LONG)
+    return runs
 
 
 RUNS = plan(rates.read(FOLDER / "sweep.jsonl"))
