@@ -172,6 +172,11 @@ def steps_of(words):
     return steps
 
 
+def trained_steps(line):
+    """Return the steps that a finished run took; a context may have ended it before its last."""
+    return line["losses"][-1][0]
+
+
 def would_take(steps, own, others):
     """Return the seconds that a run may take, from runs of a quarter to four times its length: the
     slowest per step of this worker's own, else the median of others'; 0 without any. Compiling and
@@ -198,7 +203,7 @@ def work(path, out, deadline):
         finished = rates.read(done)  # before the plan, so that it has the runs that follow
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
-        others = [(line["config"]["steps"], line["seconds"]) for line in finished.values()
+        others = [(trained_steps(line), line["seconds"]) for line in finished.values()
                   if "seconds" in line]
         steps = {name: steps_of(plan["RUNS"][name][1]) for name in claims}
         seconds = {name: would_take(steps[name], own, others) for name in claims}
@@ -209,10 +214,11 @@ def work(path, out, deadline):
             time.sleep(LOOK_EVERY)
             continue
         started = time.time()
-        line = json.dumps(attempt(name, plan, out)) + "\n"
+        line = attempt(name, plan, out)
         with open(done, "ab", buffering=0) as file:  # one write: other processes append too
-            file.write(line.encode())
-        own.append((steps[name], time.time() - started))
+            file.write((json.dumps(line) + "\n").encode())
+        if "error" not in line:  # the time until a run failed tells nothing about others
+            own.append((trained_steps(line), time.time() - started))
 
 
 def main():

@@ -183,7 +183,7 @@ FORK = multiprocessing.get_context("fork")
 
 def fake(name, words, folders, out, spectra):
     """A run of no time."""
-    return {"name": name, "pid": os.getpid()}
+    return {"name": name, "pid": os.getpid(), "losses": [[sweep.steps_of(words), 1.0]]}
 
 
 def fail(name, words, folders, out, spectra):
@@ -216,8 +216,10 @@ class Sweep:
         return workers
 
     def records(self):
-        """The lines of sweep.jsonl without the pids, and the pids by name."""
+        """The lines of sweep.jsonl without losses and pids, and the pids by name."""
         lines = [*rates.read(self.plan.with_name("sweep.jsonl")).values()]
+        for line in lines:
+            line.pop("losses", None)
         return lines, {line["name"]: line.pop("pid", None) for line in lines}
 
 
@@ -309,7 +311,7 @@ def run_one(name, words, folders, out, spectra):
         os.kill(os.getpid(), signal.SIGKILL)
     while not KILLED.exists():
         time.sleep(0.01)
-    return {"name": name}
+    return {"name": name, "losses": [[1, 1.0]]}
 
 __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
 """)
@@ -389,6 +391,21 @@ def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
     sweeping.work(run_one, seconds=1.5)
     assert list(sweeping.records()[1]) == ["first", "short"]
     assert time.time() - started < 1.4  # nobody waits for a run that nobody runs
+
+
+@pytest.mark.parametrize("end", [{"losses": [[3, 1.0]]}, {"error": "UserError: step 3: nan"}])
+def test_a_run_that_ended_early_is_no_measure_of_whole_ones(sweeping, end):
+    """Three steps of 0.3 s: "whole", of 12, would end too late; the time of 12 was not measured."""
+    def run_one(name, words, folders, out, spectra):
+        time.sleep(0.3 if name == "early" else 1.2)
+        return {"name": name, "losses": [[12, 1.0]]} | (end if name == "early" else {})
+
+    runs = {name: ("CONFIG", ["--steps=12"]) for name in ("early", "whole")}
+    sweeping.plan.write_text(f"EVALUATE, RUNS = [], {runs}")
+    before = {"name": "earlier", "config": {"steps": 12}, "seconds": 1.2, "losses": [[12, 1.0]]}
+    sweeping.plan.with_name("sweep.jsonl").write_text(json.dumps(before) + "\n")
+    sweeping.work(run_one, seconds=1.4)
+    assert list(sweeping.records()[1]) == ["earlier", "early"]
 
 
 def test_the_time_of_one_step_tells_nothing_about_a_long_run():
