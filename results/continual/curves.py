@@ -30,6 +30,8 @@ def draw_domain(axis, domain, records):
     """Draw a line per method, and a star for the untrained model if it has run."""
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     base = records.get(f"{domain}-base")
+    if base and "error" in base:
+        base = None
     if base:
         axis.plot(*both(base), "k*", label="untrained")
     for color, (method, label) in enumerate(LABELS.items()):

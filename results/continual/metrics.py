@@ -22,10 +22,12 @@ def summarize(records, plan):
         tokens = setting["steps"] * setting["batch_size"] * plan["SEQ_LEN"]
         numbers |= {f"{domain}.tokens": setting["tokens"], f"{domain}.tokens_trained": tokens}
         base = records.get(f"{domain}-base")
-        if base:
+        if base and "error" not in base:
             numbers |= {f"{domain}.base.bits_per_byte": base["bits_per_byte"],
                         f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"],
                         f"{domain}.base.lr": 0.0}
+        elif base:
+            print(f"{domain}-base failed: {base['error']}")
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
         domain, method, optimizer = group

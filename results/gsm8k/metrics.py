@@ -124,7 +124,9 @@ def summarize(plan):
             continue  # the search is not over: the earlier program's numbers stay
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
-    if base:
+    if base and "error" in base:
+        print(f"{plan['BASE']} failed: {base['error']}")
+    elif base:
         numbers |= {"base.exact_match": base["numbers"], "base.test_loss": base["val_loss"],
                     "base.dev_loss": math.log(base["gsm8k_dev_ppl"])}
     return numbers | compare(methods)
