@@ -157,6 +157,8 @@ def test_a_step_of_equal_time_has_one_step_of_muon_and_a_share_of_a_restart(metr
     assert seconds(bench, "mora", "_fp8") == 4 + 1
     assert seconds(bench, "mora", "_fp8", every=10) == 4 + 1 + 0.05
     assert seconds(bench, "mora") is None
+    del bench["1.3b.mora_fp8.restart_ms"]  # bench.py --quick
+    assert seconds(bench, "mora", "_fp8") == 5 and seconds(bench, "mora", "_fp8", every=10) is None
 
 
 # ------------------------------------------------------------

@@ -31,11 +31,12 @@ def step_seconds(bench, method, products="", every=0):
     "_fp8"; every: steps between two restarts, 0 without them."""
     adamw = bench.get(f"1.3b.{method}{products}.tokens_per_s")
     muon = bench.get(f"1.3b.{method}_muon{products}.tokens_per_s")
-    if not (adamw and muon):
+    restart_ms = bench.get(f"1.3b.{method}{products}.restart_ms") if every else 0.0
+    if not (adamw and muon) or restart_ms is None:  # bench.py --quick times no restarts
         return None
     seconds = STEP_TOKENS / adamw + BENCH_TOKENS * (1 / muon - 1 / adamw)
     if every:
-        seconds += bench[f"1.3b.{method}{products}.restart_ms"] / 1000 / every
+        seconds += restart_ms / 1000 / every
     return seconds
 
 
