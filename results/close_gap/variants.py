@@ -134,6 +134,7 @@ def full_layer(patches, value):
     drawn without replacement until all have had a turn. Frozen ones lose Muon's state and get no
     gradient. Embeddings, head and norms always train."""
     unit, every, *share = value.split(":")
+    config.need(unit in ("block", "matrix"), f"full_layer={value}: the units are block and matrix")
     deck, draw = [], random.Random(0)
 
     def choose(step, model, optimizer, _):
