@@ -10,9 +10,10 @@ in sweep.jsonl, beside the plan, is done; one that failed has a line with "error
 remove its line and start the sweep again.
 
 A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
-while other workers' runs may make the plan grow. No run starts that would end after --seconds. A
-stopped sweep can be started again. Without PREPARE it continues runs from their checkpoints in
-OUT/runs; the "seconds" of such a run are those of its last part. Logs: OUT/*.log.
+while other workers' runs may make the plan grow. No run starts that would end after --seconds, as
+far as runs of similar length tell; the first of a new length starts. A stopped sweep can be started
+again. Without PREPARE it continues runs from their checkpoints in OUT/runs; the "seconds" of such a
+run are those of its last part. Logs: OUT/*.log.
 """
 import contextlib
 import json

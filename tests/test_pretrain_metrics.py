@@ -138,6 +138,22 @@ def test_frozen_blocks_have_one_rate(plan):
     assert missing == [(0, 0), (0, 1), (0, -1)]
 
 
+def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
+    """Short runs end before the first restart."""
+    plan = runpy.run_path(str(FILE.parent.parent / "pretrain_250m" / "plan.py"))
+    for group, other in plan["GRID_OF"].items():
+        assert plan["CENTRES"][group] == plan["CENTRES"][other]  # a point means the same rates
+    records = {}
+    while missing := [name for name in plan["plan"](records)
+                      if name.startswith("mora_share") and name.endswith("steps250")]:
+        assert not [name for name in plan["plan"](records) if name.startswith("remora")]
+        lr, rest_lr = map(float, missing[0].split("-muon-")[1].split("-s1337")[0].split("-"))
+        records[missing[0]] = {"val_ppl": 40 + abs(lr / 4e-3 - 1) + abs(rest_lr / 1.6e-2 - 1)}
+    runs = [name for name in plan["plan"](records) if name.startswith(("remora", "mora"))]
+    assert runs == [f"{method}-muon-0.004-0.016-s1337-steps2000"
+                    for method in ("mora_share", "remora_alternate")]
+
+
 # ------------------------------------------------------------
 # results/pretrain_60m/equal_time.py
 
