@@ -20,6 +20,22 @@ def test_a_method_is_measured(capsys):
     assert numbers["trainable_parameters"] == 223_308  # train.py's for tiny_mora
 
 
+def test_tokens_of_all_batches_of_a_step_count(monkeypatch, capsys):
+    """A step of one second."""
+    shapes = []
+
+    def three_seconds(work, repeats):
+        work()
+        return [3.0] * repeats
+
+    monkeypatch.setattr(bench, "optimizer_step", lambda model, optimizer, ids, *rest:
+                        shapes.append((*ids.shape,)))
+    monkeypatch.setattr(bench, "seconds", three_seconds)
+    bench.main([*SMALL, "--steps=3", "--accumulate=5", "--child=full"])
+    assert json.loads(capsys.readouterr().out)["tokens_per_s"] == 5 * 2 * 16
+    assert shapes == [(2, 5, 2, 16)] * 6  # the warm-up's three steps, then a block of three
+
+
 def test_two_processes_are_measured_together(tmp_path, capsys):
     file = tmp_path / "bench.json"
     file.write_text('{"before": 1}')
