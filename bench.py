@@ -123,10 +123,10 @@ def measure(args):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 8192 if device.type == "cuda" else 512  # of the matrix product that MFU compares with
     a, b = torch.randn(2, width, width, device=device, dtype=model.compute_dtype)
-    flops_per_s = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])
-    result = {"tokens_per_s": speed * world, "slowest_over_fastest": max(times) / min(times),
-              "mfu": needed_flops(model, cfg) * speed / flops_per_s,
-              "gemm_tflops": flops_per_s / 1e12, "trainable_parameters": trainable}
+    flops = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])  # per s
+    result = {"tokens_per_s": speed * world, "tokens_per_step": ids[0].numel() * world,
+              "slowest_over_fastest": max(times) / min(times), "trainable_parameters": trainable,
+              "mfu": needed_flops(model, cfg) * speed / flops, "gemm_tflops": flops / 1e12}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:
@@ -156,7 +156,7 @@ def compare(args, argv):
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
-    print(f"{'method':18}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
+    print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
     prefix = f"ddp{args.processes}." if args.processes > 1 else ""
     full = math.nan
     for name in args.methods.split(","):
@@ -165,7 +165,7 @@ def compare(args, argv):
             continue
         full = row["tokens_per_s"] if name == "full" else full
         shown = row | {"to_full": row["tokens_per_s"] / full}
-        print(f"{name:18}", *(f"{shown.get(key, math.nan):{width}{style}}"
+        print(f"{name:24}", *(f"{shown.get(key, math.nan):{width}{style}}"
                               for _, key, width, style in COLUMNS), flush=True)
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
         if args.json:

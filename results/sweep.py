@@ -180,13 +180,14 @@ def trained_steps(line):
 
 def would_take(steps, own, others):
     """Return the seconds that a run may take, from runs of a quarter to four times its length: the
-    slowest per step of this worker's own, else the median of others'; 0 without any. Compiling and
-    saving would make more of shorter runs. Both: [(steps, seconds)]."""
+    slowest per step of this worker's own, else the median of others'. Compiling and saving would
+    make more of shorter runs: without a similar run, at least the longest of them is counted, or 0.
+    Both: [(steps, seconds)]."""
     for runs, choose in ((own, max), (others, statistics.median)):
         per_step = [seconds / n for n, seconds in runs if 0.25 <= steps / n <= 4]
         if per_step:
             return steps * choose(per_step)
-    return 0
+    return max((seconds for n, seconds in own + others if n < steps), default=0)
 
 
 def claim_first(claims, seconds, deadline):

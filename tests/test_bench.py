@@ -9,7 +9,8 @@ from config import UserError
 from train import prepare_model
 
 SMALL = ["--shape=tiny", "--steps=1", "--repeats=1", "--seq_len=16", "--batch=2"]
-KEYS = {"tokens_per_s", "slowest_over_fastest", "mfu", "gemm_tflops", "trainable_parameters"}
+KEYS = {"tokens_per_s", "tokens_per_step", "slowest_over_fastest", "mfu", "gemm_tflops",
+        "trainable_parameters"}
 
 
 def test_a_method_is_measured(capsys):

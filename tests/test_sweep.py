@@ -410,7 +410,8 @@ def test_a_run_that_ended_early_is_no_measure_of_whole_ones(sweeping, end):
 
 def test_the_time_of_one_step_tells_nothing_about_a_long_run():
     """Of which compilation and evaluation take most."""
-    assert sweep.would_take(212, [(1, 40)], []) == 0
+    assert sweep.would_take(212, [(1, 40)], [(1, 30)]) == 40  # it takes as long, at least
+    assert sweep.would_take(212, [], [(1000, 300)]) == 0
     assert sweep.would_take(212, [(1, 40), (200, 60), (209, 60)], [(212, 9)]) == pytest.approx(63.6)
     assert sweep.would_take(2000, [], [(1000, 100), (1000, 140), (1000, 110)]) == 220
 
