@@ -60,7 +60,7 @@ TABLES = {
         "full rank": "full", "full rank, one block instead of eight": "full_one_block",
         "MoRA and LoRA (60m_best)": "best", "ReMoRA, permute": "remora_permute", "LoRA": "lora",
         "MoRA, share": "mora_share", "ReMoRA, alternate": "remora_alternate", "ReLoRA": "relora",
-        "blocks frozen": "frozen", "MoRA, share, r = 80": "mora_share_r80",
+        "blocks frozen, AdamW alone": "frozen", "MoRA, share, r = 80": "mora_share_r80",
         "MoRA and LoRA, r = 80": "best_r80", "LoRA, r = 80": "lora_r80",
     }, (
         Column("of the block parameters", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),

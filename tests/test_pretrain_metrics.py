@@ -25,7 +25,8 @@ def metrics():
 def made_up(method, ppl, lr=2e-3, rest_lr=3.2e-2, seed=1337, steps=1000, options="", **more):
     """A record; options: the end of its name."""
     config = {"seed": seed, "steps": steps, "batch_size": 64, "seq_len": 512, "optimizer": "muon",
-              "matmul": "fp8" if "fp8" in options else "bf16", "lr": lr, "rest_lr": rest_lr}
+              "matmul": "fp8" if "fp8" in options else "bf16", "lr": lr, "rest_lr": rest_lr,
+              "num_hidden_layers": 1 if "one_block" in method else 8}
     return {"name": f"{method}-muon-{lr:g}-{rest_lr:g}-s{seed}{options}", "config": config,
             "val_ppl": ppl, "c4_sample_ppl": 5 * ppl, "bits_per_byte": 1.25, "peak_gib": seed / 100,
             "c4_sample_bits_per_byte": 1.5, "tokens_per_s": 1000.4 + seed, **more}
@@ -152,6 +153,20 @@ def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
     runs = [name for name in plan["plan"](records) if name.startswith(("remora", "mora"))]
     assert runs == [f"{method}-muon-0.004-0.016-s1337-steps2000"
                     for method in ("mora_share", "remora_alternate")]
+
+
+def test_the_fraction_of_one_block_is_of_all_blocks(metrics):
+    numbers = metrics.summarize([made_up(name, 50.0, trainable_block_fraction=1.0)
+                                 for name in ("full", "full_one_block")])
+    assert numbers["full.trainable_block_fraction"] == 1
+    assert numbers["full_one_block.trainable_block_fraction"] == 0.125
+
+
+def test_frozen_blocks_have_the_same_numbers_under_both_optimizers(metrics):
+    run = made_up("frozen", 50.0)
+    run["config"]["optimizer"] = "adamw"
+    numbers = metrics.summarize([run])
+    assert numbers["frozen.adamw.wiki_ppl_mean"] == numbers["frozen.muon.wiki_ppl_mean"] == 50
 
 
 # ------------------------------------------------------------

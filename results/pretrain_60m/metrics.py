@@ -6,7 +6,8 @@ METHOD.OPTIMIZER.wiki_ppl_mean and the numbers beside it are those of the runs o
 soon as there is one, else those of the best rates of the grid, 33 M: tokens_m tells which. Without
 a second seed there is no wiki_ppl_std. grid_ppl (the least of one seed), rates_tried and bracketed
 are always the grid's. Longer runs have names of their own: METHOD.OPTIMIZER.131m.wiki_ppl, and so
-has the model of equal_time.py: equal_time.METHOD.wiki_ppl.
+has the model of equal_time.py: equal_time.METHOD.wiki_ppl. METHOD.trainable_block_fraction is of
+the shape's eight blocks. frozen.muon.* repeats frozen.adamw.*: frozen blocks leave Muon no matrix.
 Prints the grids, and for each best whether it lies inside its grid on both axes.
 """
 import json
@@ -20,6 +21,7 @@ import pretraining  # noqa: E402
 
 GRID_SEED = 1337
 GRID, HEADLINE = 33, 66  # million tokens
+BLOCKS = 8  # of the shape
 NOT_OF_METHOD = ("steps", "matmul")  # options that are no part of a method
 
 
@@ -76,11 +78,13 @@ def summarize(runs):
     metrics = {}
     for (method, optimizer), by_tokens in sorted(groups(runs).items()):
         numbers = of_group(f"{method} {optimizer}", by_tokens)
-        metrics |= {f"{method}.{optimizer}.{key}": value for key, value in numbers.items()}
+        for own in ("adamw", "muon") if method == "frozen" else (optimizer,):
+            metrics |= {f"{method}.{own}.{key}": value for key, value in numbers.items()}
         for seeds in by_tokens.values():
             for run in seeds:
                 if "trainable_block_fraction" in run:
-                    metrics[f"{method}.trainable_block_fraction"] = run["trainable_block_fraction"]
+                    part = run["trainable_block_fraction"] * run["config"]["num_hidden_layers"]
+                    metrics[f"{method}.trainable_block_fraction"] = round(part / BLOCKS, 4)
     return metrics | equal_time.numbers(groups(runs))
 
 
