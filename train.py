@@ -294,7 +294,7 @@ class Log:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         config.write_json(out / "config.json", head["config"])
-        self.file = open(out / "log.jsonl", "a", buffering=1)
+        self.file = open(out / "log.jsonl", "a" if head["start"] else "w", buffering=1)
         self.file.write(json.dumps(head) + "\n")
         changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
                    if getattr(cfg, name) != field.default]

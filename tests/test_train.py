@@ -307,6 +307,18 @@ def test_a_corpus_that_changed_is_noticed_on_resume(run, tmp_path):
         run(f"--data={folder}", "--steps=12", "--resume")
 
 
+def test_a_run_that_starts_again_starts_its_log_again(run):
+    """One that was killed before its first checkpoint; its later steps would be in the curves."""
+    out = run("--steps=2")
+    shutil.rmtree(out / "step-00000002")
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "loss": 1.0}\n')
+    run("--steps=2", f"--out={out}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["config" in line for line in lines].count(True) == 1
+    assert max(line.get("step", 0) for line in lines) == 2
+
+
 def test_a_resume_tells_which_keys_changed(run, capsys):
     """Apart from those that may not: a forgotten --steps or --lr would be another experiment."""
     run("--steps=4", "--lr=1e-3")
