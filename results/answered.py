@@ -29,8 +29,7 @@ import train
 from sample import merge_for_reading
 from shards import open_split
 
-# shares of right digits of UUID pairs: where a run has nothing more to learn, where it has learned
-ALL_RIGHT, LEARNED = 0.999, 0.99
+ALL_RIGHT = 0.999  # share of right digits at which a run of UUID pairs has nothing more to learn
 SOME, ALL = 1000, 10000  # UUID pairs that are answered at each evaluation, and where a run ends
 
 
@@ -91,47 +90,28 @@ def losses():
         yield
 
 
-def why_over(digits, before, is_beaten):
-    """Return why a run may end, or ""; before: the share of right digits one evaluation earlier."""
-    if digits >= ALL_RIGHT:
-        return "all right"
-    if digits >= LEARNED and before >= LEARNED:
-        return "stays learned"
-    if digits < LEARNED and is_beaten:
-        return "beaten"
-    return ""
-
-
 @contextlib.contextmanager
-def during(name, beaten=lambda step: False):
-    """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: {"curve": [[step,
-    share of right digits, pairs]], "ended": why it ended before its last step, or ""}.
-
-    It ends where nearly all digits are right, where 99 % are at two evaluations in a row, or where
-    fewer are and beaten(step) is true: another run had 99 % by this step.
-    """
+def during(name):
+    """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: at its last step, or
+    where nearly all digits are right. Yields {"curve": [[step, share of right digits, pairs]]}."""
     original_train, loss = train.train, eager(evaluate.perplexity)
     run, curve = SimpleNamespace(cfg=None, evaluations=0, model=None), []
-    found = {"curve": curve, "ended": ""}
 
     def answer(model, samples, *settings):
         """Return the scores of an evaluation, and answer pairs at each but that of step 0."""
         scores = loss(model, samples, *settings)
-        # an evaluation is not told its step: count
+        # perplexity() is not given the step, so its calls are counted
         step = min(run.evaluations * run.cfg.eval_every, run.cfg.steps)
         run.evaluations += 1
         if step == 0:
             return scores
-        before = curve[-1][1] if curve else 0.0
-        digits, pairs, is_beaten = share(model, samples, SOME), SOME, beaten(step)
-        why = why_over(digits, before, is_beaten)
-        if why or step == run.cfg.steps:
+        digits, pairs = share(model, samples, SOME), SOME
+        if digits >= ALL_RIGHT or step == run.cfg.steps:
             digits, pairs = share(model, samples, ALL), ALL
-            why = why_over(digits, before, is_beaten)  # the share of all may be less
         curve.append([step, digits, pairs])
-        print(f"digits {digits:.4f} of {pairs} {why}", flush=True)
-        if why and step < run.cfg.steps:
-            run.model, found["ended"] = model, why
+        print(f"digits {digits:.4f} of {pairs}", flush=True)
+        if digits >= ALL_RIGHT and step < run.cfg.steps:
+            run.model = model
             os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
         return scores
 
@@ -147,7 +127,7 @@ def during(name, beaten=lambda step: False):
     with (patch.object(train, "train", train_until_right),
           patch.object(train, "perplexity", answer),
           patch.object(checkpoint, "save", save_nothing)):
-        yield found
+        yield {"curve": curve}
 
 
 def share(model, samples, pairs):

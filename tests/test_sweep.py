@@ -132,36 +132,10 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
     if prepare == "during":
         step, digits, pairs = record["curve"][-1]  # all are right at step 10, or it is the last
         assert pairs == answered.ALL and (digits >= answered.ALL_RIGHT or step == 20)
-        assert record["ended"] == ("all right" if step < 20 else "")
     else:
         assert len(record["answers"]) == len(record["right"]) == 8
         assert record["numbers"] == record["right"].count("1") / 8
         assert (tmp_path / "answers-name.jsonl.xz").exists()
-
-
-def test_a_run_of_uuids_ends_where_another_rate_has_beaten_it(config, tmp_path, handlers):
-    folder, asked = tmp_path / "answers", []
-    sft.prepare(folder, "bytes", {"source": "test", "format": "uuid"},
-                [(lambda: [{"prompt": "0" * 8, "response": "1" * 8}] * 8, ["train", "val"])],
-                "prompt")
-
-    def prepare(name):
-        return answered.during(name, lambda step: asked.append(step) or step >= 2)
-
-    words = [f"--data={folder}", "--seq_len=64", "--eval_every=1", "--lr=1e-30"]
-    plan = {"EVALUATE": [], "PREPARE": prepare, "RUNS": {"name": (str(config), words)}}
-    record = sweep.attempt("name", plan, tmp_path)
-    assert record["ended"] == "beaten" and asked == [1, 2]
-    assert [(step, pairs) for step, _, pairs in record["curve"]] == [
-        (1, answered.SOME), (2, answered.ALL)]
-
-
-def test_why_a_run_of_uuids_is_over():
-    why = answered.why_over
-    assert why(1.0, 0.2, False) == "all right"
-    assert why(0.995, 0.992, False) == why(0.995, 0.992, True) == "stays learned"
-    assert why(0.995, 0.98, True) == why(0.98, 0.995, False) == ""
-    assert why(0.98, 0.995, True) == "beaten"
 
 
 def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):

@@ -1,10 +1,9 @@
-"""The sweep of results/uuid: 10,000 pairs of UUIDs, AdamW and Muon, rates until the best is inside.
+"""The sweep of results/uuid: 10,000 pairs of UUIDs, every rate to the end, AdamW and Muon.
 
 Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right, when 99 % are at two evaluations in a row, or when it has lost: it has fewer at a step by
-which another rate of its method had 99 %. Order: Muon's rates; rates that fall to 0, at r = 8;
-seeds of both; AdamW; groups chosen by the gradient. The runs that are done, in sweep.jsonl beside
-this file, decide what follows; so do the complete ones in runs.jsonl, of an earlier program.
+right. Order: Muon's rates; rates that fall to 0, at r = 8; seeds of both; AdamW; groups chosen by
+the gradient. The runs that are done, in sweep.jsonl beside this file, decide what follows; so do
+those of runs.jsonl, of an earlier program, that were complete or had 99 %.
 """
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ import rates
 FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
+PREPARE = answered.during
 SPECTRA = False
 STEPS = 1000
 COMMON = ["--seq_len=75", "--micro_batch=500", "--eval_every=100", "--eval_tokens=70000",
@@ -70,18 +70,6 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-def PREPARE(name):
-    """Answer pairs during a run, and end it where it has lost. Only the first seed, which searches
-    for the rate, may lose."""
-    group, seed, _ = rates.parts_of(name)
-
-    def beaten(step):
-        scores = rates.scores_of(read(), group, score).values()
-        return seed == rates.SEED and min(scores, default=rates.WORST)[0] <= step
-
-    return answered.during(name, beaten)
-
-
 def groups_of(records):
     """Return {(task, method, optimizer): rate in the middle}. The digits improve late at r = 8, so
     rates that fall to 0 are tried there ("decay") around Muon's best constant one."""
@@ -103,7 +91,7 @@ def place(name):
     return tier, seed != rates.SEED, task == "decay"
 
 
-GROUPS = groups_of(read())
-ALL_RUNS = rates.runs(GROUPS, read(), score, make)
-EARLIER = read_earlier()
+RECORDS, EARLIER = read(), read_earlier()
+GROUPS = groups_of(RECORDS)
+ALL_RUNS = rates.runs(GROUPS, RECORDS, score, make)
 RUNS = {name: ALL_RUNS[name] for name in sorted(ALL_RUNS, key=place) if name not in EARLIER}
