@@ -14,7 +14,7 @@ import runpy
 from pathlib import Path
 from statistics import fmean
 
-from config import ROOT, Arguments, Config, command_line, need, read_json  # isort: skip
+from config import ROOT, Arguments, Config, command_line, need, read_json  # first; isort: skip
 
 import numpy as np
 import torch

@@ -103,12 +103,12 @@ def measure(args):
     for _, layer in layers:
         layer.merges = not args.child.startswith("mora_two_paths")
     parallel = data_parallel(model, device) if world > 1 else model
-    ids = torch.randint(vocab_size, (2, args.accumulate, cfg.batch_size, cfg.seq_len),  # x, y
-                        device=device, generator=torch.Generator(device).manual_seed(rank))
+    batch = torch.randint(vocab_size, (2, args.accumulate, cfg.batch_size, cfg.seq_len),
+                          device=device, generator=torch.Generator(device).manual_seed(rank))
 
     def block():
         for _ in range(args.steps):
-            optimizer_step(parallel, optimizer, ids, cfg.lr, cfg.grad_clip)
+            optimizer_step(parallel, optimizer, batch, cfg.lr, cfg.grad_clip)
 
     def restart():  # without the optimizer's states
         for _, layer in layers:
@@ -119,14 +119,14 @@ def measure(args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = seconds(block, args.repeats)
-    speed = args.steps * ids[0].numel() / median(times)  # of one process
+    speed = args.steps * batch[0].numel() / median(times)  # of one process
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 8192 if device.type == "cuda" else 512  # of the matrix product that MFU compares with
     a, b = torch.randn(2, width, width, device=device, dtype=model.compute_dtype)
-    flops = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])  # per s
-    result = {"tokens_per_s": speed * world, "tokens_per_step": ids[0].numel() * world,
+    peak = 2 * width ** 3 / median(seconds(lambda: a @ b, 13)[3:])  # FLOP/s
+    result = {"tokens_per_s": speed * world, "tokens_per_step": batch[0].numel() * world,
               "slowest_over_fastest": max(times) / min(times), "trainable_parameters": trainable,
-              "mfu": needed_flops(model, cfg) * speed / flops, "gemm_tflops": flops / 1e12}
+              "mfu": needed_flops(model, cfg) * speed / peak, "gemm_tflops": peak / 1e12}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if cfg.method == "mora" and not args.quick:

@@ -347,7 +347,7 @@ def conflicts(cfg):
     yield half and method == "full", "method full freezes nothing: use base_dtype float32"
     yield half and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
     yield half and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"
-    yield (fp8 or base == "float8") and cfg.shard, "shard has no FP8 products: drop one of the two"
+    yield (fp8 or base == "float8") and cfg.shard, "shard has no FP8 products: drop shard or FP8"
     yield (cfg.keep_best and cfg.eval_every % cfg.save_every, "keep_best needs a save at each "
            f"evaluation: eval_every {cfg.eval_every} is no multiple of save_every {cfg.save_every}")
     yield (base == "float8" and (cfg.train_rest or not cfg.init_from or not list(

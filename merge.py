@@ -73,8 +73,8 @@ def main(argv):
     need(args.as_lora or not args.rank, f"--rank={args.rank} needs --as_lora: a merge is exact")
     need(args.target or not args.as_lora, "--as_lora needs a TARGET folder: name one")
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
-    run = folder.resolve().parent  # not a step, which is removed with all in it
-    run = run.parent if (run / "state.json").exists() else run
+    run = folder.resolve().parent
+    run = run.parent if (run / "state.json").exists() else run  # a run removes its old steps
     target, dtype = args.target or run / "merged", getattr(torch, args.dtype)
     base = (folder / "base").resolve()
     with written_whole(target) as new:

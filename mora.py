@@ -342,7 +342,7 @@ class AdaptedLinear(nn.Module):
     def delta(self, dtype=torch.float32):
         """dW, (out, in), see delta_of. Raises RuntimeError if W cannot take it."""
         if self.weight.dtype == torch.float8_e4m3fn:
-            raise RuntimeError("W has 8 bits and rounds dW away: merge.py adds it to the original")
+            raise RuntimeError("8 bits round dW away: merge.py adds it to the original weights")
         return delta_of(self.update, self.weight.device, dtype)
 
     @torch.no_grad()

@@ -307,7 +307,7 @@ class Tokens:
         return int(self.shard_starts[-1])
 
     def read(self, position, count):
-        """Token ids (count,) int64 from a position on, fewer at the end. UserError: invalid ids."""
+        """Token ids, (count,) int64, fewer at the end. Raises UserError for an invalid id."""
         ids = self.words(position, count).astype(np.int64) & self.id_bits
         largest = ids.max()
         intact(largest < self.vocab_size, self.folder / "manifest.json",

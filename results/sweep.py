@@ -10,10 +10,10 @@ in sweep.jsonl, beside the plan, is done; one that failed has a line with "error
 remove its line and start the sweep again.
 
 A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
-while other workers' runs may make the plan grow. No run starts that would end after --seconds, as
-far as runs of similar length tell; the first of a new length starts. A stopped sweep can be started
-again. Without PREPARE it continues runs from their checkpoints in OUT/runs; the "seconds" of such a
-run are those of its last part. Logs: OUT/*.log.
+while other workers' runs may make the plan grow. No run starts that would end after --seconds, by
+the times of earlier runs; one that is longer than all of them may end later. A stopped sweep can be
+started again. Without PREPARE it continues runs from their checkpoints in OUT/runs; the "seconds"
+of such a run are those of its last part. Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -179,10 +179,12 @@ def trained_steps(line):
 
 
 def would_take(steps, own, others):
-    """Return the seconds that a run may take, from runs of a quarter to four times its length: the
-    slowest per step of this worker's own, else the median of others'. Compiling and saving would
-    make more of shorter runs: without a similar run, at least the longest of them is counted, or 0.
-    Both: [(steps, seconds)]."""
+    """Return the seconds that a run may take; own, others: [(steps, seconds)] of finished runs.
+
+    The seconds per step come from runs of a quarter to four times its length: the slowest of this
+    worker's own, else the median of others'. In much shorter runs compiling and saving weigh too
+    much; if there are only such runs, the run takes at least as long as the longest of them.
+    """
     for runs, choose in ((own, max), (others, statistics.median)):
         per_step = [seconds / n for n, seconds in runs if 0.25 <= steps / n <= 4]
         if per_step:

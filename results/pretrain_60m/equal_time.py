@@ -16,7 +16,7 @@ import pretraining
 FP8 = Path(__file__).parents[1] / "fp8"
 BENCH_TOKENS, STEP_TOKENS = 16_384, 65_536
 # {method here: (file of results/fp8, method of bench.py without optimizer, steps between restarts)}
-SPEEDS = {"full": ("bench_h200.json", "full", 0),  # in FP8 too
+SPEEDS = {"full": ("bench_h200.json", "full", 0),  # full rank in FP8, beside that in bf16
           "mora_share": ("bench_h200.json", "mora", 0),
           "lora": ("bench_h200.json", "lora", 0),
           "remora_permute": ("bench_h200.json", "remora_permute", 100),
