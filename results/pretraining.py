@@ -11,9 +11,7 @@ SCORES = {"wiki_ppl": ("val_ppl", 2), "c4_ppl": ("c4_sample_ppl", 1),
 def read_runs(path):
     """Return the runs of a file of JSON lines that ended; prints those that failed."""
     records = rates.read(path).values()
-    for record in records:
-        if "error" in record:
-            print(f"{record['name']} failed: {record['error']}")
+    rates.print_failures(records)
     return [record for record in records if "error" not in record]
 
 

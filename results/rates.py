@@ -28,6 +28,13 @@ def read(path):
     return {record["name"]: record for record in records}
 
 
+def print_failures(records):
+    """Print the error of each record that has one."""
+    for record in records:
+        if "error" in record:
+            print(f"{record['name']} failed: {record['error']}")
+
+
 def spread(values):
     """Return the standard deviation of a sample, 0 of a single value."""
     return stdev(values) if len(values) > 1 else 0.0
@@ -134,9 +141,7 @@ def ended(records, group, lr):
 
 def report(records, groups, score):
     """Yield (group, records of its best rate by seed, whether that is inside); prints the grids."""
-    for name, record in records.items():
-        if "error" in record:
-            print(f"{name} failed: {record['error']}")
+    print_failures(records.values())
     for group in groups:
         scores = scores_of(records, group, score)
         rate, is_inside = best(scores)

@@ -27,7 +27,7 @@ def summarize(records, plan):
                         f"{domain}.base.wiki_bits_per_byte": base["wiki_val_bits_per_byte"],
                         f"{domain}.base.lr": 0.0}
         elif base:
-            print(f"{domain}-base failed: {base['error']}")
+            rates.print_failures([base])
     trained = {name: record for name, record in records.items() if not name.endswith("-base")}
     for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
         domain, method, optimizer = group

@@ -125,7 +125,7 @@ def summarize(plan):
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
     if base and "error" in base:
-        print(f"{plan['BASE']} failed: {base['error']}")
+        rates.print_failures([base])
     elif base:
         numbers |= {"base.exact_match": base["numbers"], "base.test_loss": base["val_loss"],
                     "base.dev_loss": math.log(base["gsm8k_dev_ppl"])}

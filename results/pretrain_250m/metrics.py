@@ -76,10 +76,9 @@ def of_logs(folder):
 def by_length(records):
     """Return {(method, optimizer, steps): [runs]}; one that diverged has infinite perplexity."""
     result = {}
+    rates.print_failures(records)
     for record in records:
         method, optimizer, lr, rest_lr, _, steps = NAME.fullmatch(record["name"]).groups()
-        if "error" in record:
-            print(f"{record['name']} failed: {record['error']}")
         if rates.diverged(record):
             config = {"lr": float(lr), "rest_lr": float(rest_lr)}
             record = {**record, "val_ppl": math.inf, "config": config}
