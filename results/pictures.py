@@ -1,5 +1,5 @@
 """Draw the validation losses of pretraining runs, for curves.py of several folders."""
-from statistics import mean, median, mode
+from statistics import mean, mode
 
 from matplotlib import pyplot
 
@@ -18,8 +18,9 @@ def draw_line(axis, places, losses, color, label):
 def draw_row(axes, runs, labels, per_gpu):
     """Draw the methods of one optimizer: left against tokens, right against GPU seconds.
 
-    GPU seconds are a run's seconds divided by per_gpu, the processes that shared a GPU; the median
-    of the seeds on the row's most frequent card. A method without such a seed is drawn left only.
+    GPU seconds are a run's seconds divided by per_gpu, the processes that shared a GPU, at the
+    speed of the slowest seed on the row's most frequent card: at the end of a sweep others had a
+    GPU with fewer. A method without a seed on that card is drawn left only.
     """
     device = mode(run["device"] for seeds in runs.values() for run in seeds)
     for color, (method, label) in enumerate(labels.items()):
@@ -32,7 +33,7 @@ def draw_row(axes, runs, labels, per_gpu):
         draw_line(axes[0], [step * tokens / 1e6 for step in steps], losses, color, label)
         speeds = [run["tokens_per_s"] for run in seeds if run["device"] == device]
         if speeds:
-            seconds = tokens / per_gpu / median(speeds)
+            seconds = tokens / per_gpu / min(speeds)
             draw_line(axes[1], [step * seconds for step in steps], losses, color, label)
     axes[0].set_xlabel("million tokens")
     axes[1].set_xlabel(f"GPU seconds, one {device}")

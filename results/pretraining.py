@@ -39,20 +39,21 @@ def with_most_seeds(runs):
     return max(by_rates.values(), key=lambda seeds: (len(seeds), -average(seeds, "val_ppl", 9)))
 
 
-def bracketed(pairs, best):
+def bracketed(pairs, best, has_lr=True):
     """Return whether the (lr, rest_lr) pairs have a lower and a higher value of each of the best's
-    rates, the other one fixed."""
+    rates, the other one fixed; has_lr: whether lr trains anything."""
     lr, rest_lr = best
     lrs = [other for other, fixed in pairs if fixed == rest_lr]
     rest_lrs = [other for fixed, other in pairs if fixed == lr]
-    return min(lrs) < lr < max(lrs) and min(rest_lrs) < rest_lr < max(rest_lrs)
+    return (min(rest_lrs) < rest_lr < max(rest_lrs)
+            and (not has_lr or min(lrs) < lr < max(lrs)))
 
 
 def of_grid(runs):
     """Return (the best run of a grid of one seed, numbers about the grid); prints the grid."""
     ordered = sorted(runs, key=lambda run: run["val_ppl"])
     best, pairs = rates_of(ordered[0]), [rates_of(run) for run in runs]
-    is_inside = bracketed(pairs, best)
+    is_inside = bracketed(pairs, best, has_lr=runs[0]["config"].get("method") != "frozen")
     print("best", best, "inside its grid" if is_inside else "at the edge of its grid")
     for run in ordered:
         print("    lr {:g}, rest_lr {:g}:".format(*rates_of(run)), f"{run['val_ppl']:.2f}")
@@ -60,7 +61,8 @@ def of_grid(runs):
 
 
 def of_seeds(runs, suffix=""):
-    """Return the numbers of runs that differ in their seeds; suffix: of the names of scores."""
+    """Return the numbers of runs that differ in their seeds; suffix: of the names of scores. The
+    speed is the slowest seed's: others had fewer processes beside them."""
     lr, rest_lr = rates_of(runs[0])
     numbers = {}
     for name, (key, digits) in SCORES.items():
@@ -68,7 +70,7 @@ def of_seeds(runs, suffix=""):
     if len(runs) > 1:
         numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
     numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0]),
-                "tokens_per_s": round(median(run["tokens_per_s"] for run in runs)),
+                "tokens_per_s": round(min(run["tokens_per_s"] for run in runs)),
                 "peak_gib": round(median(run["peak_gib"] for run in runs), 2)}
     spectra = [run["spectrum"] for run in runs if "spectrum" in run]
     if spectra:

@@ -44,7 +44,7 @@ def test_without_longer_runs_the_numbers_are_those_of_the_best_rates_of_the_grid
     numbers = metrics.summarize([*CROSS, made_up("full", 38.0, seed=1)])
     expected = {"wiki_ppl_mean": 39.0, "wiki_ppl_std": 1.41, "c4_ppl_mean": 195.0, "lr": 2e-3,
                 "rest_lr": 3.2e-2, "seeds": 2, "tokens_m": 33, "wiki_bits_per_byte_mean": 1.25,
-                "c4_bits_per_byte_mean": 1.5, "peak_gib": 6.69, "tokens_per_s": 1669,
+                "c4_bits_per_byte_mean": 1.5, "peak_gib": 6.69, "tokens_per_s": 1001,
                 "grid_ppl": 40.0, "rates_tried": 5, "bracketed": 1}
     assert numbers == {f"full.muon.{key}": value for key, value in expected.items()}
 
@@ -162,11 +162,14 @@ def test_the_fraction_of_one_block_is_of_all_blocks(metrics):
     assert numbers["full_one_block.trainable_block_fraction"] == 0.125
 
 
-def test_frozen_blocks_have_the_same_numbers_under_both_optimizers(metrics):
-    run = made_up("frozen", 50.0)
-    run["config"]["optimizer"] = "adamw"
-    numbers = metrics.summarize([run])
+def test_frozen_blocks_have_the_same_numbers_under_both_optimizers_and_a_grid_of_one_rate(metrics):
+    runs = [made_up("frozen", ppl, rest_lr=rate) for ppl, rate in ((52, .1), (50, .2), (51, .4))]
+    for run in runs:
+        run["config"] |= {"optimizer": "adamw", "method": "frozen"}
+    numbers = metrics.summarize(runs)
     assert numbers["frozen.adamw.wiki_ppl_mean"] == numbers["frozen.muon.wiki_ppl_mean"] == 50
+    assert numbers["frozen.adamw.bracketed"] == 1
+    assert metrics.summarize(runs[:2])["frozen.adamw.bracketed"] == 0
 
 
 # ------------------------------------------------------------
@@ -181,15 +184,16 @@ def test_equal_time_reads_perplexity_between_the_two_lengths(metrics):
     assert at_ratio({66: by_tokens[66]}, 1) is None and at_ratio({33: by_tokens[33]}, 1) is None
 
 
-def test_a_step_of_equal_time_has_one_step_of_muon_and_a_share_of_a_restart(metrics):
-    bench = {"1.3b.mora_fp8.tokens_per_s": 16_384, "1.3b.mora_muon_fp8.tokens_per_s": 8_192,
-             "1.3b.mora_fp8.restart_ms": 500.0}
-    seconds = metrics.equal_time.step_seconds
-    assert seconds(bench, "mora", "_fp8") == 4 + 1
-    assert seconds(bench, "mora", "_fp8", every=10) == 4 + 1 + 0.05
-    assert seconds(bench, "mora") is None
-    del bench["1.3b.mora_fp8.restart_ms"]  # bench.py --quick
-    assert seconds(bench, "mora", "_fp8") == 5 and seconds(bench, "mora", "_fp8", every=10) is None
+def test_a_token_of_equal_time_has_its_share_of_a_restart(metrics):
+    bench = {"1.3b.mora_muon_fp8.tokens_per_s": 1000, "1.3b.mora_muon_fp8.tokens_per_step": 2000,
+             "1.3b.mora_muon_fp8.restart_ms": 500.0}
+    seconds = metrics.equal_time.token_seconds
+    assert seconds(bench, "mora_muon_fp8") == 1e-3
+    assert seconds(bench, "mora_muon_fp8", every=10) == pytest.approx((2 + 0.5 / 10) / 2000)
+    assert seconds(bench, "mora_muon") is None
+    del bench["1.3b.mora_muon_fp8.restart_ms"]  # bench.py --quick
+    assert seconds(bench, "mora_muon_fp8") == 1e-3
+    assert seconds(bench, "mora_muon_fp8", every=10) is None
 
 
 # ------------------------------------------------------------

@@ -3,8 +3,8 @@
     python results/fp8/metrics.py
 
 SHAPE.METHOD.over_full: tokens per second over those of full rank in bf16 of the same file; so
-peak_over_full. loss_difference: FP8 minus bf16, nats per token of the validation split. Deviations
-are those of a sample.
+peak_over_full. 65k_rRANK: the 1.3b shape with 65,536 tokens per step. loss_difference: FP8 minus
+bf16, nats per token of the validation split. Deviations are those of a sample.
 """
 import json
 import re
@@ -43,6 +43,22 @@ def of_shape(shape, file):
     for method, other in (("mora_fp8", "full_fp8"), ("remora_permute_fp8", "mora_fp8")):
         ratio = table[method, "tokens_per_s"] / table[other, "tokens_per_s"]
         numbers[f"{shape}.{method}.over_{other}"] = round(ratio, 3)
+    return numbers
+
+
+def of_65k():
+    """Return the flat numbers of steps of 65,536 tokens with Muon, at 10 and 25 % of the blocks."""
+    benches = {name: json.loads((FOLDER / f"bench_65k_{name}.json").read_text())
+               for name in ("r128", "r320")}
+    full, numbers = benches["r128"]["1.3b.full_muon.tokens_per_s"], {}
+    for name, bench in benches.items():
+        for key, value in bench.items():
+            _, method, kind = key.rsplit(".", 2)
+            if kind in ("peak_gib", "restart_ms"):
+                numbers[f"65k_{name}.{method}.{kind}"] = round(value, 2)
+            elif kind == "tokens_per_s":
+                numbers |= {f"65k_{name}.{method}.tokens_per_s": round(value),
+                            f"65k_{name}.{method}.over_full": round(value / full, 3)}
     return numbers
 
 
@@ -101,5 +117,6 @@ def others():
 
 if __name__ == "__main__":
     metrics = (of_shape("1.3b", FOLDER / "bench.txt")
-               | of_shape("250m", FOLDER / "bench_250m_7b.txt") | of_7b() | of_60m() | others())
+               | of_65k() | of_shape("250m", FOLDER / "bench_250m_7b.txt") | of_7b() | of_60m()
+               | others())
     (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -2,10 +2,9 @@
 
 Quality is that of this folder's runs, speed that of the 1.3b shape (results/fp8, bench.py on one
 H200), both with Muon. A step has 65,536 tokens per GPU: the paper's 1,024 sequences of 512 on eight
-GPUs. Its seconds are those of the tokens with AdamW plus, once per step, the time that Muon adds to
-a step of bench.py. While full rank trains on 32.8 M tokens, an adapter trains on `tokens_ratio`
-times as many; its perplexity there lies on the line through its runs of 33 and 66 M tokens, in
-logarithms of both.
+GPUs. Restarts are added to it. While full rank trains on 32.8 M tokens, an adapter trains on
+`tokens_ratio` times as many; its perplexity there lies on the line through its runs of 33 and 66 M
+tokens, in logarithms of both. "full" is full rank in FP8.
 """
 import json
 import math
@@ -14,29 +13,23 @@ from pathlib import Path
 import pretraining
 
 FP8 = Path(__file__).parents[1] / "fp8"
-BENCH_TOKENS, STEP_TOKENS = 16_384, 65_536
-# {method here: (file of results/fp8, method of bench.py without optimizer, steps between restarts)}
-SPEEDS = {"full": ("bench_h200.json", "full", 0),  # full rank in FP8, beside that in bf16
-          "mora_share": ("bench_h200.json", "mora", 0),
-          "lora": ("bench_h200.json", "lora", 0),
-          "remora_permute": ("bench_h200.json", "remora_permute", 100),
-          "best": ("bench_h200.json", "mixed", 10),
-          "mora_share_r80": ("bench_h200_r320.json", "mora", 0),
-          "lora_r80": ("bench_h200_r320.json", "lora", 0),
-          "best_r80": ("bench_h200_r320.json", "mixed", 10)}
+FILES = {"": "bench_65k_r128.json", "_r80": "bench_65k_r320.json"}  # 10 % and 25 % of the blocks
+# {method here: (method of bench.py, steps between restarts or 0)}
+SPEEDS = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
+          "remora_permute": ("remora_permute", 100), "best": ("mixed", 10),
+          "mora_share_r80": ("mora", 0), "lora_r80": ("lora", 0), "best_r80": ("mixed", 10)}
 
 
-def step_seconds(bench, method, products="", every=0):
-    """Return the seconds of a step with Muon, or None if bench lacks a speed; products: "" or
-    "_fp8"; every: steps between two restarts, 0 without them."""
-    adamw = bench.get(f"1.3b.{method}{products}.tokens_per_s")
-    muon = bench.get(f"1.3b.{method}_muon{products}.tokens_per_s")
-    restart_ms = bench.get(f"1.3b.{method}{products}.restart_ms") if every else 0.0
-    if not (adamw and muon) or restart_ms is None:  # bench.py --quick times no restarts
+def token_seconds(bench, method, every=0):
+    """Return the seconds per token of a method of bench.py, or None if bench lacks it; every:
+    steps between two restarts, 0 without them."""
+    speed = bench.get(f"1.3b.{method}.tokens_per_s")
+    restart_ms = bench.get(f"1.3b.{method}.restart_ms") if every else 0.0
+    if not speed or restart_ms is None:  # bench.py --quick times no restarts
         return None
-    seconds = STEP_TOKENS / adamw + BENCH_TOKENS * (1 / muon - 1 / adamw)
+    seconds = 1 / speed
     if every:
-        seconds += restart_ms / 1000 / every
+        seconds += restart_ms / 1000 / every / bench[f"1.3b.{method}.tokens_per_step"]
     return seconds
 
 
@@ -63,9 +56,10 @@ def at_ratio(by_tokens, ratio):
 def numbers(groups):
     """Return the flat numbers of the model; groups: {(method, optimizer): {M tokens: [runs]}}."""
     found = {}
-    full = step_seconds(read_bench("bench_h200.json"), "full")
-    for method, (file, name, every) in SPEEDS.items():
-        seconds = step_seconds(read_bench(file), name, "_fp8", every)
+    full = token_seconds(read_bench(FILES[""]), "full_muon")
+    for method, (name, every) in SPEEDS.items():
+        bench = read_bench(FILES["_r80" if method.endswith("_r80") else ""])
+        seconds = token_seconds(bench, f"{name}_muon_fp8", every)
         if not (full and seconds):
             continue
         ratio = full / seconds

@@ -22,13 +22,16 @@ METHODS = {
     "mora_share": ["--method=mora", "--rank=32"],
     "remora_permute": [*PERMUTE, "--rank=32", "--restart_every=100"],
     "best": [*PERMUTE, "--rank=32", "--restart_every=10", "--lora_rank=16"],  # configs/60m_best.py
-    "remora_alternate": ["--method=mora", "--rank=32", "--groups=alternate", "--restart_every=200"],
-    "relora": ["--method=lora", "--rank=32", "--restart_every=200"],
-    # checks: the paper's share of warm-up in a cycle, a tenth of the above; groups alone
-    "relora_warmup5": ["--method=lora", "--rank=32", "--restart_every=200", "--restart_warmup=5"],
-    "remora_alternate_warmup5": ["--method=mora", "--rank=32", "--groups=alternate",
-                                 "--restart_every=200", "--restart_warmup=5"],
-    "mora_permute": ["--method=mora", "--groups=permute", "--rank=32"],  # no restarts
+    # the paper's share of warm-up in a cycle: 50 steps of 2,000
+    "remora_alternate": ["--method=mora", "--rank=32", "--groups=alternate", "--restart_every=200",
+                         "--restart_warmup=5"],
+    "relora": ["--method=lora", "--rank=32", "--restart_every=200", "--restart_warmup=5"],
+    # ten times that, and permuted groups without restarts
+    "remora_alternate_warmup50": ["--method=mora", "--rank=32", "--groups=alternate",
+                                  "--restart_every=200", "--restart_warmup=50"],
+    "relora_warmup50": ["--method=lora", "--rank=32", "--restart_every=200",
+                        "--restart_warmup=50"],
+    "mora_permute": ["--method=mora", "--groups=permute", "--rank=32"],
     "frozen": ["--method=frozen"],  # embeddings, head and norms learn, always by AdamW
     # no adapter at all: one block instead of eight, 12.5 % of their parameters
     "full_one_block": ["--method=full", "--num_hidden_layers=1"],
@@ -41,17 +44,17 @@ METHODS = {
 MUON = {("full", "muon"): (2e-3, 3.2e-2), ("best", "muon"): (4e-3, 3.2e-2),
         ("lora", "muon"): (4e-3, 3.2e-2), ("mora_share", "muon"): (2e-3, 3.2e-2),
         ("remora_permute", "muon"): (4e-3, 6.4e-2), ("remora_alternate", "muon"): (4e-3, 6.4e-2),
-        ("relora", "muon"): (4e-3, 3.2e-2)}
+        ("relora", "muon"): (4e-3, 1.6e-2)}
 ADAMW = {("full", "adamw"): (1e-3, 1.6e-2), ("best", "adamw"): (1e-3, 1.6e-2),
          ("lora", "adamw"): (2e-3, 1.6e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2),
          ("remora_permute", "adamw"): (1e-3, 1.6e-2),
-         ("remora_alternate", "adamw"): (1e-3, 1.6e-2), ("relora", "adamw"): (1e-3, 8e-3),
+         ("remora_alternate", "adamw"): (1e-3, 1.6e-2), ("relora", "adamw"): (4e-3, 1.6e-2),
          ("frozen", "adamw"): (1e-3, 6.4e-2)}
 OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-3, 3.2e-2),
           ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
-# one run of 33 M tokens each
-CHECKS = {("relora_warmup5", "muon"): (4e-3, 3.2e-2), ("mora_permute", "muon"): (4e-3, 6.4e-2),
-          ("remora_alternate_warmup5", "muon"): (4e-3, 6.4e-2)}
+# one run of 33 M tokens each, at least
+CHECKS = {("relora_warmup50", "muon"): (4e-3, 3.2e-2), ("mora_permute", "muon"): (4e-3, 6.4e-2),
+          ("remora_alternate_warmup50", "muon"): (4e-3, 6.4e-2)}
 CENTRES = MUON | ADAMW | OTHERS | CHECKS
 LONGEST = {(method, "muon") for method in ("full", "lora", "mora_share", "best")}
 SEED, MORE_SEEDS = 1337, (1, 2)
