@@ -146,11 +146,12 @@ def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
         assert plan["CENTRES"][group] == plan["CENTRES"][other]  # a point means the same rates
     records = {}
     while missing := [name for name in plan["plan"](records)
-                      if name.startswith("mora_share") and name.endswith("steps250")]:
+                      if name.startswith("mora_share-muon") and name.endswith("steps250")]:
         assert not [name for name in plan["plan"](records) if name.startswith("remora")]
         lr, rest_lr = map(float, missing[0].split("-muon-")[1].split("-s1337")[0].split("-"))
         records[missing[0]] = {"val_ppl": 40 + abs(lr / 4e-3 - 1) + abs(rest_lr / 1.6e-2 - 1)}
-    runs = [name for name in plan["plan"](records) if name.startswith(("remora", "mora"))]
+    runs = [name for name in plan["plan"](records)
+            if name.startswith(("remora", "mora")) and "-muon-" in name]
     assert runs == [f"{method}-muon-0.004-0.016-s1337-steps2000"
                     for method in ("mora_share", "remora_alternate")]
 

@@ -30,9 +30,13 @@ METHODS = {
 # {(method, optimizer): (lr, rest_lr) where its grid starts}
 CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
-           ("remora_alternate", "muon"): (2e-3, 1.6e-2)}
+           ("remora_alternate", "muon"): (2e-3, 1.6e-2),
+           # restarts every ten steps suit Muon alone (results/pretrain_60m): no "best" here
+           ("full", "adamw"): (1e-3, 1.6e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2),
+           ("remora_alternate", "adamw"): (1e-3, 1.6e-2), ("lora", "adamw"): (4e-3, 3.2e-2)}
 # a short run ends before the first restart, so that its grid would be the other method's again
-GRID_OF = {("remora_alternate", "muon"): ("mora_share", "muon")}
+GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
+           for optimizer in ("muon", "adamw")}
 SHORT, LONG = 250, 2000  # steps
 WARMUP = {SHORT: 50, LONG: 200}
 SEED = 1337
