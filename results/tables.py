@@ -34,14 +34,6 @@ class Paper(NamedTuple):
 # NAME: ({label in README: the row's part of the metrics' names}, columns). NAME is a folder of
 # results/, or FOLDER/ANYTHING for a further table from the same folder.
 TABLES = {
-    "restarts_60m": ({
-        "LoRA": "lora", "ReLoRA": "relora", "MoRA": "mora",
-        "ReMoRA, alternate": "remora_alternate", "ReMoRA, permute": "remora_permute",
-    }, (
-        Column("validation perplexity", "{}.ppl", "{:.1f}"),
-        Column("singular values of ΔW above 0.1", "{}.singular_above_0.1", "{:.0f}"),
-        Column("rank of ΔW", "{}.rank", "{:.0f}"),
-    )),
     "pretrain_60m": ({
         "full rank": "full", "MoRA and LoRA (60m_best)": "best",
         "ReMoRA, permute": "remora_permute", "MoRA, share": "mora_share", "LoRA": "lora",

@@ -77,7 +77,7 @@ def test_a_results_folder_has_a_readme_and_flat_finite_metrics(folder):
 
 
 @pytest.mark.parametrize("name, folder, metric", [
-    ("restarts_60m", "restarts_60m", "remora_permute.ppl"),
+    ("pretrain_60m/grids", "pretrain_60m", "remora_permute.muon.grid_ppl"),
     ("throughput_h200", "throughput_h200", "1.3b.mora.to_full"),
     ("uuid", "uuid", "lora_r8.accuracy_at_900"),
     ("gsm8k", "gsm8k", "operator_rotate.test_loss"),
