@@ -59,10 +59,10 @@ TABLES = {
         "full rank": "full", "MoRA and LoRA (60m_best)": "best", "MoRA, share": "mora_share",
         "LoRA": "lora",
     }, (
-        Column("33 M: wiki", "{}.muon.grid_ppl", "{:.1f}"),
-        Column("66 M: wiki", "{}.muon.wiki_ppl_mean", "{:.1f}"),
+        Column("33 M: wiki", "{}.muon.grid_ppl", "{:.2f}"),
+        Column("66 M: wiki", "{}.muon.wiki_ppl_mean", "{:.2f}"),
         Column("c4", "{}.muon.c4_ppl_mean", "{:.0f}"),
-        Column("131 M: wiki", "{}.muon.131m.wiki_ppl", "{:.1f}"),
+        Column("131 M: wiki", "{}.muon.131m.wiki_ppl", "{:.2f}"),
         Column("c4", "{}.muon.131m.c4_ppl", "{:.0f}"),
     )),
     "pretrain_60m/grids": ({

@@ -31,7 +31,7 @@ METHODS = {
 CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
            ("remora_alternate", "muon"): (2e-3, 1.6e-2),
-           # restarts every ten steps suit Muon alone (results/pretrain_60m): no "best" here
+           # restarts every ten steps are worse with AdamW (results/pretrain_60m): no "best"
            ("full", "adamw"): (1e-3, 1.6e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2),
            ("remora_alternate", "adamw"): (1e-3, 1.6e-2), ("lora", "adamw"): (4e-3, 3.2e-2)}
 # a short run ends before the first restart, so that its grid would be the other method's again

@@ -1,10 +1,11 @@
 """A model of equal GPU time: adapters in FP8 beside full rank in bf16 on 32.8 M tokens.
 
-Quality is that of this folder's runs, speed that of the 1.3b shape (results/fp8, bench.py on one
-H200), both with Muon. A step has 65,536 tokens per GPU: the paper's 1,024 sequences of 512 on eight
-GPUs. Restarts are added to it. While full rank trains on 32.8 M tokens, an adapter trains on
-`tokens_ratio` times as many; its perplexity there lies on the line through its runs of 33 and 66 M
-tokens, in logarithms of both. "full" is full rank in FP8.
+Quality is that of this folder's runs in bf16 (FP8 changes a loss by 0.001 to 0.002), speed that of
+the 1.3b shape (results/fp8, bench.py on one H200), both with Muon. A step has 65,536 tokens per
+GPU: the paper's 1,024 sequences of 512 on eight GPUs. Restarts are added to it. While full rank
+trains on 32.8 M tokens, an adapter trains on `tokens_ratio` times as many; its perplexity there
+lies on the line through its runs of 33 and 66 M tokens, in logarithms of both. "full" is full rank
+in FP8.
 """
 import json
 import math
