@@ -332,8 +332,7 @@ def resume(path, model, optimizer):
                 values[key] = mora.as_sharded(value, p) if value.ndim else value
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
-    if not state["fp8_scales"]:  # a run that goes on with FP8: the scales fit its first weights
-        fit_scales(model)
+    fit_scales(model)  # where none are stored, of a run that goes on with FP8
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
         scale.fill_(state["fp8_scales"].get(name, scale))
     return state

@@ -479,10 +479,15 @@ def at_least(minimum, kind=int, largest=LARGEST):
     return lambda text: number("", to_number(text), kind, minimum, largest)
 
 
+def read_text(path, parse=str):
+    """parse(text) of a file in UTF-8; raises UserError."""
+    with as_user_error(f"{path} cannot be read", Exception):  # tokenizers raises bare Exceptions
+        return parse(path.read_bytes().decode())
+
+
 def read_json(path):
     """The dict in a JSON file. Raises UserError if the file holds something else."""
-    with as_user_error(f"{path} cannot be read", OSError, ValueError, RecursionError):
-        value = json.loads(path.read_text())
+    value = read_text(path, json.loads)
     need(isinstance(value, dict), f"{path} must hold a JSON object, got {value!r:.80}")
     return value
 

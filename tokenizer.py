@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, as_user_error, need, read_json, write_json
+from config import UserError, need, read_json, read_text, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
@@ -173,9 +173,3 @@ class Json:
                 shutil.copy(source, copy)
 
     export_files = copy_files
-
-
-def read_text(path, parse=str):
-    """parse(text) of a file in UTF-8; raises UserError."""
-    with as_user_error(f"{path} cannot be read", Exception):  # tokenizers raises bare Exceptions
-        return parse(path.read_bytes().decode())

@@ -241,16 +241,14 @@ def data_parallel(model, device):
 def agree(numbers, stop_requested, world, step, cfg):
     """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to `step`: means of
     all ranks, equal on all. Raises UserError for a number that is not finite."""
-    flag = torch.full_like(numbers[0][:1], float(stop_requested))
-    both = torch.cat((torch.stack(numbers).T.flatten(), flag))
+    rows = torch.stack([*numbers, torch.full_like(numbers[0], float(stop_requested))])
     if world > 1:
-        dist.all_reduce(both)
-    *both, stopping = (both / world).tolist()
-    losses, norms = both[:len(numbers)], both[len(numbers):]
-    for i, (loss, norm) in enumerate(zip(losses, norms, strict=True), step - len(losses) + 1):
+        dist.all_reduce(rows)
+    *pairs, (stopping, _) = (rows / world).tolist()
+    for i, (loss, norm) in enumerate(pairs, step - len(pairs) + 1):
         if not math.isfinite(loss + norm):
             raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
-    return losses, norms, stopping > 0
+    return *zip(*pairs, strict=True), stopping > 0
 
 
 def stop_on_signal():
