@@ -393,9 +393,9 @@ def keep_in_fp8(model):
 
 @torch.no_grad()
 def fit_scales(model, only_if_tight=False):
-    """Set the FP8 scales from the largest entries of W + dW; return how many were set. A weight
-    that is not finite gets no scale. only_if_tight: leave those alone that still have room."""
-    layers, scales, largest, renewed = block_linears(model), fp8_scales(model), [], 0
+    """Set the FP8 scales from the largest entries of W + dW. A weight that is not finite gets no
+    scale. only_if_tight: leave those alone that still have room."""
+    layers, scales, largest = block_linears(model), fp8_scales(model), []
     for name in scales:
         weight = layers[name].merged() if hasattr(layers[name], "merged") else layers[name].weight
         largest.append(weight.abs().max())
@@ -404,8 +404,6 @@ def fit_scales(model, only_if_tight=False):
         is_tight = entry * TIGHT > LARGEST * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
             scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / LARGEST)))
-            renewed += 1
-    return renewed
 
 
 def kernel_choices():

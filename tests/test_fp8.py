@@ -114,13 +114,14 @@ def test_a_weight_that_outgrows_its_scale_is_not_clipped(method):
         layer.weight.mul_(100)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
     assert layer(x).isnan().any() and model(*ids_and_targets()).isnan()
-    assert fit_scales(model, only_if_tight=True) == 1
+    fit_scales(model, only_if_tight=True)
     after = copy.deepcopy(fp8_scales(model))
     assert [key for key in before if after[key] != before[key]] == [name]
     assert relative_error(layer(x), F.linear(x, full_weight(layer))) < 0.05
     assert model(*ids_and_targets()).isfinite()
-    assert fit_scales(model, only_if_tight=True) == 0
-    assert fit_scales(model) == 14 and fp8_scales(model) == after
+    for only_if_tight in (True, False):
+        fit_scales(model, only_if_tight)
+        assert fp8_scales(model) == after
 
 
 def test_a_scale_is_renewed_before_it_overflows():
@@ -132,7 +133,9 @@ def test_a_scale_is_renewed_before_it_overflows():
             for layer in block_linears(model).values():
                 layer.weight.mul_(factor)
         assert model(*ids_and_targets()).isfinite()
-        assert fit_scales(model, only_if_tight=True) == renewed
+        before = copy.deepcopy(fp8_scales(model))
+        fit_scales(model, only_if_tight=True)
+        assert sum(scale != before[key] for key, scale in fp8_scales(model).items()) == renewed
 
 
 def test_a_weight_of_zeros_can_grow():
@@ -238,7 +241,9 @@ def test_compiled_code_is_the_same_and_not_compiled_again():
             for layer in block_linears(each).values():
                 layer.weight.mul_(20)
             mora.start_cycle(mora.adapted_layers(each), seed=0, cycle=1)
-            assert fit_scales(each, only_if_tight=True) == 14
+            before = copy.deepcopy(fp8_scales(each))
+            fit_scales(each, only_if_tight=True)
+            assert not any(scale == before[key] for key, scale in fp8_scales(each).items())
         with torch.enable_grad():
             second = assert_same()
     torch._dynamo.reset()
