@@ -116,6 +116,7 @@ def read_hugging_face(folder):
         model = Llama(cfg)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     load_weights(model, copies, folder, assign=True)
+    must_be_finite(copies, lambda reason: UserError(f"{folder}: {reason}"))
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
                        read_json(generation) if generation.exists() else None)
     own = str(folder) if (folder / "tokenizer.json").exists() else None
@@ -125,9 +126,9 @@ def read_hugging_face(folder):
 
 
 def base_weights(folder):
-    """{name: tensor} of a Hugging Face directory: of one file, or of several with an index."""
+    """{name: tensor} of a Hugging Face directory: of one file, else of several with an index."""
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (folder / files[0]).exists():  # as transformers
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         need(files and all(isinstance(file, str) and Path(file).name == file for file in files),
@@ -173,7 +174,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     optimizer_state = gather(optimizer.state_dict())
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    must_be_finite(weights, step, cfg)
+    must_be_finite(weights, diverged, cfg, step)
     updates = {name: weights.pop(name) for name in mora.adapter_tensors(model)}
     beside = out / f".writing-{final.name}"
     try:
@@ -205,14 +206,14 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
             shutil.rmtree(old.rename(out / f".removing-{old.name}"))
 
 
-def must_be_finite(weights, step, cfg):
-    """Raise UserError if a tensor of {name: tensor} holds nan or inf."""
+def must_be_finite(weights, error, *about):
+    """Raise error(*about, reason) if a tensor of {name: tensor} holds nan or inf."""
     for name, weight in weights.items():
         own = weight.to_local() if hasattr(weight, "to_local") else weight  # this rank's part
         is_checked = torch.is_tensor(own) and own.numel() and own.dtype != torch.float8_e4m3fn
         # aminmax passes on nan, reads each weight once and needs no memory (9 GB/s on one CPU core)
         if is_checked and not torch.stack(own.aminmax()).isfinite().all():
-            raise diverged(cfg, step, f"{name} is not finite, so nothing was saved")
+            raise error(*about, f"{name} holds nan or inf")
 
 
 def diverged(cfg, step, reason):
@@ -358,7 +359,7 @@ def load(path, base=None, best=False):
         if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
             return *read_hugging_face(path), path
         need(path.exists(), f"{path} does not exist")
-        if (path / "state.json").exists():
+        if folder.is_dir() or (path / "state.json").exists():
             verify(path, resuming=False)
         need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
              "adapter_config.json, or config.json and model.safetensors")

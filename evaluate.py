@@ -57,6 +57,7 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     for i in range(len(samples.lengths[:limit or None])):
         ids, learned = (part.tolist() for part in samples.sample(i))
         first = learned.index(True)
+        need(first, f"{samples.folder}: sample {i} begins with its answer: nothing asks for it")
         after = [*learned, False].index(False, first)
         prompts.append(ids[:first])
         references.append([token for token in ids[first:after] if token != tok.eos_id])
@@ -103,10 +104,11 @@ def main(argv):
     add("--max_new_tokens", **count, help="default: one more than the longest response")
     add("--seq_len", **count, help="of a window; default: as in training, or the longest sample")
     add("--batch", **count, help="windows at once, default 16, or answers, default 512")
-    add("--tokens", **count, help="stop after this many; default: the whole split")
+    add("--tokens", **count, help="stop after this many (with the whole split's bytes per token)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: of answers on a GPU bfloat16")
     args = parser.parse_args(argv)
-    need(args.answers or not args.out, "--out keeps answers: add --answers")
+    need(args.answers or not (args.out or args.limit or args.max_new_tokens),
+         "--out, --limit and --max_new_tokens are of answers: add --answers")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)

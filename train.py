@@ -64,8 +64,8 @@ def train(cfg):
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
         last, pause, scores = step == cfg.steps, time.time(), {}
-        if (step % cfg.eval_every == 0 or last) and not stopping:
-            checkpoint.must_be_finite(model.state_dict(), step, cfg)
+        if last or step % cfg.eval_every == 0 and (cfg.keep_best or not stopping):
+            checkpoint.must_be_finite(model.state_dict(), checkpoint.diverged, cfg, step)
             scores = perplexity(model, val_tokens, cfg.seq_len, batches.micro_batch, rank, world,
                                 cfg.eval_tokens)
             log.scores(step, scores)
@@ -147,11 +147,16 @@ def build_model(cfg, tokens):
         return cfg, Llama(shape, cfg.seed, cfg.residual_init)
     model, tok, path = checkpoint.load(cfg.init_from)
     tokens.must_suit(model, tok, path)
-    if not tok and os.environ.get("RANK", "0") == "0":
-        print(f"note: {path} does not name its tokenizer; {cfg.data} was prepared with "
-              f"{tokens.tokenizer}")
     model = mora.merge(model) if mora.adapted_layers(model) else model
     shape = {k: v for k, v in dataclasses.asdict(model.cfg).items() if hasattr(cfg, k)}
+    notes = [f"{key} is {value}" for key, value in shape.items()
+             if getattr(cfg, key) not in (value, config.FIELDS[key].default)]
+    if cfg.seq_len > model.cfg.max_position_embeddings:
+        notes.append(f"it has {model.cfg.max_position_embeddings} positions, fewer than seq_len")
+    if not tok:
+        notes.append(f"it does not name its tokenizer, {cfg.data} has {tokens.tokenizer}")
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(f"note: in {path} {'; '.join(notes)}")
     return dataclasses.replace(cfg, **shape), model
 
 

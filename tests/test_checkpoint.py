@@ -180,8 +180,8 @@ def test_save_refuses_one_bad_number(trained, bad, tmp_path):
     checkpoint.save(cfg, 1, 0, model, optimizer, tok)
     with torch.no_grad():
         weights["model.norm.weight"][3] = bad
-    with pytest.raises(UserError, match="step 2: model.norm.weight is not finite, so nothing was "
-                                        "saved; the last good checkpoint is .*step-00000001"):
+    with pytest.raises(UserError, match="step 2: model.norm.weight holds nan or inf; "
+                                        "the last good checkpoint is .*step-00000001"):
         checkpoint.save(cfg, 2, 0, model, optimizer, tok)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -295,6 +295,9 @@ def test_config_json_of_another_form_is_named(directory):
 
 def test_an_index_of_another_form_is_named(directory):
     index = directory / "model.safetensors.index.json"
+    index.write_text("[]")  # not read beside a whole file, as in transformers
+    checkpoint.load(directory)
+    (directory / "model.safetensors").unlink()
     for value in ([], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}},
                   {"weight_map": {"a": "../model.safetensors"}},
                   {"weight_map": {"a": "/etc/passwd"}}):
@@ -304,6 +307,23 @@ def test_an_index_of_another_form_is_named(directory):
     index.write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
     with pytest.raises(UserError, match="absent.safetensors can ?not be read"):
         checkpoint.load(directory)
+
+
+def test_weights_of_a_directory_that_are_not_finite_are_named(directory):
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][1] = float("nan")
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(UserError, match=f"{directory}: model.norm.weight holds nan or inf"):
+        checkpoint.load(directory)
+
+
+def test_a_step_without_its_record_is_not_loaded(copy):
+    """Without state.json nothing tells that adapter/ is missing."""
+    _, step, _ = copy
+    (step / "state.json").unlink()
+    shutil.rmtree(step / "adapter")
+    with pytest.raises(UserError, match="state.json cannot be read.*step-00000005 is whole: name"):
+        checkpoint.load(step)
 
 
 def test_seq_len_of_another_kind_is_named(directory, corpus):

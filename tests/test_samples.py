@@ -13,6 +13,8 @@ import data
 import evaluate
 import mora
 import sample
+import sft
+import shards
 import tokenizer
 import train
 from batches import SampleBatches, every_sample_once
@@ -266,8 +268,20 @@ def test_pairs_are_learned_by_heart_and_the_answers_show_it(run, tmp_path, monke
     assert result["answers"] == 2 and result["exact"] == 0 and result["digits"] < 0.3
 
 
+def test_a_sample_that_begins_with_its_answer_asks_nothing(tmp_path):
+    words = np.array([5 | sft.FIRST | sft.LEARNED, 6 | sft.LEARNED], dtype=np.uint32)
+    tok = tokenizer.load("bytes")
+    shards.prepare(tmp_path / "d", tok, {}, [(lambda: [words], ["train"])],
+                   encode=lambda tok, words: (words, {"bytes": 1, "learned": 2}),
+                   facts={"kind": "samples", "format": "prompt"})
+    with pytest.raises(UserError, match="sample 0 begins with its answer"):
+        evaluate.answers(tiny(seed=1), tok, open_split(tmp_path / "d", "train"))
+
+
 def test_answers_need_samples(run, corpus):
     out = run("--steps=2", "--warmup=1")
+    with pytest.raises(UserError, match="--limit and --max_new_tokens are of answers"):
+        evaluate.main([str(out), str(corpus), "--limit=3"])
     with pytest.raises(UserError, match="is text: answers need the prompts"):
         evaluate.main([str(out), str(corpus), "--answers"])
 

@@ -1,5 +1,7 @@
 """A run that was stopped, split or continued is the run that was not."""
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -188,6 +190,29 @@ def test_sharded_samples(fit, group, pairs, config):
     assert records(two, "val_loss") == pytest.approx(records(one, "val_loss"), rel=1e-5)
 
 
+@pytest.mark.parametrize("signal_at, words, validated", [
+    (4, ["--keep_best"], [0, 2, 4]), (4, [], [0, 2]), (6, [], [0, 2, 4, 6])])
+def test_a_stop_leaves_no_best_step_unscored(run, config, monkeypatch, signal_at, words, validated):
+    """A stop skips an evaluation, unless keep_best needs it or it is the run's last."""
+    count = itertools.count(1)
+
+    def step_and_signal(*arguments):
+        if next(count) == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*arguments)
+
+    take_step = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", step_and_signal)
+    out = config.parent / "run"
+    with pytest.raises(SystemExit) if signal_at < 6 else contextlib.nullcontext():
+        run("--steps=6", "--eval_every=2", "--save_every=2", "--log_every=1", "--keep=0", *words)
+    assert sorted(records(out, "val_loss")) == validated
+    scored = [step for step in checkpoint.steps_of(out)
+              if checkpoint.read_state(step)["val_loss"] is not None]
+    assert [int(step.name[5:]) for step in scored] == validated[1:]
+    assert checkpoint.steps_of(out)[-1].name == f"step-{signal_at:08d}"
+
+
 def test_a_signal_to_one_rank_stops_all_together(group, config):
     out = config.parent / "stopped"
     processes = group(2, f"--out={out}", "--log_every=4", "--steps=100000", "--save_every=100000")
@@ -330,7 +355,7 @@ def test_a_resume_tells_which_keys_changed(run, capsys):
     assert "note: since" not in capsys.readouterr().out
 
 
-def test_full_rank_warm_start(run):
+def test_full_rank_warm_start(run, capsys):
     """init_from: adapters on the weights of a full-rank run; the loss is that of its end."""
     warm = run("--method=full", "--steps=60", "--eval_every=60", "--save_every=60",
                "--micro_batch=8")
@@ -338,6 +363,9 @@ def test_full_rank_warm_start(run):
               "--hidden_size=32")
     assert records(out, "val_loss")[0] == pytest.approx(records(warm, "val_loss")[60], rel=1e-5)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 16
+    assert f"note: in {warm}/step-00000060 hidden_size is 16\n" in capsys.readouterr().out
+    run(f"--init_from={warm}", f"--out={warm.with_name('longer')}", "--steps=1", "--seq_len=64")
+    assert "step-00000060 it has 16 positions, fewer than seq_len\n" in capsys.readouterr().out
 
 
 class Board:
