@@ -16,7 +16,6 @@ Rows without the key are left out; more than 1 % of them stop the preparation to
 """
 import codecs
 import gzip
-import hashlib
 import json
 import platform
 import sysconfig
@@ -28,10 +27,10 @@ from config import Arguments, UserError, at_least, command_line, need, one_line 
 
 import sft
 import tokenizer
+from checkpoint import file_record
 from shards import CHUNK_DOCUMENTS, LeftOut, open_split, prepare, read_manifest, summary
 
 CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is checked
-CHECKSUM_BYTES = 2 ** 20  # of a file's beginning and end
 
 
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
@@ -162,23 +161,17 @@ def check_files(args, *endings):
 
 def file_stages(args, make):
     """(the part of the request that names the files, their stages); make(row) gives a document.
-    The request is {"source": names and sizes, "content": checksums} of each split."""
+    The request is {"source": names and sizes, "crc32": checksums} of each split."""
     files = {"train": args.files, "val": args.val}
     splits = {"train": ["train"] if args.val else [], "val": ["val"]}
     request = {"source": {split: [[path.name, path.stat().st_size] for path in paths]
                           for split, paths in files.items()},
-               "content": {split: [*map(checksum, paths)] for split, paths in files.items()}}
+               "crc32": {split: [file_record(path)["crc32"] for path in paths]
+                         for split, paths in files.items()}}
+    if {*request["crc32"]["train"]} & {*request["crc32"]["val"]}:
+        print("note: a file of --val is among the training files: its loss is not of new text")
     return request, [(partial(documents, file_sources(paths), make, args.skip_bad), splits[split])
                      for split, paths in files.items() if paths]
-
-
-def checksum(path):
-    """A short checksum of a file's size, first and last megabyte: reads little of a large file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        parts = str(size).encode() + file.read(CHECKSUM_BYTES)
-        file.seek(max(0, size - CHECKSUM_BYTES))
-        return hashlib.sha256(parts + file.read(CHECKSUM_BYTES)).hexdigest()[:16]
 
 
 def prepare_stdlib(folder="data/stdlib"):

@@ -20,6 +20,7 @@ import re
 import threading
 import uuid
 import warnings
+import zlib
 from functools import lru_cache, partial
 
 import numpy as np
@@ -98,8 +99,9 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
     template = own_template or ROW_FORMATS[format_name][2]
     facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
-    return shards.prepare(folder, tok, request | {"seq_len": seq_len, "long": too_long}, stages,
-                          encode=encode_rows, facts=facts)
+    request |= {"seq_len": seq_len, "long": too_long,
+                "template": zlib.crc32(f"{template}{tok.special_tokens}{tok.eos_id}".encode())}
+    return shards.prepare(folder, tok, request, stages, encode=encode_rows, facts=facts)
 
 
 def uuid_pairs(count, seed):
@@ -125,13 +127,15 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
     learned = words >= LEARNED
     if cut and too_long == "drop" or not learned[1:].any():  # nothing predicts the first token
         return None, {"dropped": 1}
+    if cut:
+        size = len(tok.decode(words[learned] & (FIRST - 1)).encode())
     words[0] |= np.uint32(FIRST)
     return words, {"bytes": size, "learned": int(learned.sum()), "longest": len(words),
                    "truncated": int(cut)}
 
 
 def encode_row(tok, row, format_name):
-    """(ids with the flag LEARNED, bytes of the responses) of a row.
+    """(ids with the flag LEARNED, bytes of the responses without end-of-text) of a row.
     A response ends with end-of-text, which is learned. A chat template writes end-of-text itself;
     if it does not, only the last answer gets one. Text that the template writes after end-of-text
     (a line break) is not learned, and what follows the last learned token is left out."""
@@ -157,7 +161,8 @@ def encode_row(tok, row, format_name):
         words += [token | LEARNED for token in part[:learned]] + part[learned:]
     while words and words[-1] < LEARNED:
         words.pop()
-    answers = "".join(text for text, is_answer in turns if is_answer)
+    end = by_template and tok.special_tokens.get("eos_token") or "\0"
+    answers = "".join(text.partition(end)[0] for text, is_answer in turns if is_answer)
     return words, len(answers.encode("utf-8", "replace"))
 
 
@@ -179,10 +184,12 @@ def template_turns(tok, messages):
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(tok, messages[:i], True), render(tok, messages[:i + 1], False)
-            need(before.startswith(done) and after.startswith(before), "the chat template of "
-                 f"{tok.folder} writes a message differently when others follow, so that answers "
-                 "cannot be told from prompts: remove the template from a copy of the folder, and "
-                 f"Tulu's format is used. Seen at {message['content']!r:.100}")
+            is_kept = before.startswith(done) and after.startswith(before)
+            if i == 0 and not is_kept:
+                raise RefusedChat("the chat template cannot begin a chat with an answer")
+            need(is_kept, f"the chat template of {tok.folder} writes a message differently when "
+                 "others follow, so that answers cannot be told from prompts: take a copy "
+                 f"of the folder without it (Tulu's format). Seen at {message['content']!r:.99}")
             turns += [(before[len(done):], False), (after[len(before):], True)]
             done = after
     return turns

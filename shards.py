@@ -77,8 +77,6 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
             changed = changes(written["request"], manifest["request"])
             need(not changed, f"{folder} holds another corpus ({changed}): remove it, or take "
                  "another NAME")
-            if "content" in manifest["request"].keys() - written["request"]:
-                print(f"note: {folder} has no checksums of its files; their names and sizes agree")
             print(f"{folder} is prepared already: {summary(written)}")
             return written
         tok.copy_files(folder)
@@ -95,9 +93,9 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
 
 
 def changes(before, now):
-    """A text, "key was a, now b; ...". Old requests lack "content", the checksums of files."""
+    """A text, "key was a, now b; ..."."""
     return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
-                     if before.get(key) != now.get(key) and (key in before or key != "content"))
+                     if before.get(key) != now.get(key))
 
 
 class SplitWriter:

@@ -87,24 +87,23 @@ def test_another_corpus_is_not_overwritten(files):
         data.main(["text", "one", "a.jsonl", "b.json.gz", "--tokenizer=bytes"])
 
 
-def test_other_content_under_the_same_name_and_size_is_another_corpus(files):
+def test_one_changed_letter_in_the_middle_of_a_file_is_another_corpus(files):
+    rows = [json.dumps({"text": "plain text"}) + "\n"] * 100_000  # 2.6 MB
+    (files / "a.jsonl").write_text("".join(rows))
     data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
-    (files / "other").mkdir()
-    content = (files / "a.jsonl").read_text().replace("plain", "other")
-    (files / "other" / "a.jsonl").write_text(content)
-    with pytest.raises(UserError, match="holds another corpus .content was"):
-        data.main(["text", "one", "other/a.jsonl", "--tokenizer=bytes"])
+    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
+    rows[50_000] = rows[0].replace("plain", "plaim")
+    (files / "a.jsonl").write_text("".join(rows))
+    with pytest.raises(UserError, match="holds another corpus .crc32 was"):
+        data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
 
 
-def test_a_manifest_without_checksums_agrees_by_names_and_sizes(files, capsys):
-    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
-    path = files / "data" / "one" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["request"]["content"]
-    path.write_text(json.dumps(manifest))
-    data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
-    out = capsys.readouterr().out
-    assert "note: data/one has no checksums of its files; their names and sizes agree" in out
+def test_a_file_both_of_training_and_of_validation_is_noted(files, capsys):
+    (files / "copy.jsonl").write_bytes((files / "a.jsonl").read_bytes())
+    for name, val in (("one", "a.jsonl"), ("two", "copy.jsonl"), ("three", "d.txt")):
+        data.main(["text", name, "a.jsonl", "--val", "d.txt", val, "--tokenizer=bytes"])
+        noted = "note: a file of --val is among the training files" in capsys.readouterr().out
+        assert noted == (name != "three")
 
 
 def test_a_fingerprint_is_of_the_tokens(files):

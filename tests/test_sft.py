@@ -113,6 +113,8 @@ def test_a_template_gives_transformers_ids_and_the_answers_are_learned(tmp_path)
     assert ids.count(start) == 5 and tok.eos_id == end and ids[-1] == end
     answers = [i for i, is_learned in zip(ids, learned, strict=True) if is_learned]
     assert answers == [*b"One.", end, *b"  Zwei\n", end]
+    _, counts = sft.encode(tok, {"messages": CHAT}, "messages")
+    assert counts["bytes"] == len("One.  Zwei\n")  # as of other formats: without end-of-text
     prompt = theirs.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
     wanted = theirs(prompt, add_special_tokens=False).input_ids
     assert ids[:learned.index(True)] == wanted
@@ -135,6 +137,36 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
     tok = chat_folder(tmp_path / "fails", "{{ messages[0].x.y }}")
     with pytest.raises(UserError, match="cannot write .*no attribute"):
         sample(tok, {"messages": CHAT})
+
+
+def test_a_chat_that_begins_with_an_answer_is_left_out_if_the_template_cannot(tmp_path):
+    """As SmolLM2's: a system prompt of its own comes before the first message, if there is one."""
+    tok = chat_folder(tmp_path / "chat", (
+        "{% for m in messages %}{% if loop.first %}SYSTEM|{% endif %}{{ m['role'][0] }}:"
+        "{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"))
+    with pytest.warns(UserWarning, match="cannot begin a chat with an answer"):
+        words, counts = sft.encode(tok, {"messages": CHAT[1:]}, "messages")
+    assert words is None and counts == {"dropped": 1, "refused": 1}
+    assert sft.encode(tok, {"messages": CHAT[:2]}, "messages")[0] is not None
+
+
+@pytest.mark.parametrize("file, before, after", [
+    ("chat_template.jinja", "<|im_start|>", "<|im_start|> "),
+    ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"')])
+def test_another_template_or_end_of_text_is_another_corpus(tmp_path, file, before, after):
+    """The tokenizer's name, a checksum of tokenizer.json, is the same."""
+    chat_folder(tmp_path / "chat")
+
+    def prepare():
+        return sft.prepare(tmp_path / "data", str(tmp_path / "chat"), {"source": "test"},
+                           [(lambda: [{"messages": CHAT}], ["train"])], "messages")
+
+    assert prepare()["splits"] == prepare()["splits"]
+    path = tmp_path / "chat" / file
+    path.write_text(path.read_text().replace(before, after))
+    tokenizer.load.cache_clear()
+    with pytest.raises(UserError, match="holds another corpus .template was"):
+        prepare()
 
 
 def test_a_chat_that_the_template_refuses_is_left_out_and_counted(tmp_path, capsys):
@@ -178,8 +210,8 @@ def test_long_samples_are_dropped_or_cut_and_counted():
         kept = [(words, counts) for words, counts in encoded if words is not None]
         assert [len(words) for words, _ in kept] == lengths
         assert [counts for _, counts in kept] == [
-            {"bytes": 4, "learned": learned[i], "longest": lengths[i], "truncated": truncated[i]}
-            for i in range(len(kept))]
+            {"bytes": min(4, learned[i]), "learned": learned[i], "longest": lengths[i],
+             "truncated": truncated[i]} for i in range(len(kept))]  # a byte is a token here
         dropped = [counts for words, counts in encoded if words is None]
         assert dropped == [{"dropped": 1}] * (6 - len(kept))
     last = kept[-1][0][-1]  # no end-of-text where the response did not end
