@@ -53,7 +53,7 @@ def contiguous_order(position, width):
 
 def rolled_order(position, width, generator):
     """A random permutation of position, 0 ... n - 1: all are rolled, then every piece of `width`.
-    Long runs are read fast. Merged cycles reach the rank of uniform ones (LOG.md, 2026-11-22)."""
+    Long runs are read fast. Merged cycles nearly reach the rank of uniform ones (LOG.md)."""
     def rolled(indices):
         offset = torch.randint(len(indices), (1,), generator=generator, device="cpu")
         return indices.roll(int(offset))
@@ -355,9 +355,6 @@ class AdaptedLinear(nn.Module):
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
         return delta.square().sum()
 
-    def extra_repr(self):
-        return "in_features={1}, out_features={0}".format(*self.matrix.shape)
-
     def get_extra_state(self):
         """The update's settings, so that load_state_dict refuses an update that is another map."""
         update = getattr(self.update, "inner", self.update)
@@ -445,8 +442,6 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
     save_pretrained_merged(model)
-    if dropout:
-        warnings.warn(f"dropout {dropout}: layers run two paths, slower than merged", stacklevel=2)
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square "
                       "with more entries than its weight: full rank would cost less", stacklevel=2)
@@ -506,9 +501,9 @@ def find_linears(model):
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order."""
     linears, chosen = find_linears(model), set()
-    if targets == "all-linear" and hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
-        linears = {name: m for name, m in linears.items() if m is not head}
+    if targets == "all-linear":
+        find_head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))
+        linears = {name: m for name, m in linears.items() if m is not find_head()}
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = rf"(.*\.)?{re.escape(target)}"
         if isinstance(targets, str):
@@ -535,6 +530,8 @@ def refuse_unfit(model, linears):
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         others = [key for key, held in named if held is weight and key != f"{name}.weight"]
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(f"{name} has forward hooks, which an adapted layer would not call")
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         if not is_transposed(linear) and (
@@ -552,10 +549,10 @@ def features_of(linear):
 
 
 def start_cycle(layers, seed, cycle):
-    """Start the updates of [(name, AdaptedLinear)]: dW = 0, with the draws of this seed and cycle,
-    functions of seed, cycle and names: the same on every rank and after a resume."""
+    """Start [(name, AdaptedLinear)] at dW = 0, with draws that depend on seed, cycle and name."""
     def seed_of(name):
-        return zlib.crc32(f"{seed} {cycle} {name}".encode())
+        own = name.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile and DDP
+        return zlib.crc32(f"{seed} {cycle} {own}".encode())
 
     for name, layer in layers:
         with whole_parameters(layer):
@@ -609,17 +606,20 @@ def _save_merged(model, folder, *, state_dict=None, **options):
 
 
 def restart(model, optimizer, cycle, seed=0, keep=0.0):
-    """Merge and start every update again, with the draws of `cycle` (1, 2, ...): ReLoRA, ReMoRA.
-    The function is unchanged. The optimizer forgets the states of the adapters alone, step counts
-    included. keep > 0: instead, only this part of their first moments, the largest, is left.
-    Returns {"states": the number forgotten or pruned, "update_norm": the Frobenius norm of all that
-    was merged}. Raises RuntimeError for an adapter's tensor without a state: it was not trained."""
+    """ReLoRA, ReMoRA: merge and start every update again, with the draws of `cycle` (1, 2, ...).
+    The function is the same to rounding. The optimizer forgets the adapters' states alone, step
+    counts too; keep > 0: only this part of Adam's first moments, the largest, is left instead.
+    Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
+    was merged}. RuntimeError: an adapter has no state to forget. ValueError: weights of 16 bits."""
     layers = adapted_layers(model)
+    if any(layer.weight.dtype.itemsize < 4 for _, layer in layers):
+        raise ValueError("restarts add small updates, which 16 bits round away: keep float32")
     kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
             for p in layer.update.low_rank.parameters()}
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
-    states = sum(bool(optimizer.state.get(parameter)) for parameter in parameters)
-    if states != len(parameters):
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    states = sum("exp_avg" in state if keep else bool(state) for state in states)
+    if states != len(parameters) or not parameters:
         raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
     norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()

@@ -198,7 +198,7 @@ def first_losses(model, batches):
 
 
 def prepare_model(cfg, model, device, cycle, losses=None):
-    """Adapt, move, set precision, compile, in this order and in place; return the optimizer.
+    """Adapt, set precision, shard, move, compile, in this order and in place; return the optimizer.
     losses: of a new run, for groups "gradient"; a checkpoint holds the groups."""
     on_gpu, options = device.type == "cuda", cfg.adapter()
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu

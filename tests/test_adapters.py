@@ -32,7 +32,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_pefts(variant, bias):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mora
+from model import Llama, LlamaConfig
 from mora import GROUPS, OPERATORS, contiguous_order, rolled_order
 
 # (in, out, rank): d != k both ways, r^ >= in, odd r^, exact division, many more pieces on one side
@@ -322,6 +323,44 @@ def test_restart_may_keep_or_prune_the_states(keep):
     assert after["step"] == before["step"] and M.abs().sum() == 0
 
 
+@pytest.mark.parametrize("wrap", (torch.compile, lambda model: nn.ModuleDict({"module": model})))
+def test_a_restart_of_a_wrapped_model_draws_as_one_of_the_model(wrap):
+    """torch.compile and DDP put a prefix before every name."""
+    orders = []
+    for own in (lambda model: model, wrap):
+        model = adapted("mora", {"groups": "permute"})
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer, 1)
+        mora.restart(own(model), optimizer, cycle=1)
+        orders.append([layer.update.fold_out.order for _, layer in mora.adapted_layers(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
+
+
+def test_restarts_need_weights_that_take_small_updates():
+    model = adapted("mora", {})
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 1)
+    layer = model["up_proj"]
+    layer.weight.data = layer.weight.bfloat16()
+    before = copy.deepcopy(mora.adapter_tensors(model))
+    with pytest.raises(ValueError, match="16 bits round away"):
+        mora.restart(model, optimizer, cycle=1)
+    after = mora.adapter_tensors(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_restart_that_cannot_keep_moments_changes_nothing():
+    model = adapted("mora", {})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 1)
+    before = model["q_proj"].weight.clone()
+    with pytest.raises(RuntimeError, match="0 optimizer states for"):
+        mora.restart(model, optimizer, cycle=1, keep=0.1)
+    assert torch.equal(model["q_proj"].weight, before)
+    with pytest.raises(RuntimeError, match="0 optimizer states for 0"):
+        mora.restart(small_model(), optimizer, cycle=1)
+
+
 def test_restart_raises_for_an_adapter_that_was_not_trained():
     model = adapted("lora", {})
     optimizer = torch.optim.AdamW([model["q_proj"].update.A, model["q_proj"].update.B])
@@ -483,6 +522,22 @@ def test_a_layer_whose_weight_torch_reads_is_refused_by_name(target):
     message = rf"encoder\.(self_attn\.)?{target} is no target: nn.{reader} reads its weight"
     with pytest.raises(ValueError, match=message):
         mora.adapt(model, rank=1, targets=(target,))
+
+
+def test_a_layer_with_hooks_is_refused():
+    model = small_model()
+    handle = model["head"].register_forward_hook(lambda module, inputs, output: 10 * output)
+    with pytest.raises(ValueError, match="head has forward hooks"):
+        mora.adapt(model, targets=("head",))
+    handle.remove()
+    mora.adapt(model, targets=("head",))
+
+
+def test_all_linear_leaves_out_the_head_of_this_projects_model():
+    model = Llama(LlamaConfig(vocab_size=17, hidden_size=16, intermediate_size=24,
+                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    names = [name for name, _ in mora.adapted_layers(mora.adapt(model, targets="all-linear"))]
+    assert len(names) == 7 and "lm_head" not in names
 
 
 def test_a_layer_without_a_weight_to_merge_into_is_refused():

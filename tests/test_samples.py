@@ -131,7 +131,6 @@ def test_the_mean_over_processes_and_micro_batches_is_the_gradient_of_the_big_ba
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:dropout")
 def test_resume_is_bitwise_identical(fit):
     words = ("--method=lora", "--dropout=0.1", "--epochs=1.5", "--schedule=linear",
              "--save_every=7")

@@ -67,7 +67,6 @@ GOLDEN = {"full": 3.24797, "rotate": 3.27925, "remora": 3.39649, "relora": 4.026
           "gradient": 4.53446, "mixed": 3.25075}
 
 
-@pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bitwise_identical(run, method):
     words = ["--micro_batch=4", *METHODS[method]]
