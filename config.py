@@ -94,7 +94,7 @@ class Config:
     lora_A: str = key("uniform", "how A is drawn; frozen: as AsyLoRA", lora.KINDS_OF_A, LORA)
     lora_plus_ratio: float = key(1.0, "learning rate of B over that of A (LoRA+)", ABOVE_0, LORA)
     dora: bool = key(False, "train the magnitudes of the rows of W + dW (DoRA)", only=ADAPTERS)
-    dropout: float = key(0.0, "dropout on the input of the adapters: two paths, slower", BELOW_1, ADAPTERS)
+    dropout: float = key(0.0, "dropout on the input of the adapters (slower)", BELOW_1, ADAPTERS)
     targets: tuple[str, ...] = key(mora.PROJECTIONS, "names of the linear layers to adapt")
     train_rest: bool = key(True, "embeddings, norms and head train too; False: adapters only")
     restart_every: int = key(0, "steps between merging restarts (ReLoRA, ReMoRA); 0: none")

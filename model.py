@@ -1,8 +1,8 @@
-"""A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention. No adapters here.
+"""A LLaMA-like transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention, products in FP8.
 
 Its state dict is that of Hugging Face's LlamaForCausalLM, so a checkpoint IS a Hugging Face one.
-Parameters are float32; the computation runs in `model.compute_dtype` (bfloat16 on a GPU), norms and
-losses in float32.
+Parameters are float32 (frozen ones may be smaller); the computation runs in `model.compute_dtype`
+(bfloat16 on a GPU), norms and losses in float32.
 
 Letters in shape comments: B sequences, T positions, D hidden_size, H heads, Hk key/value heads,
 Dh head size, V vocabulary.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
 LARGEST = 448.0  # number of e4m3
-ROOM = 32.0      # LARGEST * scale over the largest weight when an FP8 scale is set;
+ROOM = 32.0      # LARGEST * scale over the largest weight, at least, when an FP8 scale is set
 TIGHT = 4.0      # a scale is renewed when less room than this is left
 
 
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
-        """Draw the weights from N(0, 0.02) with a generator of their own; seed None: torch's draws.
+        """Draw the weights, N(0, std 0.02), with a generator of their own; seed None: torch's draws.
         residual_init: 0.02 / sqrt(2 layers) for o_proj and down_proj, which add to the residual."""
         super().__init__()
         self.cfg = cfg

@@ -1,7 +1,7 @@
 """How the parameters learn: groups, the learning rate, AdamW and Muon, one optimizer step.
 
     matrices    the update's (M; LoRA's A and B), in full rank the blocks': rate lr, AdamW or Muon
-    the rest    embeddings, head, norms: rate rest_lr (0: lr), always by AdamW
+    the rest    embeddings, head, norms: rate rest_lr (0: lr), always by AdamW (DoRA's lengths: lr)
 
 Every rate follows one schedule, learning_rate(step, cfg), a pure function. A group has a fixed
 ratio to it: rest_lr / lr for the rest, lora_plus_ratio for LoRA's B (LoRA+, arXiv 2402.12354).

@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import rates  # noqa: E402
 
 LOOK_EVERY = 5  # seconds after which a worker that waits reads the plan again
+SAVE_WITHIN = 15  # seconds that workers have to save their runs after SIGTERM
 
 
 def claim(path):
@@ -225,6 +227,21 @@ def work(path, out, deadline):
             own.append((trained_steps(line), time.time() - started))
 
 
+def stop(workers):
+    """End the workers and this process. They have sessions of their own, so that a signal to the
+    sweep's group reaches them through here alone. One that trains saves its run; one between two
+    runs may take no notice, since train.py's handler outlives a run."""
+    for worker in workers:
+        worker.terminate()
+    end = time.time() + SAVE_WITHIN
+    while time.time() < end and None in [worker.poll() for worker in workers]:
+        time.sleep(0.1)
+    for worker in workers:
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+    raise SystemExit(143)
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
@@ -244,11 +261,14 @@ def main():
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else range(args.gpus)
     workers, deadline = [], time.time() + args.seconds
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop(workers))
     for i in range(len(gpus) * args.per_gpu):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpus[i % len(gpus)])}
         command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}"]
         with open(args.out / f"worker{i}.log", "a") as log:
-            workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log,
+                                            start_new_session=True))
     # a killed worker keeps its process id until poll(), so that the others take it for alive
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)

@@ -296,6 +296,42 @@ __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_sweep_that_is_stopped_leaves_no_worker(tmp_path):
+    """One would go on with the next run, and its lines would be of a sweep that has ended."""
+    plan, started = tmp_path / "plan.py", tmp_path / "started"
+    plan.write_text(f"""
+import os, time
+from pathlib import Path
+import __main__
+EVALUATE, RUNS = [], {{"a": ("config", [])}}
+
+def run_one(name, words, folders, out, spectra):
+    Path({str(started)!r}).write_text(f"{{os.getpid()}}\\n")
+    time.sleep(60)
+
+__main__.run_one = run_one
+""")
+    process = subprocess.Popen([sys.executable, sweep.__file__, plan, tmp_path / "out"])
+    while not started.exists() or not started.read_text().endswith("\n"):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_a_worker_that_takes_no_notice_of_a_stop_is_killed(monkeypatch):
+    """As one that evaluates: the handler of train.py outlives its run."""
+    monkeypatch.setattr(sweep, "SAVE_WITHIN", 0.2)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=1); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE,
+                              start_new_session=True)
+    worker.stdout.readline()
+    with pytest.raises(SystemExit):
+        sweep.stop([worker])
+    assert worker.wait(timeout=5) == -signal.SIGKILL
+
+
 def test_what_prepare_yields_is_in_the_record(sweeping):
     sweeping.write("ab", """
 import contextlib
