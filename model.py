@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     def __init__(self, cfg, seed=None, residual_init=False):
-        """Draw the weights, N(0, std 0.02), with a generator of their own; seed None: torch's draws.
+        """Draw weights of deviation 0.02 with a generator of their own; seed None: torch's draws.
         residual_init: 0.02 / sqrt(2 layers) for o_proj and down_proj, which add to the residual."""
         super().__init__()
         self.cfg = cfg
