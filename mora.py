@@ -454,12 +454,12 @@ def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
                                 ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A)):
         if value not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     if method != "lora" and (alpha or rslora or lora_A != "uniform"):
         raise ValueError("alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): "
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
-    if alpha < 0 or rslora and not alpha:
+    if not 0 <= alpha < math.inf or rslora and not alpha:
         raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
 
 
@@ -504,7 +504,7 @@ def find_targets(model, targets):
     if targets == "all-linear":
         find_head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))
         linears = {name: m for name, m in linears.items() if m is not find_head()}
-    for target in [targets] if isinstance(targets, str) else targets:
+    for target in [targets] if isinstance(targets, str) else targets or [""]:
         pattern = rf"(.*\.)?{re.escape(target)}"
         if isinstance(targets, str):
             pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"

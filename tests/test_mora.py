@@ -406,6 +406,15 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), targets=("qproj",))
     with pytest.raises(ValueError, match="'embed' matches no linear layer"):
         mora.adapt(small_model(), targets=("embed",))
+    for targets in ([], ()):  # nothing would be adapted, and all of the model frozen
+        with pytest.raises(ValueError, match="'' matches no linear layer.*q_proj"):
+            mora.adapt(small_model(), targets=targets)
+    for rank in (8.0, "8", None, 0):
+        with pytest.raises(ValueError, match="rank must be a whole number from 1 on, got"):
+            mora.adapt(small_model(), rank=rank, targets=("head",))
+    for alpha in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="give it an alpha above 0, got"):
+            mora.adapt(small_model(), "lora", alpha=alpha, targets=("head",))
     with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
         mora.adapt(nn.Sequential(nn.ReLU()), targets="all-linear")
     only_head = nn.Sequential(nn.Linear(4, 4))
