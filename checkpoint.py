@@ -333,7 +333,7 @@ def resume(path, model, optimizer):
                 values[key] = mora.as_sharded(value, p) if value.ndim else value
         optimizer.load_state_dict(optimizer_state)
     state = read_state(path)
-    fit_scales(model)  # where none are stored, of a run that goes on with FP8
+    fit_scales(model)  # a run that goes on with FP8 has stored none
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
         scale.fill_(state["fp8_scales"].get(name, scale))
     return state

@@ -169,7 +169,7 @@ def file_stages(args, make):
                "crc32": {split: [file_record(path)["crc32"] for path in paths]
                          for split, paths in files.items()}}
     if {*request["crc32"]["train"]} & {*request["crc32"]["val"]}:
-        print("note: a file of --val is among the training files: its loss is not of new text")
+        print("note: a file of --val is a training file too, so its loss is not that of new text")
     return request, [(partial(documents, file_sources(paths), make, args.skip_bad), splits[split])
                      for split, paths in files.items() if paths]
 

@@ -57,7 +57,7 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
     for i in range(len(samples.lengths[:limit or None])):
         ids, learned = (part.tolist() for part in samples.sample(i))
         first = learned.index(True)
-        need(first, f"{samples.folder}: sample {i} begins with its answer: nothing asks for it")
+        need(first, f"{samples.folder}: sample {i} has no prompt before its answer")
         after = [*learned, False].index(False, first)
         prompts.append(ids[:first])
         references.append([token for token in ids[first:after] if token != tok.eos_id])

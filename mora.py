@@ -612,15 +612,16 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
     was merged}. RuntimeError: an adapter has no state to forget. ValueError: weights of 16 bits."""
     layers = adapted_layers(model)
-    if any(layer.weight.dtype.itemsize < 4 for _, layer in layers):
-        raise ValueError("restarts add small updates, which 16 bits round away: keep float32")
+    for name, layer in layers:
+        if layer.weight.dtype.itemsize < 4:
+            raise ValueError(f"{name}: {layer.weight.dtype} rounds small updates away: use float32")
     kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
             for p in layer.update.low_rank.parameters()}
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
-    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    states = sum("exp_avg" in state if keep else bool(state) for state in states)
+    held, kind = [optimizer.state.get(p, {}) for p in parameters], "Adam" if keep else "optimizer"
+    states = sum("exp_avg" in state if keep else bool(state) for state in held)
     if states != len(parameters) or not parameters:
-        raise RuntimeError(f"{states} optimizer states for {len(parameters)} adapter tensors: is "
+        raise RuntimeError(f"{states} {kind} states for {len(parameters)} adapter tensors: is "
                            "every adapter in the optimizer, and has it taken a step?")
     norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)

@@ -127,8 +127,7 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
     learned = words >= LEARNED
     if cut and too_long == "drop" or not learned[1:].any():  # nothing predicts the first token
         return None, {"dropped": 1}
-    if cut:
-        size = len(tok.decode(words[learned] & (FIRST - 1)).encode())
+    size = len(tok.decode(words[learned] & (FIRST - 1)).encode()) if cut else size
     words[0] |= np.uint32(FIRST)
     return words, {"bytes": size, "learned": int(learned.sum()), "longest": len(words),
                    "truncated": int(cut)}
@@ -161,9 +160,9 @@ def encode_row(tok, row, format_name):
         words += [token | LEARNED for token in part[:learned]] + part[learned:]
     while words and words[-1] < LEARNED:
         words.pop()
-    end = by_template and tok.special_tokens.get("eos_token") or "\0"
-    answers = "".join(text.partition(end)[0] for text, is_answer in turns if is_answer)
-    return words, len(answers.encode("utf-8", "replace"))
+    end = by_template and tok.special_tokens["eos_token"]
+    answers = [text.partition(end)[0] if end else text for text, is_answer in turns if is_answer]
+    return words, len("".join(answers).encode("utf-8", "replace"))
 
 
 def tulu_turns(messages):
@@ -188,8 +187,8 @@ def template_turns(tok, messages):
             if i == 0 and not is_kept:
                 raise RefusedChat("the chat template cannot begin a chat with an answer")
             need(is_kept, f"the chat template of {tok.folder} writes a message differently when "
-                 "others follow, so that answers cannot be told from prompts: take a copy "
-                 f"of the folder without it (Tulu's format). Seen at {message['content']!r:.99}")
+                 "others follow, so that answers cannot be told from prompts: without it, in a "
+                 f"copy of the folder, the format is Tulu's. Seen at {message['content']!r:.99}")
             turns += [(before[len(done):], False), (after[len(before):], True)]
             done = after
     return turns

@@ -149,14 +149,14 @@ def build_model(cfg, tokens):
     tokens.must_suit(model, tok, path)
     model = mora.merge(model) if mora.adapted_layers(model) else model
     shape = {k: v for k, v in dataclasses.asdict(model.cfg).items() if hasattr(cfg, k)}
-    notes = [f"{key} is {value}" for key, value in shape.items()
+    notes = [f"{key} {value}" for key, value in shape.items()
              if getattr(cfg, key) not in (value, config.FIELDS[key].default)]
     if cfg.seq_len > model.cfg.max_position_embeddings:
-        notes.append(f"it has {model.cfg.max_position_embeddings} positions, fewer than seq_len")
+        notes.append(f"{model.cfg.max_position_embeddings} positions, seq_len is {cfg.seq_len}")
     if not tok:
-        notes.append(f"it does not name its tokenizer, {cfg.data} has {tokens.tokenizer}")
+        notes.append(f"no name of its tokenizer, {cfg.data} has {tokens.tokenizer}")
     if notes and os.environ.get("RANK", "0") == "0":
-        print(f"note: in {path} {'; '.join(notes)}")
+        print(f"note: the model in {path} has {'; '.join(notes)}")
     return dataclasses.replace(cfg, **shape), model
 
 

@@ -31,6 +31,25 @@ class Paper(NamedTuple):
     cells: dict  # {the row's part of the metrics' names: text}
 
 
+def scores_of(title):
+    """The columns of one optimizer in pretrain_60m."""
+    name = f"{{}}.{title.lower()}"
+    return (Column(f"{title}: wiki", f"{name}.wiki_ppl_mean", "{:.2f}", missing="not run"),
+            Column("±", f"{name}.wiki_ppl_std", "{:.2f}", missing="-"),
+            Column("c4", f"{name}.c4_ppl_mean", "{:.0f}", missing="-"),
+            Column("seeds", f"{name}.seeds", "{}", missing="-"))
+
+
+def grid_of(title):
+    """The columns of one optimizer in pretrain_60m/grids."""
+    name = f"{{}}.{title.lower()}"
+    return (Column(f"{title}: wiki", f"{name}.grid_ppl", "{:.1f}", missing="not run"),
+            Column("lr", f"{name}.lr", "rate", missing="-"),
+            Column("rest_lr", f"{name}.rest_lr", "rate", missing="-"),
+            Column("rates", f"{name}.rates_tried", "{}", missing="-"),
+            Column("closed", f"{name}.bracketed", "yes/no", missing="-"))
+
+
 # NAME: ({label in README: the row's part of the metrics' names}, columns). NAME is a folder of
 # results/, or FOLDER/ANYTHING for a further table from the same folder.
 TABLES = {
@@ -41,18 +60,11 @@ TABLES = {
         "frozen blocks, AdamW": "frozen",
         "one-block model, full rank": "full_one_block",
         "MoRA and LoRA, r = 80": "best_r80", "MoRA, share, r = 80": "mora_share_r80",
-        "LoRA, r = 80": "lora_r80",
+        "LoRA, r = 80": "lora_r80", "ReMoRA, alternate, r = 80": "remora_alternate_r80",
     }, (
         Column("trained", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),
         Column("rank", "{}.muon.rank", "{:.0f}", missing="-"),
-        Column("Muon: wiki", "{}.muon.wiki_ppl_mean", "{:.2f}"),
-        Column("±", "{}.muon.wiki_ppl_std", "{:.2f}"),
-        Column("c4", "{}.muon.c4_ppl_mean", "{:.0f}"),
-        Column("seeds", "{}.muon.seeds", "{}"),
-        Column("AdamW: wiki", "{}.adamw.wiki_ppl_mean", "{:.2f}", missing="not run"),
-        Column("±", "{}.adamw.wiki_ppl_std", "{:.2f}", missing="-"),
-        Column("c4", "{}.adamw.c4_ppl_mean", "{:.0f}", missing="-"),
-        Column("seeds", "{}.adamw.seeds", "{}", missing="-"),
+        *scores_of("Muon"), *scores_of("AdamW"),
         Column("M tokens", "{}.adamw.tokens_m", "{}", missing="-"),
     )),
     "pretrain_60m/tokens": ({
@@ -74,18 +86,8 @@ TABLES = {
         "ReLoRA": "relora", "ReLoRA, warm-up 50 of 200": "relora_warmup50",
         "frozen blocks, AdamW": "frozen", "MoRA, share, r = 80": "mora_share_r80",
         "MoRA and LoRA, r = 80": "best_r80", "LoRA, r = 80": "lora_r80",
-    }, (
-        Column("Muon: wiki", "{}.muon.grid_ppl", "{:.1f}", missing="-"),
-        Column("lr", "{}.muon.lr", "rate", missing="-"),
-        Column("rest_lr", "{}.muon.rest_lr", "rate", missing="-"),
-        Column("rates", "{}.muon.rates_tried", "{}", missing="-"),
-        Column("closed", "{}.muon.bracketed", "yes/no", missing="-"),
-        Column("AdamW: wiki", "{}.adamw.grid_ppl", "{:.1f}", missing="not run"),
-        Column("lr", "{}.adamw.lr", "rate", missing="-"),
-        Column("rest_lr", "{}.adamw.rest_lr", "rate", missing="-"),
-        Column("rates", "{}.adamw.rates_tried", "{}", missing="-"),
-        Column("closed", "{}.adamw.bracketed", "yes/no", missing="-"),
-    )),
+        "ReMoRA, alternate, r = 80": "remora_alternate_r80",
+    }, (*grid_of("Muon"), *grid_of("AdamW"))),
     "fp8/65k": ({
         "full rank, bf16": "full_muon", "full rank, FP8": "full_muon_fp8",
         "LoRA, FP8": "lora_muon_fp8", "**MoRA, FP8**": "mora_muon_fp8",

@@ -273,7 +273,7 @@ def test_a_sample_that_begins_with_its_answer_asks_nothing(tmp_path):
     shards.prepare(tmp_path / "d", tok, {}, [(lambda: [words], ["train"])],
                    encode=lambda tok, words: (words, {"bytes": 1, "learned": 2}),
                    facts={"kind": "samples", "format": "prompt"})
-    with pytest.raises(UserError, match="sample 0 begins with its answer"):
+    with pytest.raises(UserError, match="sample 0 has no prompt before its answer"):
         evaluate.answers(tiny(seed=1), tok, open_split(tmp_path / "d", "train"))
 
 

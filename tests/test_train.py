@@ -362,9 +362,10 @@ def test_full_rank_warm_start(run, capsys):
               "--hidden_size=32")
     assert records(out, "val_loss")[0] == pytest.approx(records(warm, "val_loss")[60], rel=1e-5)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 16
-    assert f"note: in {warm}/step-00000060 hidden_size is 16\n" in capsys.readouterr().out
+    note = f"note: the model in {warm}/step-00000060 has hidden_size 16\n"
+    assert note in capsys.readouterr().out
     run(f"--init_from={warm}", f"--out={warm.with_name('longer')}", "--steps=1", "--seq_len=64")
-    assert "step-00000060 it has 16 positions, fewer than seq_len\n" in capsys.readouterr().out
+    assert "step-00000060 has 16 positions, seq_len is 64\n" in capsys.readouterr().out
 
 
 class Board:

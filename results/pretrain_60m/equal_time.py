@@ -14,11 +14,12 @@ from pathlib import Path
 import pretraining
 
 FP8 = Path(__file__).parents[1] / "fp8"
-FILES = {"": "bench_65k_r128.json", "_r80": "bench_65k_r320.json"}  # 10 % and 25 % of the blocks
-# {method here: (method of bench.py, steps between restarts or 0)}
-SPEEDS = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
-          "remora_permute": ("remora_permute", 100), "best": ("mixed", 10),
-          "mora_share_r80": ("mora", 0), "lora_r80": ("lora", 0), "best_r80": ("mixed", 10)}
+# {method here: (rank of the same share of the 1.3b shape, method of bench.py, steps between
+# restarts or 0)}
+SPEEDS = {"full": (128, "full", 0), "mora_share": (128, "mora", 0), "lora": (128, "lora", 0),
+          "remora_permute": (128, "remora_permute", 100), "best": (128, "mixed", 10),
+          "mora_share_r80": (320, "mora", 0), "lora_r80": (320, "lora", 0),
+          "best_r80": (320, "mixed", 10)}
 
 
 def token_seconds(bench, method, every=0):
@@ -57,9 +58,9 @@ def at_ratio(by_tokens, ratio):
 def numbers(groups):
     """Return the flat numbers of the model; groups: {(method, optimizer): {M tokens: [runs]}}."""
     found = {}
-    full = token_seconds(read_bench(FILES[""]), "full_muon")
-    for method, (name, every) in SPEEDS.items():
-        bench = read_bench(FILES["_r80" if method.endswith("_r80") else ""])
+    full = token_seconds(read_bench("bench_65k_r128.json"), "full_muon")
+    for method, (rank, name, every) in SPEEDS.items():
+        bench = read_bench(f"bench_65k_r{rank}.json")
         seconds = token_seconds(bench, f"{name}_muon_fp8", every)
         if not (full and seconds):
             continue

@@ -39,6 +39,9 @@ METHODS = {
     "lora_r80": ["--method=lora", "--rank=80"],
     "mora_share_r80": ["--method=mora", "--rank=80"],
     "best_r80": [*PERMUTE, "--rank=80", "--restart_every=10", "--lora_rank=40"],
+    # the best ReMoRA with AdamW, at r = 80
+    "remora_alternate_r80": ["--method=mora", "--rank=80", "--groups=alternate",
+                             "--restart_every=200", "--restart_warmup=5"],
 }
 # {(method, optimizer): (lr, rest_lr) where its grid starts}, the most important first
 MUON = {("full", "muon"): (2e-3, 3.2e-2), ("best", "muon"): (4e-3, 3.2e-2),
@@ -52,10 +55,12 @@ ADAMW = {("full", "adamw"): (1e-3, 1.6e-2), ("best", "adamw"): (1e-3, 1.6e-2),
          ("frozen", "adamw"): (1e-3, 6.4e-2)}
 OTHERS = {("full_one_block", "muon"): (4e-3, 3.2e-2), ("best_r80", "muon"): (4e-3, 3.2e-2),
           ("lora_r80", "muon"): (4e-3, 3.2e-2), ("mora_share_r80", "muon"): (2e-3, 3.2e-2)}
+ADAMW_R80 = {("lora_r80", "adamw"): (4e-3, 3.2e-2), ("mora_share_r80", "adamw"): (1e-3, 1.6e-2),
+             ("remora_alternate_r80", "adamw"): (1e-3, 1.6e-2)}
 # one run of 33 M tokens each, at least
 CHECKS = {("relora_warmup50", "muon"): (4e-3, 3.2e-2), ("mora_permute", "muon"): (4e-3, 6.4e-2),
           ("remora_alternate_warmup50", "muon"): (4e-3, 6.4e-2)}
-CENTRES = MUON | ADAMW | OTHERS | CHECKS
+CENTRES = MUON | ADAMW | OTHERS | ADAMW_R80 | CHECKS
 LONGEST = {(method, "muon") for method in ("full", "lora", "mora_share", "best")}
 SEED, MORE_SEEDS = 1337, (1, 2)
 STEPS = 1000  # of the runs of a grid
@@ -88,7 +93,7 @@ def plan(records):
     runs = {}
     for group in CHECKS:
         runs |= run(group, (0, 0))
-    for groups in (MUON, OTHERS, ADAMW):
+    for groups in (MUON, OTHERS, ADAMW, ADAMW_R80):
         best = {}  # {group: best point} of the grids that are closed
         for group in groups:
             point, missing = search(group, records)
