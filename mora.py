@@ -502,9 +502,9 @@ def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order."""
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
-        find_head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))
-        linears = {name: m for name, m in linears.items() if m is not find_head()}
-    for target in [targets] if isinstance(targets, str) else targets or [""]:
+        head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
+        linears = {name: m for name, m in linears.items() if m is not head}
+    for target in [targets] if isinstance(targets, str) else targets or [""]:  # none: an error
         pattern = rf"(.*\.)?{re.escape(target)}"
         if isinstance(targets, str):
             pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"

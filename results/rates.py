@@ -117,7 +117,7 @@ def runs(groups, records, score, make):
     """Return {name: make(group, lr, seed)}: the runs of a plan, the most informative first.
 
     groups: {(task, method, optimizer): rate in the middle}, the most important first. The second
-    rate is a higher one with Muon, whose best rates were two to four times AdamW's (pretrain_60m).
+    rate is a higher one with Muon, whose best rates were one to four times AdamW's (pretrain_60m).
     """
     wanted = []  # (stage, group, rate, seed)
     for group, centre in groups.items():
