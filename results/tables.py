@@ -65,7 +65,6 @@ TABLES = {
         Column("trained", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),
         Column("rank", "{}.muon.rank", "{:.0f}", missing="-"),
         *scores_of("Muon"), *scores_of("AdamW"),
-        Column("M tokens", "{}.adamw.tokens_m", "{}", missing="-"),
     )),
     "pretrain_60m/tokens": ({
         "full rank": "full", "MoRA and LoRA (60m_best)": "best", "MoRA, share": "mora_share",
