@@ -35,9 +35,9 @@ def print_failures(records):
             print(f"{record['name']} failed: {record['error']}")
 
 
-def spread(values):
-    """Return the standard deviation of a sample, 0 of a single value."""
-    return stdev(values) if len(values) > 1 else 0.0
+def spread(name, values):
+    """Return {NAME_std: the standard deviation of a sample}, {} of a single value."""
+    return {f"{name}_std": stdev(values)} if len(values) > 1 else {}
 
 
 def name_of(group, seed, lr):

@@ -161,8 +161,9 @@ TABLES = {
     }, (
         Column("parameters", "{}.parameters", "{:,}", missing="0"),
         Column("rate", "{}.lr", "rate", missing="-"),
-        Column("exact match", "{}.exact_match", "{:.1%}"),
+        Column("seeds", "{}.seeds", "{}"), Column("exact match", "{}.exact_match", "{:.1%}"),
         Column("test loss", "{}.test_loss", "{:.4f}"),
+        Column("±", "{}.test_loss_std", "{:.4f}", missing="-"),
         Paper("paper, 7B", {
             "fft": "66.6%", "lora": "64.6%", "mora_rotate_r8": "64.2%", "mora_share_r256": "67.9%",
             "operator_truncate": "59.5% (r = 8)", "operator_share": "62.5% (r = 8)",

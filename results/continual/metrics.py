@@ -34,12 +34,12 @@ def summarize(records, plan):
         name = f"{domain}.{rates.name_in_metrics(method, optimizer)}"
         learned = [record["bits_per_byte"] for record in seeds]
         numbers |= {f"{name}.bits_per_byte": mean(learned),
-                    f"{name}.bits_per_byte_std": rates.spread(learned),
                     f"{name}.wiki_bits_per_byte": mean(record["wiki_val_bits_per_byte"]
                                                        for record in seeds),
                     f"{name}.lr": seeds[0]["config"]["lr"], f"{name}.bracketed": int(is_inside),
                     f"{name}.seeds": len(seeds),
                     f"{name}.parameters": seeds[0]["trainable_parameters"]}
+        numbers |= rates.spread(f"{name}.bits_per_byte", learned)
     return numbers
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent
@@ -88,11 +88,11 @@ def of_60m():
         for key, runs in ((name, bf16), (f"{name}_fp8", fp8)):
             values = [run["val_ppl"] for run in runs]
             numbers |= {f"60m.{key}.ppl_mean": round(mean(values), 2),
-                        f"60m.{key}.ppl_std": round(rates.spread(values), 2),
+                        f"60m.{key}.ppl_std": round(stdev(values), 2),
                         f"60m.{key}.seeds": len(values)}
         changes = [b["val_loss"] - a["val_loss"] for a, b in zip(bf16, fp8, strict=True)]
         numbers |= {f"60m.{name}_fp8.loss_difference_mean": round(mean(changes), 4),
-                    f"60m.{name}_fp8.loss_difference_std": round(rates.spread(changes), 4)}
+                    f"60m.{name}_fp8.loss_difference_std": round(stdev(changes), 4)}
     return numbers
 
 
@@ -111,7 +111,7 @@ def others():
         values = [record["val_loss"] for name, record in records.items()
                   if name.startswith(f"{task}-mora_rotate_r8-adamw-")]
         numbers |= {f"gsm8k.{base}.test_loss_mean": round(mean(values), 4),
-                    f"gsm8k.{base}.test_loss_std": round(rates.spread(values), 4),
+                    f"gsm8k.{base}.test_loss_std": round(stdev(values), 4),
                     f"gsm8k.{base}.seeds": len(values)}
     return numbers
 

@@ -45,12 +45,12 @@ def draw(grids, file):
     """Draw a line per method and optimizer; grids: see loss_grids."""
     figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for color, (method, label) in enumerate(LABELS.items()):
-        for optimizer, style in (("adamw", "--"), ("muon", "-")):
+        for optimizer, name, style in (("adamw", "AdamW", "--"), ("muon", "Muon", "-")):
             losses = grids.get((method, optimizer), {})
             points = [(lr, loss) for lr, loss in sorted(losses.items()) if loss < 0.8]
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=f"C{color}",
-                          marker=".", label=f"{label}, {optimizer}")
+                          marker=".", label=f"{label}, {name}")
     axis.set(xscale="log", xlabel="learning rate", ylabel="nats per token, held-out questions")
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=100)

@@ -40,10 +40,11 @@ def earlier(path):
         searched = [record for record in records if record["seed"] == rates.SEED]
         best = min(searched, key=lambda record: record["dev_loss"])
         seeds = [record for record in records if record["lr"] == best["lr"]]
+        losses = [record["test_loss"] for record in seeds]
         numbers |= {f"{method}.exact_match": mean(record["numbers"] for record in seeds),
                     f"{method}.seeds": len(seeds), f"{method}.lr": best["lr"],
-                    f"{method}.test_loss": mean(record["test_loss"] for record in seeds),
-                    f"{method}.dev_loss": best["dev_loss"]}
+                    f"{method}.test_loss": mean(losses), f"{method}.dev_loss": best["dev_loss"]}
+        numbers |= rates.spread(f"{method}.test_loss", losses)
         if "trainable_parameters" in best:
             numbers[f"{method}.parameters"] = best["trainable_parameters"]
     del numbers["base.lr"]  # the untrained model has no rate
@@ -53,14 +54,15 @@ def earlier(path):
 def of_seeds(name, records):
     """Return the flat numbers of the runs of one rate; the first run is that of the search."""
     losses = [record["val_loss"] for record in records]
-    numbers = {f"{name}.test_loss": mean(losses), f"{name}.test_loss_std": rates.spread(losses),
+    numbers = {f"{name}.test_loss": mean(losses),
                f"{name}.dev_loss": math.log(records[0]["gsm8k_dev_ppl"]),
                f"{name}.seeds": len(records), f"{name}.lr": records[0]["config"]["lr"],
                f"{name}.parameters": records[0]["trainable_parameters"]}
+    numbers |= rates.spread(f"{name}.test_loss", losses)
     if all("numbers" in record for record in records):
         shares = [record["numbers"] for record in records]
-        numbers |= {f"{name}.exact_match": mean(shares),
-                    f"{name}.exact_match_std": rates.spread(shares)}
+        numbers[f"{name}.exact_match"] = mean(shares)
+        numbers |= rates.spread(f"{name}.exact_match", shares)
     return numbers
 
 

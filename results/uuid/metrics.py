@@ -25,8 +25,8 @@ def of_seeds(name, records, is_inside, plan):
     final = [curve[-1][1] for curve in curves]
     firsts = [plan["steps_to_99"](curve) for curve in curves]
     last = max(curve[-1][0] for curve in curves)
-    numbers = {f"{name}.accuracy_final": mean(final),
-               f"{name}.accuracy_final_std": rates.spread(final)}
+    numbers = {f"{name}.accuracy_final": mean(final)}
+    numbers |= rates.spread(f"{name}.accuracy_final", final)
     if all(firsts):
         numbers[f"{name}.steps_to_99"] = max(firsts)
     numbers |= {f"{name}.lr": records[0]["config"]["lr"], f"{name}.steps": last,
