@@ -1,9 +1,9 @@
 """The sweep of results/uuid: 10,000 pairs of UUIDs, every rate to the end, AdamW and Muon.
 
 Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right. Order: Muon's rates; rates that fall to 0, at r = 8; seeds of both; AdamW; groups chosen by
-the gradient. The runs that are done, in sweep.jsonl beside this file, decide what follows; so do
-those of runs.jsonl, of an earlier program, that were complete or had 99 %.
+right. Order: Muon's rates and seeds, AdamW's, groups chosen by the gradient, rates that fall to 0
+at r = 8. The runs that are done, in sweep.jsonl beside this file, decide what follows; so do those
+of runs.jsonl, of an earlier program, that were complete or had 99 %.
 """
 import json
 from pathlib import Path
@@ -83,12 +83,15 @@ def groups_of(records):
 
 
 def place(name):
-    """Return the place of a run in the order, for sorting: (tier, is another seed, rate falls)."""
+    """Return the place of a run in the order, for sorting: (tier, is another seed)."""
     (task, method, optimizer), seed, _ = rates.parts_of(name)
-    tier = 1 if optimizer == "adamw" else 0
-    if method in GRADIENT:
+    if task == "decay":
+        tier = 3
+    elif method in GRADIENT:
         tier = 2
-    return tier, seed != rates.SEED, task == "decay"
+    else:
+        tier = 1 if optimizer == "adamw" else 0
+    return tier, seed != rates.SEED
 
 
 RECORDS, EARLIER = read(), read_earlier()
