@@ -105,7 +105,6 @@ class Fold(nn.Module):
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
-    @torch.no_grad()
     def move(self, cycle, seed):
         """Take this cycle's permutation, for `permute` this seed's."""
         self.cycle, self.seed = cycle, seed
@@ -197,7 +196,6 @@ class Square(nn.Module):
         self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups)
         self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups)
 
-    @torch.no_grad()
     def start_cycle(self, cycle, generator):
         """Set M = 0. mora.start_cycle moves the groups."""
         self.M.zero_()
@@ -548,6 +546,7 @@ def features_of(linear):
     return (rows, columns) if is_transposed(linear) else (columns, rows)
 
 
+@torch.no_grad()
 def start_cycle(layers, seed, cycle):
     """Start [(name, AdaptedLinear)] at dW = 0, with draws that depend on seed, cycle and name."""
     def seed_of(name):
