@@ -625,21 +625,16 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
-        if keep:
-            prune_(optimizer.state[parameter]["exp_avg"], keep)
-        else:
+        if not keep:
             del optimizer.state[parameter]
+            continue
+        # the second moment stays: with zeros there, Adam's next step would be 3.16 times too large
+        first_moment = optimizer.state[parameter]["exp_avg"]
+        moment = whole(first_moment)
+        count = moment.numel() - max(1, round(keep * moment.numel()))
+        moment.view(-1)[moment.abs().flatten().topk(count, largest=False).indices] = 0
+        first_moment.copy_(as_sharded(moment, first_moment))
     return {"states": states, "update_norm": norm}
-
-
-def prune_(first_moment, part):
-    """Set all but the largest entries to zero, in place. The second moment stays: with zeros there
-    too, Adam's next step would be 3.16 times too large."""
-    moment = whole(first_moment)
-    kept = max(1, round(part * moment.numel()))
-    smallest = moment.abs().flatten().topk(moment.numel() - kept, largest=False).indices
-    moment.view(-1)[smallest] = 0
-    first_moment.copy_(as_sharded(moment, first_moment))
 
 
 # ------------------------------------------------------------ models that fully_shard (FSDP2) cut
