@@ -396,18 +396,16 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
     and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
-    method: "mora", "lora", or "frozen" (no update). operator, groups: MoRA's (see Square, Fold).
-    lora_rank: MoRA's; this part of the rank is a LoRA beside it (see Mixed).
-    alpha, rslora, lora_A: LoRA's (see LowRank). dora: either's (see Rescaled).
+    method: "mora", "lora", or "frozen" (no update). dora: of both (see Rescaled). operator, groups,
+    lora_rank: MoRA's (see Square, Fold, Mixed). alpha, rslora, lora_A: LoRA's (see LowRank).
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
     gradients: for groups "gradient", what gradient_norms returns; {}: load_state_dict follows.
     seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
-    check_options(method, rank, operator, groups, alpha, rslora, lora_A)
-    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
-        raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
-                         f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
+    check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout)
+    if not (isinstance(seed, int) and isinstance(cycle, int) and cycle >= 0):
+        raise ValueError(f"seed and cycle must be whole numbers, cycle from 0, got {seed}, {cycle}")
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
@@ -435,30 +433,39 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             if gradients:
                 update.fold_in.set_order(gradients[name][0].argsort(descending=True, stable=True))
                 update.fold_out.set_order(gradients[name][1].argsort(descending=True, stable=True))
-            if update.M.numel() > linear.weight.numel():
-                oversized.append(name)
+        if sum(p.numel() for p in update.parameters()) > linear.weight.numel():
+            oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
     save_pretrained_merged(model)
     if oversized:
-        warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square "
-                      "with more entries than its weight: full rank would cost less", stacklevel=2)
+        warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) an update "
+                      "of more entries than its weight: full rank would cost less", stacklevel=2)
     return model
 
 
-def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
+def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout):
     """Raise ValueError for options of adapt that are unknown or do not go together."""
     for key, value, choices in (("method", method, METHODS), ("operator", operator, OPERATORS),
                                 ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A)):
         if value not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
+    if method != "mora" and (operator, groups) != ("share", "strided"):
+        raise ValueError(f"operator, groups need method mora, {method} got {operator}, {groups}")
     if method != "lora" and (alpha or rslora or lora_A != "uniform"):
         raise ValueError("alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): "
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
+    if method == "frozen" and (dora or dropout):
+        raise ValueError(f"dora, dropout need method mora or lora, frozen got {dora}, {dropout}")
+    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
+        raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
+                         f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
     if not 0 <= alpha < math.inf or rslora and not alpha:
         raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
+    if dropout is True or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout}")
 
 
 def gradient_norms(model, losses, targets=PROJECTIONS):

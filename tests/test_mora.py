@@ -435,6 +435,28 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), operator="twist", targets=("head",))
 
 
+@pytest.mark.parametrize("method, option, message", [
+    ("lora", {"operator": "rotate"}, "operator, groups need method mora, lora got rotate"),
+    ("lora", {"groups": "permute"}, "operator, groups need method mora, lora got share, perm"),
+    ("mora", {"alpha": 16}, "are LoRA's .*: method mora got 16, False, 'uniform'"),
+    ("frozen", {"dora": True}, "dora, dropout need .*mora or lora, frozen got True, 0.0"),
+    ("frozen", {"dropout": 0.1}, "dora, dropout need .*mora or lora, frozen got False, 0.1"),
+    *(("lora", {"dropout": value}, f"dropout must be a number from 0 to below 1, got {value}")
+      for value in (-0.1, 1.0, 5, math.nan, True)),
+    *(("mora", option, "seed and cycle must be whole numbers, cycle from 0, got ")
+      for option in ({"cycle": -1}, {"cycle": 1.0}, {"seed": 1.5}, {"seed": "1"})),
+    ("mora", {"rank": True}, "rank must be a whole number from 1 on, got True"),
+])
+def test_an_option_that_would_have_no_effect_or_no_meaning_is_refused(method, option, message):
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(small_model(), method, targets=("head",), **option)
+
+
+def test_an_oversized_lora_warns():
+    with pytest.warns(UserWarning, match="rank 64 gives 1 layers .first head. .* more entries"):
+        mora.adapt(small_model(), "lora", rank=64, targets=("head",))
+
+
 def test_oversized_square_works_and_warns_once():
     with pytest.warns(UserWarning, match="more entries") as caught:
         mora.adapt(small_model(), rank=64, targets=("q_proj", "up_proj"))
