@@ -505,6 +505,9 @@ def find_linears(model):
 
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names"):
+            raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
@@ -535,8 +538,11 @@ def refuse_unfit(model, linears):
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         others = [key for key, held in named if held is weight and key != f"{name}.weight"]
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            raise ValueError(f"{name} has forward hooks, which an adapted layer would not call")
+        own_forward = type(linear).forward is not nn.Linear.forward and not (
+            is_transposed(linear) or hasattr(linear, "products"))  # those it knows
+        if own_forward or linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(f"{name} has forward hooks, or {type(linear).__name__} a forward of "
+                             "its own, which an adapted layer would not call")
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         if not is_transposed(linear) and (

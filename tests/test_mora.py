@@ -457,6 +457,29 @@ def test_an_oversized_lora_warns():
         mora.adapt(small_model(), "lora", rank=64, targets=("head",))
 
 
+def test_a_model_with_adapters_of_peft_is_refused():
+    """Its frozen q_proj.base_layer would be adapted, and its own adapters too."""
+    import peft
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    for targets in ("all-linear", ("q_proj",)):
+        wrapped = peft.get_peft_model(small_model(), settings)
+        with pytest.raises(ValueError, match="q_proj has an adapter of peft: .*merge_and_unload"):
+            mora.adapt(wrapped, targets=targets)
+    mora.adapt(wrapped.merge_and_unload(), targets=("q_proj",))
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
+    """As bitsandbytes has: an adapted layer would compute W x without it."""
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    model = small_model()
+    model["head"] = Scaled(24, 11)
+    with pytest.raises(ValueError, match="head has .*, or Scaled a forward of its own"):
+        mora.adapt(model, targets=("head",))
+
+
 def test_oversized_square_works_and_warns_once():
     with pytest.warns(UserWarning, match="more entries") as caught:
         mora.adapt(small_model(), rank=64, targets=("q_proj", "up_proj"))
