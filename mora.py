@@ -447,9 +447,10 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
 def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout):
     """Raise ValueError for options of adapt that are unknown or do not go together."""
     for key, value, choices in (("method", method, METHODS), ("operator", operator, OPERATORS),
-                                ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A)):
+                                ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A),
+                                ("rslora", rslora, (False, True)), ("dora", dora, (False, True))):
         if value not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     if method != "mora" and (operator, groups) != ("share", "strided"):
@@ -500,7 +501,7 @@ def is_transposed(module):
 def find_linears(model):
     """{name: module} of the linear layers that can be adapted, in the model's order."""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) or is_transposed(module)}
+            if name and (isinstance(module, nn.Linear) or is_transposed(module))}
 
 
 def find_targets(model, targets):

@@ -417,6 +417,8 @@ def test_mistakes_are_named():
             mora.adapt(small_model(), "lora", alpha=alpha, targets=("head",))
     with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
         mora.adapt(nn.Sequential(nn.ReLU()), targets="all-linear")
+    with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
+        mora.adapt(nn.Linear(4, 4), targets="all-linear")  # no module holds it
     only_head = nn.Sequential(nn.Linear(4, 4))
     only_head.get_output_embeddings = lambda: only_head[0]
     with pytest.raises(ValueError, match="'all-linear' matches no"):
@@ -446,6 +448,8 @@ def test_mistakes_are_named():
     *(("mora", option, "seed and cycle must be whole numbers, cycle from 0, got ")
       for option in ({"cycle": -1}, {"cycle": 1.0}, {"seed": 1.5}, {"seed": "1"})),
     ("mora", {"rank": True}, "rank must be a whole number from 1 on, got True"),
+    ("mora", {"dora": "no"}, "dora must be one of False, True, got 'no'"),
+    ("lora", {"rslora": "no", "alpha": 4}, "rslora must be one of False, True, got 'no'"),
 ])
 def test_an_option_that_would_have_no_effect_or_no_meaning_is_refused(method, option, message):
     with pytest.raises(ValueError, match=message):
