@@ -2,9 +2,7 @@
 
     adapter_config.json         peft_type LORA: r, lora_alpha, target_modules, ...: peft loads it
                                 peft_type MORA: r, target_modules, operator, groups, seed, cycle
-    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight, .lora_B.weight,
-                                .mora_M.weight, .lora_magnitude_vector (DoRA), .mora_order_in and
-                                .mora_order_out (groups chosen by the gradient)
+    adapter_model.safetensors   base_model.model.<layer>.<an end of KEYS>
 """
 import json
 import os
@@ -24,9 +22,10 @@ from lora import LowRank, Rescaled
 
 BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folder
 PREFIX = "base_model.model."
+# {tensor of an update: end of its name in a file}
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
-        "magnitude": "lora_magnitude_vector", "fold_in.order": "mora_order_in",
-        "fold_out.order": "mora_order_out"}  # {tensor of an update: end of its name in a file}
+        "magnitude": "lora_magnitude_vector",  # of DoRA; orders: of groups chosen by the gradient
+        "fold_in.order": "mora_order_in", "fold_out.order": "mora_order_out"}
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -318,10 +317,8 @@ class AuthorsSquare(nn.Module):
             fold.move(cycle=0, seed=0)
 
     def forward(self, x):
-        """dW x, (..., in) -> (..., out), in x's dtype."""
         filled = torch.arange(self.fold_in.features, device=x.device) % self.in_features
         return self.fold_out.adjoint(F.linear(self.fold_in(x[..., filled]), self.A.to(x.dtype)))
 
     def delta(self):
-        """dW, (out, in)."""
         return self(torch.eye(self.in_features, dtype=self.A.dtype, device=self.A.device)).T

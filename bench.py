@@ -15,6 +15,7 @@ import math
 import os
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 from statistics import median
 
@@ -69,11 +70,8 @@ def settings(shape, name, rank, seq_len, batch):
 
 def seconds(work, repeats):
     """[seconds of each of `repeats` calls of work()]; timer() waits for the GPU."""
-    times = [timer()]
-    for _ in range(repeats):
-        work()
-        times.append(timer())
-    return [end - begun for begun, end in zip(times[:-1], times[1:], strict=True)]
+    collects = "import gc; gc.enable()"  # as in training; timeit turns the garbage collector off
+    return timeit.repeat(work, collects, timer, repeat=repeats, number=1)
 
 
 def needed_flops(model, cfg):

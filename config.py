@@ -1,8 +1,6 @@
 """What a run is: one flat, frozen dataclass, filled from a config file and the command line.
 
     python train.py [CONFIG.py [VARIANT]] [--key=value ...]
-    python train.py configs/250m_mora.py --rank=64 --steps=2000
-    python train.py configs/metamath.py mora_r8 --lr=2e-4           a file with variants: name one
     python train.py --configs     lists the experiments, --help the keys
 
 A config file is plain Python: assignments to the keys of Config. It may take over the keys of

@@ -29,7 +29,6 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.zeros(rank, in_features), requires_grad=lora_A != "frozen")
         self.B = nn.Parameter(torch.zeros(out_features, rank))
 
-    @torch.no_grad()
     def start_cycle(self, cycle, generator):
         """Draw A: uniform with the variance of Kaiming's rule, or orthogonal. Set B = 0."""
         A, bound = torch.empty(self.A.shape, device="cpu"), self.A.shape[1] ** -0.5
@@ -76,7 +75,6 @@ class Rescaled(nn.Module):
         self.layer, self.inner = (layer,), inner  # a tuple: the layer is read, but no submodule
         self.magnitude = nn.Parameter(torch.zeros(len(layer.matrix)))
 
-    @torch.no_grad()
     def start_cycle(self, cycle, generator):
         """Start the inner update and set m to the lengths of the rows: dW = 0."""
         self.inner.start_cycle(cycle, generator)

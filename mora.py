@@ -105,7 +105,6 @@ class Fold(nn.Module):
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
-    @torch.no_grad()
     def move(self, cycle, seed):
         """Take this cycle's permutation, for `permute` this seed's."""
         self.cycle, self.seed = cycle, seed
@@ -197,7 +196,6 @@ class Square(nn.Module):
         self.fold_in = Fold(in_features, width, blocks, pieces_in, rotates, groups)
         self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups)
 
-    @torch.no_grad()
     def start_cycle(self, cycle, generator):
         """Set M = 0. mora.start_cycle moves the groups."""
         self.M.zero_()
@@ -398,18 +396,16 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
     and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
-    method: "mora", "lora", or "frozen" (no update). operator, groups: MoRA's (see Square, Fold).
-    lora_rank: MoRA's; this part of the rank is a LoRA beside it (see Mixed).
-    alpha, rslora, lora_A: LoRA's (see LowRank). dora: either's (see Rescaled).
+    method: "mora", "lora", or "frozen" (no update). dora: of both (see Rescaled). operator, groups,
+    lora_rank: MoRA's (see Square, Fold, Mixed). alpha, rslora, lora_A: LoRA's (see LowRank).
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
     gradients: for groups "gradient", what gradient_norms returns; {}: load_state_dict follows.
     seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
-    check_options(method, rank, operator, groups, alpha, rslora, lora_A)
-    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
-        raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
-                         f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
+    check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout)
+    if not (isinstance(seed, int) and isinstance(cycle, int) and cycle >= 0):
+        raise ValueError(f"seed and cycle must be whole numbers, cycle from 0, got {seed}, {cycle}")
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
@@ -437,30 +433,40 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             if gradients:
                 update.fold_in.set_order(gradients[name][0].argsort(descending=True, stable=True))
                 update.fold_out.set_order(gradients[name][1].argsort(descending=True, stable=True))
-            if update.M.numel() > linear.weight.numel():
-                oversized.append(name)
+        if sum(p.numel() for p in update.parameters()) > linear.weight.numel():
+            oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
     save_pretrained_merged(model)
     if oversized:
-        warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) a square "
-                      "with more entries than its weight: full rank would cost less", stacklevel=2)
+        warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) an update "
+                      "of more entries than its weight: full rank would cost less", stacklevel=2)
     return model
 
 
-def check_options(method, rank, operator, groups, alpha, rslora, lora_A):
+def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout):
     """Raise ValueError for options of adapt that are unknown or do not go together."""
     for key, value, choices in (("method", method, METHODS), ("operator", operator, OPERATORS),
-                                ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A)):
+                                ("groups", groups, GROUPS), ("lora_A", lora_A, KINDS_OF_A),
+                                ("rslora", rslora, (False, True)), ("dora", dora, (False, True))):
         if value not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-    if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
+    if method != "mora" and (operator, groups) != ("share", "strided"):
+        raise ValueError(f"operator, groups need method mora, {method} got {operator}, {groups}")
     if method != "lora" and (alpha or rslora or lora_A != "uniform"):
         raise ValueError("alpha, rslora and lora_A are LoRA's (MoRA's scale is 1): "
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
+    if method == "frozen" and (dora or dropout):
+        raise ValueError(f"dora, dropout need method mora or lora, frozen got {dora}, {dropout}")
+    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
+        raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
+                         f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
     if not 0 <= alpha < math.inf or rslora and not alpha:
         raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
+    if dropout is True or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout}")
 
 
 def gradient_norms(model, losses, targets=PROJECTIONS):
@@ -495,11 +501,14 @@ def is_transposed(module):
 def find_linears(model):
     """{name: module} of the linear layers that can be adapted, in the model's order."""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) or is_transposed(module)}
+            if name and (isinstance(module, nn.Linear) or is_transposed(module))}
 
 
 def find_targets(model, targets):
     """{name: linear layer} that the targets name (see adapt), in the model's order."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names"):
+            raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
@@ -530,8 +539,11 @@ def refuse_unfit(model, linears):
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         others = [key for key, held in named if held is weight and key != f"{name}.weight"]
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            raise ValueError(f"{name} has forward hooks, which an adapted layer would not call")
+        own_forward = type(linear).forward is not nn.Linear.forward and not (
+            is_transposed(linear) or hasattr(linear, "products"))  # those it knows
+        if own_forward or linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(f"{name} has forward hooks, or {type(linear).__name__} a forward of "
+                             "its own, which an adapted layer would not call")
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         if not is_transposed(linear) and (
@@ -548,6 +560,7 @@ def features_of(linear):
     return (rows, columns) if is_transposed(linear) else (columns, rows)
 
 
+@torch.no_grad()
 def start_cycle(layers, seed, cycle):
     """Start [(name, AdaptedLinear)] at dW = 0, with draws that depend on seed, cycle and name."""
     def seed_of(name):
@@ -626,21 +639,16 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     norm = torch.stack([layer.merge_(restarts=True) for _, layer in layers]).sum().sqrt().item()
     start_cycle(layers, seed, cycle)
     for parameter in parameters:
-        if keep:
-            prune_(optimizer.state[parameter]["exp_avg"], keep)
-        else:
+        if not keep:
             del optimizer.state[parameter]
+            continue
+        # the second moment stays: with zeros there, Adam's next step would be 3.16 times too large
+        first_moment = optimizer.state[parameter]["exp_avg"]
+        moment = whole(first_moment)
+        count = moment.numel() - max(1, round(keep * moment.numel()))
+        moment.view(-1)[moment.abs().flatten().topk(count, largest=False).indices] = 0
+        first_moment.copy_(as_sharded(moment, first_moment))
     return {"states": states, "update_norm": norm}
-
-
-def prune_(first_moment, part):
-    """Set all but the largest entries to zero, in place. The second moment stays: with zeros there
-    too, Adam's next step would be 3.16 times too large."""
-    moment = whole(first_moment)
-    kept = max(1, round(part * moment.numel()))
-    smallest = moment.abs().flatten().topk(moment.numel() - kept, largest=False).indices
-    moment.view(-1)[smallest] = 0
-    first_moment.copy_(as_sharded(moment, first_moment))
 
 
 # ------------------------------------------------------------ models that fully_shard (FSDP2) cut

@@ -147,6 +147,8 @@ def main(argv):
     need(tok, f"{folder} names no tokenizer: name one with --tokenizer (gpt2, bytes, a folder)")
     merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
+    trained = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+    notes = [f"note: the model was trained on {trained} positions: text beyond them may be worse"]
 
     def write(ids):
         """Print a continuation of ids as it is generated; returns its ids."""
@@ -157,6 +159,8 @@ def main(argv):
                               args.top_k, tok.eos_id, generator):
             print(decode(token), end="", flush=True)
             written.append(token)
+        if len(ids) + len(written) > trained and notes:  # once per chat
+            print(f"\n{notes.pop()}", file=sys.stderr)
         return written
 
     if args.chat:

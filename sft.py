@@ -2,14 +2,7 @@
 
     python data.py sft gsm8k train.jsonl --val test.jsonl --tokenizer=PATH --seq_len=512
 
-The keys of the first complete row decide the format of all rows:
-
-    messages                      chats, [{"role", "content"}]: the tokenizer's own chat template,
-                                  or Tulu's; every answer is learned
-    instruction, output, [input]  Alpaca's two templates
-    question, answer              GSM8K; query, response: MetaMath; Alpaca's template without input
-    prompt, response              both as they are
-
+The keys of the first complete row decide the format of all rows, see ROW_FORMATS.
 A sample holds the tokens that open a document, the prompt, the response and end-of-text. The last
 two are learned. Prompt and response are encoded apart, so that generation starts as in training.
 """
@@ -39,10 +32,11 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 ROW_FORMATS = {  # name: (key of the prompt, key of the response, template of the prompt)
-    "messages": ("messages", "messages", "<|role|>\ncontent\n"),  # Tulu's, of every message
-    "alpaca": ("instruction", "output", ALPACA),
-    "question": ("question", "answer", ALPACA),
-    "query": ("query", "response", ALPACA),
+    # chats, [{"role", "content"}], in the tokenizer's own chat template or, without one, in Tulu's
+    "messages": ("messages", "messages", "<|role|>\ncontent\n"),
+    "alpaca": ("instruction", "output", ALPACA),  # ALPACA_INPUT for a row with an input
+    "question": ("question", "answer", ALPACA),   # GSM8K
+    "query": ("query", "response", ALPACA),       # MetaMath
     "prompt": ("prompt", "response", "{instruction}"),
 }
 HUB = {  # command: (dataset on the hub, format of its rows)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import tokenizer
 from config import lock, need, read_json, write_json
 
 SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of one shard
@@ -298,6 +299,9 @@ class Tokens:
             advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
             need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "
                  f"was prepared with {self.tokenizer}: {advice}")
+            end = tokenizer.load(self.tokenizer, self.folder).eos_id
+            need(tok.eos_id == end, f"{where} ends a text with the id {tok.eos_id}, {self.folder} "
+                 f"with {end}: {advice}")
         need(self.vocab_size <= model.cfg.vocab_size, f"{self.folder} has a vocabulary of "
              f"{self.vocab_size} tokens, {where} has {model.cfg.vocab_size}")
 

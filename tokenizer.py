@@ -1,16 +1,12 @@
 """Text <-> token ids: tiktoken's encodings, plain bytes, Hugging Face's tokenizer.json.
 
-    tok = load("gpt2")           or "bytes", or the path of a directory
-    tok.encode("some text")      the ids (uint32) of a document
-    tok.decode(ids)
-
-A tokenizer has these attributes and methods:
+load(name), of "gpt2", "bytes" or the path of a directory, returns a tokenizer, which has
 
     name, vocab_size       equal names give equal ids; all are below vocab_size
     eos_id, bos_ids        end-of-text; the ids that open a document
     folder                 its directory; None: the name is enough to load it
     chat_template          as text, or None; special_tokens: {"bos_token", "eos_token"} for it
-    encode(text)           the ids of a document; names of special tokens are text
+    encode(text)           the ids (uint32) of a document; names of special tokens are text
     encode_part(text)      the ids of a text inside a document
     encode_template(text)  the same; the names of special tokens in the text become these tokens
     decode(ids)            the text

@@ -308,14 +308,13 @@ class Log:
         if cfg.matmul == "fp8" or cfg.base_dtype == "float8":
             print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
                   .format(**head))
-        self.send = tracker(cfg, head["config"]) if cfg.log_to else None
+        self.send = tracker(cfg, head["config"]) if cfg.log_to else lambda values, step: None
 
     def __call__(self, step, line, **values):
         if self.is_open:
             print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-            if self.send:
-                self.send(values, step=step)
+            self.send(values, step=step)
 
     def scores(self, step, scores):
         self(step, f"validation: loss {scores['loss']:.4f}   perplexity {scores['ppl']:.2f}   "

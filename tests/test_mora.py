@@ -417,6 +417,8 @@ def test_mistakes_are_named():
             mora.adapt(small_model(), "lora", alpha=alpha, targets=("head",))
     with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
         mora.adapt(nn.Sequential(nn.ReLU()), targets="all-linear")
+    with pytest.raises(ValueError, match="'all-linear' matches no .* named nothing"):
+        mora.adapt(nn.Linear(4, 4), targets="all-linear")  # no module holds it
     only_head = nn.Sequential(nn.Linear(4, 4))
     only_head.get_output_embeddings = lambda: only_head[0]
     with pytest.raises(ValueError, match="'all-linear' matches no"):
@@ -433,6 +435,53 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), "lora", alpha=-4, targets=("head",))  # load would refuse it
     with pytest.raises(ValueError, match="operator must be one of"):
         mora.adapt(small_model(), operator="twist", targets=("head",))
+
+
+@pytest.mark.parametrize("method, option, message", [
+    ("lora", {"operator": "rotate"}, "operator, groups need method mora, lora got rotate"),
+    ("lora", {"groups": "permute"}, "operator, groups need method mora, lora got share, perm"),
+    ("mora", {"alpha": 16}, "are LoRA's .*: method mora got 16, False, 'uniform'"),
+    ("frozen", {"dora": True}, "dora, dropout need .*mora or lora, frozen got True, 0.0"),
+    ("frozen", {"dropout": 0.1}, "dora, dropout need .*mora or lora, frozen got False, 0.1"),
+    *(("lora", {"dropout": value}, f"dropout must be a number from 0 to below 1, got {value}")
+      for value in (-0.1, 1.0, 5, math.nan, True)),
+    *(("mora", option, "seed and cycle must be whole numbers, cycle from 0, got ")
+      for option in ({"cycle": -1}, {"cycle": 1.0}, {"seed": 1.5}, {"seed": "1"})),
+    ("mora", {"rank": True}, "rank must be a whole number from 1 on, got True"),
+    ("mora", {"dora": "no"}, "dora must be one of False, True, got 'no'"),
+    ("lora", {"rslora": "no", "alpha": 4}, "rslora must be one of False, True, got 'no'"),
+])
+def test_an_option_that_would_have_no_effect_or_no_meaning_is_refused(method, option, message):
+    with pytest.raises(ValueError, match=message):
+        mora.adapt(small_model(), method, targets=("head",), **option)
+
+
+def test_an_oversized_lora_warns():
+    with pytest.warns(UserWarning, match="rank 64 gives 1 layers .first head. .* more entries"):
+        mora.adapt(small_model(), "lora", rank=64, targets=("head",))
+
+
+def test_a_model_with_adapters_of_peft_is_refused():
+    """Its frozen q_proj.base_layer would be adapted, and its own adapters too."""
+    import peft
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    for targets in ("all-linear", ("q_proj",)):
+        wrapped = peft.get_peft_model(small_model(), settings)
+        with pytest.raises(ValueError, match="q_proj has an adapter of peft: .*merge_and_unload"):
+            mora.adapt(wrapped, targets=targets)
+    mora.adapt(wrapped.merge_and_unload(), targets=("q_proj",))
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
+    """As bitsandbytes has: an adapted layer would compute W x without it."""
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    model = small_model()
+    model["head"] = Scaled(24, 11)
+    with pytest.raises(ValueError, match="head has .*, or Scaled a forward of its own"):
+        mora.adapt(model, targets=("head",))
 
 
 def test_oversized_square_works_and_warns_once():

@@ -10,6 +10,7 @@ import tokenizers
 import checkpoint
 import data
 import merge
+import mora
 import sample
 import tokenizer
 from config import UserError
@@ -105,6 +106,26 @@ def test_a_changed_copy_of_the_tokenizer_is_refused(run, tmp_path, monkeypatch):
     tokenizer.load.cache_clear()
     with pytest.raises(UserError, match="was changed or replaced"):
         run("--data=data/mine", "--steps=10", "--out=another")
+
+
+def test_data_of_another_end_of_text_is_refused(run, tmp_path, monkeypatch):
+    """As of a base and its chat model, which have one tokenizer.json."""
+    monkeypatch.chdir(tmp_path)
+    for folder, end in (("base", "<|endoftext|>"), ("chat", "a")):
+        (tmp_path / folder).mkdir()
+        small_bpe().export_files(tmp_path / folder)
+        (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    (tmp_path / "text.jsonl").write_text('{"text": "a document"}\n' * 400)
+    data.main(["text", "mine", "text.jsonl", "--tokenizer=base"])
+    out = run("--data=data/mine", "--steps=2")
+    tok = tokenizer.load("base")
+    model = checkpoint.load(out)[0]
+    checkpoint.write_hugging_face(tmp_path / "other", mora.merged_weights(model), model, tok)
+    run("--data=data/mine", "--init_from=other", "--steps=2", "--out=same")
+    tokenizer.load("chat").copy_files(tmp_path / "other")
+    tokenizer.load.cache_clear()
+    with pytest.raises(UserError, match="other ends a text with the id .*, data/mine with .*again"):
+        run("--data=data/mine", "--init_from=other", "--steps=2", "--out=mixed")
 
 
 def test_mistakes_are_named(tmp_path):

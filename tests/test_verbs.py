@@ -94,6 +94,21 @@ def test_a_chat_without_a_template_is_that_of_training(tmp_path, monkeypatch):
     assert prompts == [first, first + second]
 
 
+def test_text_beyond_the_trained_positions_is_noted_once(tmp_path, monkeypatch, capsys):
+    tok = tokenizer.load("bytes")
+    shape = LlamaConfig(vocab_size=tok.vocab_size, max_position_embeddings=24, **SHAPE)
+    model = Llama(shape, seed=1)
+    for folder, seq_len, trained in ((tmp_path / "short", 12, 12), (tmp_path / "any", None, 24)):
+        checkpoint.write_hugging_face(folder, model.state_dict(), model, tok, seq_len)
+        for tokens, count in ((trained - 2, 0), (trained - 1, 1)):  # the prompt has two
+            capsys.readouterr()
+            sample.main([str(folder), "--prompt=a", f"--max_new_tokens={tokens}"])
+            noted = capsys.readouterr().err
+            assert noted.count(f"note: the model was trained on {trained} positions") == count
+    chat(tmp_path / "short", "a\nb\n", monkeypatch)
+    assert capsys.readouterr().err.count("note: ") == 1
+
+
 def test_mistakes_of_sample_are_named(tmp_path, monkeypatch):
     write_model(tmp_path / "small", tokenizer.load("bytes"))
     small_bpe().export_files(tmp_path)
