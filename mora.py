@@ -539,7 +539,7 @@ def refuse_unfit(model, linears):
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         others = [key for key, held in named if held is weight and key != f"{name}.weight"]
-        own_forward = type(linear).forward is not nn.Linear.forward and not (
+        own_forward = getattr(linear.forward, "__func__", None) is not nn.Linear.forward and not (
             is_transposed(linear) or hasattr(linear, "products"))  # those it knows
         if own_forward or linear._forward_hooks or linear._forward_pre_hooks:
             raise ValueError(f"{name} has forward hooks, or {type(linear).__name__} a forward of "

@@ -484,6 +484,15 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
         mora.adapt(model, targets=("head",))
 
 
+def test_a_linear_layer_whose_forward_was_replaced_is_refused():
+    """As accelerate does where it moves weights between devices."""
+    model = small_model()
+    forward = model["head"].forward
+    model["head"].forward = lambda x: 10 * forward(x)
+    with pytest.raises(ValueError, match="head has .*, or Linear a forward of its own"):
+        mora.adapt(model, targets=("head",))
+
+
 def test_oversized_square_works_and_warns_once():
     with pytest.warns(UserWarning, match="more entries") as caught:
         mora.adapt(small_model(), rank=64, targets=("q_proj", "up_proj"))
