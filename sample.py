@@ -147,7 +147,8 @@ def main(argv):
     need(tok, f"{folder} names no tokenizer: name one with --tokenizer (gpt2, bytes, a folder)")
     merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
-    trained = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+    # those of the base model, after --init_from; a run on longer sequences has more
+    trained = max(model.cfg.max_position_embeddings, checkpoint.trained_seq_len(folder) or 0)
     notes = [f"note: the model was trained on {trained} positions: text beyond them may be worse"]
 
     def write(ids):

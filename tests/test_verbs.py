@@ -98,7 +98,8 @@ def test_text_beyond_the_trained_positions_is_noted_once(tmp_path, monkeypatch, 
     tok = tokenizer.load("bytes")
     shape = LlamaConfig(vocab_size=tok.vocab_size, max_position_embeddings=24, **SHAPE)
     model = Llama(shape, seed=1)
-    for folder, seq_len, trained in ((tmp_path / "short", 12, 12), (tmp_path / "any", None, 24)):
+    for name, seq_len, trained in (("short", 12, 24), ("long", 30, 30), ("any", None, 24)):
+        folder = tmp_path / name
         checkpoint.write_hugging_face(folder, model.state_dict(), model, tok, seq_len)
         for tokens, count in ((trained - 2, 0), (trained - 1, 1)):  # the prompt has two
             capsys.readouterr()
