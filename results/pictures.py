@@ -3,7 +3,7 @@ from statistics import mean, mode
 
 from matplotlib import pyplot
 
-OPTIMIZERS = ("muon", "adamw")
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def draw_line(axis, places, losses, color, label):
@@ -51,6 +51,6 @@ def draw_curves(file, runs, labels, per_gpu, title):
     for row, optimizer in zip(axes, optimizers, strict=True):
         by_method = {method: seeds for (method, name), seeds in runs.items() if name == optimizer}
         draw_row(row, by_method, labels, per_gpu)
-        row[0].set(title=f"{optimizer}, {title}", ylabel="validation loss, nats per token")
+        row[0].set(title=f"{OPTIMIZERS[optimizer]}, {title}", ylabel="validation loss, nats per token")
         row[0].legend()
     figure.savefig(file, dpi=100)

@@ -169,6 +169,20 @@ TABLES = {
             "operator_truncate": "59.5% (r = 8)", "operator_share": "62.5% (r = 8)",
             "operator_decouple": "63.6% (r = 8)", "operator_rotate": "64.2% (r = 8)"}),
     )),
+    "gsm8k/above": ({
+        "full fine-tuning": "fft", "full fine-tuning, Muon": "fft.muon",
+        "LoRA, r = 8": "lora", "LoRA, r = 8, Muon": "lora.muon",
+        "MoRA, rotate, r = 8": "mora_rotate_r8", "MoRA, rotate, r = 8, Muon": "mora_rotate_r8.muon",
+        "MoRA, share, r = 256": "mora_share_r256",
+        "MoRA, share, r = 256, Muon": "mora_share_r256.muon",
+    }, (
+        Column("rate", "{}.lr", "rate"), Column("exact match", "{}.exact_match", "{:.1%}"),
+        Column("test loss", "{}.test_loss", "{:.4f}"),
+        Column("one above", "{}.above.lr", "rate", missing="not run"),
+        Column("exact match", "{}.above.exact_match", "{:.1%}", missing="-"),
+        Column("seeds", "{}.above.seeds", "{}", missing="-"),
+        Column("test loss", "{}.above.test_loss", "{:.4f}", missing="-"),
+    )),
     "continual": ({
         "untrained": "base", "full fine-tuning": "fft",
         "LoRA, r = 8": "lora_r8", "DoRA, r = 8": "dora_r8", "MoRA, rotate, r = 8": "mora_r8",

@@ -4,6 +4,7 @@
 
 runs.jsonl is an earlier program's and has no answers. sweep.jsonl is plan.py's; a method that has
 as many seeds there takes its numbers from there.
+METHOD.above is of the rate above the best one, whose loss is higher.
 A.vs.B.difference is A's exact match minus B's, a mean over seeds; low and high bound 95 % of a
 bootstrap over questions; p is that of a sign-flip test of the questions (McNemar's null hypothesis,
 for several seeds): the chance of so large a difference if A and B answered every question alike.
@@ -28,7 +29,9 @@ PAIRS = [("mora_rotate_r8", "lora"), ("mora_share_r256", "lora"), ("mora_share_r
          ("mora_share_r256.muon", "fft.muon"), ("mora_share_r256.muon", "mora_rotate_r8.muon"),
          ("truncate_gradient_r8", "lora"), ("truncate_gradient_r8", "mora_rotate_r8"),
          ("share_gradient_r8", "mora_rotate_r8"), ("mora_rotate_r8.muon", "mora_rotate_r8"),
-         ("lora.muon", "lora"), ("mora_share_r256.muon", "mora_share_r256"), ("fft.muon", "fft")]
+         ("lora.muon", "lora"), ("mora_share_r256.muon", "mora_share_r256"), ("fft.muon", "fft"),
+         *((f"{method}.muon.above", f"{method}.above")
+           for method in ("lora", "mora_rotate_r8", "mora_share_r256", "fft"))]
 
 
 def earlier(path):
@@ -98,6 +101,10 @@ def methods_of(records, plan):
             name += f".{task}"
         if seeds:
             methods[name] = seeds, is_inside
+    for group, lr in plan["ABOVE"].items():
+        seeds = rates.ended(records, group, lr)
+        if seeds:
+            methods[f"{rates.name_in_metrics(*group[1:])}.above"] = seeds, False
     return methods
 
 

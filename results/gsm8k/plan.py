@@ -2,7 +2,8 @@
 
 Muon's rates are searched: the runs that are done, in sweep.jsonl beside this file, decide which
 rates and seeds follow. AdamW runs again at the rates that an earlier search chose (runs.jsonl),
-since that kept no answers. Then groups chosen by the gradient, with AdamW, beside permuted ones.
+since that kept no answers. One rate above the best of each follows: its loss is higher, but its
+answers need not be worse. Then groups chosen by the gradient, with AdamW, beside permuted ones.
 """
 import math
 from pathlib import Path
@@ -57,8 +58,19 @@ def at_known_rates(groups):
             for seed in rates.SEEDS for group, lr in groups.items()}
 
 
+def above(records):
+    """Return {group: the rate above its best one} of both optimizers, Muon's once it is known."""
+    best = dict(FIXED)
+    for group in MUON:
+        lr, is_inside = rates.best(rates.scores_of(records, group, score))
+        if is_inside:
+            best[group] = lr
+    return {group: rates.beside(lr, 1) for group, lr in best.items()}
+
+
 BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that changes nothing
 RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
 RECORDS = rates.read(FOLDER / "sweep.jsonl")
-RUNS |= rates.runs(MUON, RECORDS, score, make) | at_known_rates(FIXED)
+ABOVE = above(RECORDS)
+RUNS |= rates.runs(MUON, RECORDS, score, make) | at_known_rates(FIXED) | at_known_rates(ABOVE)
 RUNS |= rates.runs(GRADIENT, RECORDS, score, make) | at_known_rates(BASES)
