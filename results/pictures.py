@@ -49,8 +49,9 @@ def draw_curves(file, runs, labels, per_gpu, title):
     figure, axes = pyplot.subplots(len(optimizers), 2, figsize=(10, 4.5 * len(optimizers)),
                                    layout="constrained", squeeze=False, sharey=True)
     for row, optimizer in zip(axes, optimizers, strict=True):
-        by_method = {method: seeds for (method, name), seeds in runs.items() if name == optimizer}
+        by_method = {method: seeds for (method, used), seeds in runs.items() if used == optimizer}
         draw_row(row, by_method, labels, per_gpu)
-        row[0].set(title=f"{OPTIMIZERS[optimizer]}, {title}", ylabel="validation loss, nats per token")
+        name = OPTIMIZERS[optimizer]
+        row[0].set(title=f"{name}, {title}", ylabel="validation loss, nats per token")
         row[0].legend()
     figure.savefig(file, dpi=100)

@@ -2,8 +2,8 @@
 
     python results/gsm8k/curves.py
 
-One seed (1337); losses above 0.8 (LoRA at 3e-2) are left out. AdamW's runs of the first four methods are those of
-runs.jsonl.
+One seed (1337); losses above 0.8 (LoRA at 3e-2) are left out. AdamW's runs of the first four
+methods are those of runs.jsonl.
 """
 import json
 import runpy
