@@ -60,6 +60,18 @@ def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():
         assert planned(losses | {"s1337-0.03": error})[3:] == []
 
 
+def test_gsm8k_runs_one_rate_above_each_best_one_and_muons_once_its_grid_is_closed():
+    above = runpy.run_path(str(RESULTS / "gsm8k" / "plan.py"))["above"]
+    adamw, muon = ("gsm8k", "fft", "adamw"), ("gsm8k", "fft", "muon")
+    losses = {1e-4: 9.0, 3e-4: 8.0, 1e-3: 8.5}
+    records = {rates.name_of(muon, rates.SEED, lr): {"gsm8k_dev_ppl": loss}
+               for lr, loss in losses.items()}
+    assert above({})[adamw] == 1e-3 and muon not in above({})
+    assert above(records)[muon] == 1e-3
+    del records[rates.name_of(muon, rates.SEED, 1e-3)]
+    assert muon not in above(records)
+
+
 @pytest.mark.parametrize("a, b, low, high", [
     ([1] * 30 + [0] * 70, [0] * 30 + [0] * 70, 0, 1e-3),  # 30 questions for A, none for B
     ([1, 0] * 50, [0, 1] * 50, 0.9, 1),                   # 50 each
