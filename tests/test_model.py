@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 import sample
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, RMSNorm
 
 SHAPES = {"multi-head": (4, False), "grouped-query": (2, False), "tied": (1, True)}
 
@@ -103,6 +103,14 @@ def test_compute_dtype_is_chosen_and_parameters_stay_float32():
     loss.backward()
     assert loss.dtype == torch.float32 and 0 < (loss - exact).abs() < 0.1
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_norm_in_bfloat16_is_rounded_once():
+    norm, x = RMSNorm(64, 1e-6), 3 * torch.randn(50, 64).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    exact = norm.weight * F.rms_norm(x.double(), (64,), eps=1e-6)
+    error, rounding = (norm(x) - exact).norm(), (exact.bfloat16() - exact).norm()
+    assert norm(x).dtype == torch.bfloat16 and error < 1.001 * rounding
 
 
 def test_golden_losses():
