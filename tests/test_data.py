@@ -249,6 +249,24 @@ def test_every_window_once_per_epoch_and_shuffled(corpus):
     assert (inputs[..., 1:] == targets[..., :-1]).all() and inputs.shape == (1, 8, 16)
 
 
+def test_the_order_of_an_epoch_is_as_before(corpus):
+    """Golden: a resumed run continues the order of its first part."""
+    batches = Batches(Tokens(corpus, "train"), seed=1, seq_len=16, batch_size=8, micro_batch=8)
+    orders = [batches.epoch_order(epoch)[:5].tolist() for epoch in (0, 1)]
+    assert orders == [[659, 467, 154, 89, 528], [126, 627, 566, 441, 51]]
+
+
+@pytest.mark.parametrize("count, windows", ((32, 1), (33, 2), (48, 2), (49, 3)))
+def test_a_window_needs_the_target_of_its_last_token(tmp_path, count, windows):
+    prepare(tmp_path / "d", lambda: ["x" * (count - 1)])
+    tokens = Tokens(tmp_path / "d", "train")
+    batches = Batches(tokens, seed=1, seq_len=16, batch_size=2, micro_batch=2)
+    assert (len(tokens), batches.windows) == (count, windows)
+    assert batches.steps_per_epoch == windows / 2
+    inputs, targets = batches(0)
+    assert inputs.shape == targets.shape == (1, 2, 16)
+
+
 @pytest.mark.parametrize("micro_batch", (1, 2, 4))
 def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(corpus, micro_batch):
     tokens = Tokens(corpus, "train")
@@ -256,17 +274,18 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(cor
     for world in (1, 2):
         parts = [Batches(tokens, 1, 16, 8, micro_batch, rank=rank, world=world)
                  for rank in range(world)]
-        for step in (5, 0, 1, 2):  # in any order, prefetched or not
+        for step in (5, 0, 1, 1, 2):  # in any order, prefetched or not
             rows = sorted(row.tolist() for part in parts for row in part(step)[0].flatten(0, 1))
-            assert rows == sorted(row.tolist() for row in whole(step)[0][0])
+            assert rows == sorted(row.tolist() for row in whole.load(step)[0][0])
 
 
 @pytest.mark.parametrize("world", (1, 3))
 @pytest.mark.parametrize("limit", (0, 500))
 def test_evaluation_counts_every_token_once(corpus, world, limit):
     tokens = Tokens(corpus, "train")
-    targets = [targets[targets != -100] for rank in range(world)
-               for _, targets in every_token_once(tokens, 16, 4, rank, world, limit)]
+    ranks = [list(every_token_once(tokens, 16, 4, rank, world, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1  # all-gathers of sharded models
+    targets = [targets[targets != -100] for batches in ranks for _, targets in batches]
     read = tokens.read(1, limit or len(tokens) - 1)
     assert sorted(np.concatenate(targets).tolist()) == sorted(read.tolist())
 

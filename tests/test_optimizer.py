@@ -1,4 +1,5 @@
 """AdamW is torch's and transformers' training loop; Muon is torch's; groups, rates, resume."""
+import copy
 import math
 
 import pytest
@@ -179,6 +180,22 @@ def test_a_step_takes_the_rates_of_the_groups():
     optimizer.optimizer_step(model, steps, batch_of(torch.Generator().manual_seed(0)), 2e-4)
     rates = {group["ratio"]: group["lr"] for group in steps.param_groups}
     assert rates == pytest.approx({1.0: 2e-4, 4.0: 8e-4, 5.0: 1e-3})
+
+
+@pytest.mark.parametrize("clip", (0.0, 1e-3))
+def test_a_step_returns_the_mean_loss_and_the_norm_before_clipping(clip):
+    cfg, model = tiny(method="full", operator="")
+    generator, before = torch.Generator().manual_seed(0), copy.deepcopy(model)
+    ids, targets = (torch.cat(parts) for parts in zip(
+        *[batch_of(generator) for _ in range(3)], strict=True))
+    steps = optimizer.build_optimizer(cfg, model, torch.device("cpu"))
+    loss, norm = optimizer.optimizer_step(model, steps, (ids, targets), 1e-3, clip).tolist()
+    expected = before(ids.flatten(0, 1), targets.flatten(0, 1))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    gradient = torch.cat([p.grad.flatten() for p in before.parameters()])
+    assert norm == pytest.approx(gradient.norm().item(), rel=1e-5) and norm > 10 * 1e-3
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -83,6 +83,13 @@ def test_a_row_is_padded_to_the_longest_of_its_micro_batch_and_a_multiple_of_8(t
         assert widths == [-(-length // 8) * 8 for length in longest]
 
 
+def test_the_samples_of_a_step_are_as_before(twelve_steps):
+    """Golden: a resumed run continues the order of its first part."""
+    assert [twelve_steps.samples_of(step).tolist() for step in (0, 11, 12)] == [
+        [35, 7, 67, 25, 11, 21, 71, 10], [30, 86, 24, 84, 51, 5, 17, 8],
+        [79, 26, 88, 36, 52, 48, 54, 90]]
+
+
 def targets_of(batch):
     """The rows of targets of a batch without padding, sorted."""
     return sorted([token for token in row.tolist() if token != -100]
@@ -96,10 +103,10 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(pai
     for world in (1, 2):
         every = [SampleBatches(samples, 1, 64, 8, micro_batch, rank=rank, world=world)
                  for rank in range(world)]
-        for step in (5, 0, 1, 2, 13):
+        for step in (5, 0, 1, 1, 2, 13):
             parts = [batches(step) for batches in every]
             rows = sorted(row for part in parts for row in targets_of(part))
-            assert rows == targets_of(whole(step))
+            assert rows == targets_of(whole.load(step))
             weights = [weight for part in parts for weight in part[2]]
             assert np.mean(weights) == pytest.approx(1)
 
@@ -167,8 +174,9 @@ def test_evaluation_counts_every_learned_token_once(pairs, world, limit):
     count = len(samples.lengths)
     if limit:
         count = int(np.searchsorted(np.cumsum(samples.lengths), limit, "right"))
-    batches = [batch for rank in range(world)
-               for batch in every_sample_once(samples, 64, 4, rank, world, limit)]
+    ranks = [list(every_sample_once(samples, 64, 4, rank, world, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1  # all-gathers of sharded models
+    batches = [batch for part in ranks for batch in part]
     targets = [token for _, targets in batches for token in targets[targets != -100].tolist()]
     wanted = []
     for i in range(count):
@@ -176,6 +184,12 @@ def test_evaluation_counts_every_learned_token_once(pairs, world, limit):
         wanted += ids[learned].tolist()
     assert sorted(targets) == sorted(wanted)
     assert all(inputs.shape == targets.shape and len(inputs) == 4 for inputs, targets in batches)
+
+
+def test_a_limit_below_the_first_sample_is_that_sample(pairs):
+    samples = open_split(pairs, "train")
+    batches = list(every_sample_once(samples, 64, 4, limit=1))
+    assert len(batches) == 1 and (batches[0][1] != -100).sum() == samples.learned[0]
 
 
 def test_the_loss_is_the_mean_over_learned_tokens(pairs):
