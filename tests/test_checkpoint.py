@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from test_sft import chat_folder
 
 import checkpoint
 import evaluate
@@ -106,6 +107,19 @@ def test_resume_from_a_damaged_checkpoint_is_one_line(copy, name, records, tmp_p
         assert checkpoint.steps_of(out)[-1].name == "step-00000012"
 
 
+def test_the_newest_whole_checkpoint_is_named_and_what_to_remove(copy, tmp_path):
+    out, second, resume = copy
+    resume()
+    third = checkpoint.steps_of(out)[-1]
+    damaged(third / WEIGHTS, "empty", tmp_path)
+    with pytest.raises(UserError, match=f"{second} is whole: `rm -r {third}`"):
+        checkpoint.verify(third)
+    damaged(second / WEIGHTS, "empty", tmp_path)
+    first = checkpoint.steps_of(out)[0]
+    with pytest.raises(UserError, match=f"{first} is whole: `rm -r {second} {third}`"):
+        checkpoint.verify(third)
+
+
 @pytest.mark.parametrize("name", (WEIGHTS, ADAPTER, "optimizer.pt"))
 def test_one_changed_bit_is_found(copy, name, tmp_path):
     out, step, resume = copy
@@ -124,8 +138,11 @@ def test_the_verbs_name_a_damaged_checkpoint(copy, corpus, name, tmp_path):
     merge.main([str(out / "step-00000005"), str(tmp_path / "merged")])
 
 
-def test_the_verbs_need_no_optimizer(copy, tmp_path):
+@pytest.mark.parametrize("records", (True, False), ids=("records", "older version"))
+def test_the_verbs_need_no_optimizer(copy, tmp_path, records):
     out, step, _ = copy
+    if not records:
+        forget_records(out)
     (step / "optimizer.pt").unlink()
     merge.main([str(out)])
 
@@ -184,6 +201,18 @@ def test_save_refuses_one_bad_number(trained, bad, tmp_path):
                                         "the last good checkpoint is .*step-00000001"):
         checkpoint.save(cfg, 2, 0, model, optimizer, tok)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_state_records_every_file_beside_it(trained, tmp_path):
+    """With a tokenizer of a folder its files too, the chat template among them."""
+    model, _, _ = checkpoint.load(trained / "run")
+    tok = chat_folder(tmp_path / "chat")
+    cfg = train.config.load([str(trained / "tiny.py"), f"--out={tmp_path / 'out'}"], default=None)
+    checkpoint.save(cfg, 1, 0, model, torch.optim.AdamW(model.parameters()), tok)
+    step, = checkpoint.steps_of(tmp_path / "out")
+    files = {path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()}
+    assert checkpoint.read_state(step)["files"].keys() == files - {"state.json"}
+    assert {"base/tokenizer.json", "base/chat_template.jinja"} < files
 
 
 @pytest.mark.parametrize("limit", (20_000, 45_000))

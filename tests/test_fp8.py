@@ -312,8 +312,9 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
     monkeypatch.chdir(tmp_path)
     run("--hidden_size=32", "--intermediate_size=48", "--method=full", "--steps=2", "--out=first")
     base = tmp_path / "first" / "step-00000002" / "base"
-    whole = run(*FLOAT8_BASE, f"--init_from={base}")
-    out = resumed(run, whole, "parts", [*FLOAT8_BASE, f"--init_from={base}"])
+    words = [*FLOAT8_BASE, "--init_from=first/step-00000002/base"]  # found from other folders, too
+    whole = run(*words)
+    out = resumed(run, whole, "parts", words)
     last = "step-00000020"
     assert same(whole / last, out / last) and records(whole) == records(out)
 
@@ -331,7 +332,7 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
     others = {name: 2 * weight for name, weight in load_file(base / "model.safetensors").items()}
     save_file(others, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.safetensors has changed since it was saved"):
-        run(*FLOAT8_BASE, f"--init_from={base}", f"--out={out}", "--resume")
+        run(*words, f"--out={out}", "--resume")
 
 
 def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
