@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_the_newest_whole_checkpoint_is_named_and_what_to_remove(copy, tmp_path)
     first = checkpoint.steps_of(out)[0]
     with pytest.raises(UserError, match=f"{first} is whole: `rm -r {second} {third}`"):
         checkpoint.verify(third)
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path):
+    content = bytes(range(256)) * 70_000  # more than is read at once
+    (tmp_path / "large").write_bytes(content)
+    record = checkpoint.file_record(tmp_path / "large")
+    assert record == {"bytes": len(content), "crc32": zlib.crc32(content)}
 
 
 @pytest.mark.parametrize("name", (WEIGHTS, ADAPTER, "optimizer.pt"))
@@ -257,6 +265,7 @@ WRONG = [
     ({"model_type": ["llama"]}, "model_type .'llama'. is not implemented"),
     ({"quantization_config": {}}, "quantization_config {} is not implemented"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_type 'linear' is not impl"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear' is not implemented"),
     ({"rope_scaling": [1]}, "rope_scaling must be JSON objects, got {} and .1."),
     ({"rope_parameters": "x"}, "rope_parameters and .* must be JSON objects, got 'x'"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "factor must be a number from .*, got None"),

@@ -1,7 +1,9 @@
 """Documents become tokens and tokens become batches, and nothing is lost on the way."""
+import copy
 import gzip
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -193,6 +195,73 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, monkey
     assert not list(killed.glob("*.tmp")) and not (killed / "progress.json").exists()
 
 
+@pytest.mark.parametrize("last", (40, 130))
+def test_an_interruption_in_any_stage_ends_the_same(tmp_path, monkeypatch, last):
+    """Of 70 documents for training and 90 for validation; it goes on after the `last` one."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 3)
+    documents = [f"document {i} " * 5 for i in range(160)]
+
+    def prepare_until(folder, end):
+        def read(part):
+            for i in range(160)[part]:
+                if i == end:
+                    raise KeyboardInterrupt
+                yield documents[i]
+        stages = [(lambda: read(slice(70)), ["train"]), (lambda: read(slice(70, 160)), ["val"])]
+        return data.prepare(folder, tokenizer.load("bytes"), {"source": "s"}, stages)
+
+    whole = prepare_until(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_until(tmp_path / "killed", last)
+    assert (tmp_path / "killed" / "progress.json").exists()
+    assert prepare_until(tmp_path / "killed", None)["splits"] == whole["splits"]
+    assert stored(tmp_path / "killed", "val") == expected(documents[70:])
+    sizes = [shard["tokens"] for shard in whole["splits"]["train"]["shards"]]
+    assert len(sizes) > 5 and min(sizes[:-1]) >= 200
+
+
+def test_what_was_prepared_of_another_request_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 3)
+
+    def dies():
+        yield from ["of the first request"] * 50
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "d", dies, source="first")
+    assert (tmp_path / "d" / "progress.json").exists()
+    prepare(tmp_path / "d", lambda: ["of the second"] * 50, source="second")
+    assert stored(tmp_path / "d", "train") == expected(["of the second"] * 50)
+
+
+@pytest.mark.parametrize("vocab_size, dtype", ((2 ** 16, "uint16"), (2 ** 16 + 1, "uint32")))
+def test_a_word_holds_the_largest_id(tmp_path, vocab_size, dtype):
+    tok = copy.copy(tokenizer.load("bytes"))
+    tok.vocab_size, tok.eos_id = vocab_size, vocab_size - 1
+    manifest = data.prepare(tmp_path / "d", tok, {}, [(lambda: ["ab"], ["train"])])
+    assert manifest["dtype"] == dtype
+    assert Tokens(tmp_path / "d", "train").read(0, 3).tolist() == [97, 98, vocab_size - 1]
+
+
+def test_a_full_split_ends_the_reading_when_the_others_are_full_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # of chunks that are read ahead
+    read = []
+
+    def documents():
+        for i in range(10_000):
+            read.append(i)
+            yield "x" * 9
+
+    both = prepare(tmp_path / "both", documents, limits={"val": 15, "train": 1500})["splits"]
+    assert [both[split]["tokens"] for split in ("val", "train")] == [20, 1500]
+    assert len(read) < 2000
+    one = prepare(tmp_path / "one", lambda: ["x" * 9] * 400, limits={"val": 15})["splits"]
+    assert [one[split]["tokens"] for split in ("val", "train")] == [20, 3960]
+
+
 def test_a_token_limit_ends_with_a_whole_document(tmp_path):
     stages = [(lambda: ["x" * 9] * 4000, ["train"])]
     manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, stages,
@@ -213,6 +282,9 @@ def test_damage_is_seen(tmp_path):
         Tokens(tmp_path / "d", "train")
     shard.write_bytes(good[:101] + b"\x07" + good[102:])
     with pytest.raises(UserError, match="outside the vocabulary of 257"):
+        Tokens(tmp_path / "d", "train", verify=False).read(0, 100)
+    shard.write_bytes(good[:100] + b"\x01\x01" + good[102:])  # 257
+    with pytest.raises(UserError, match="token id 257 lies outside the vocabulary of 257"):
         Tokens(tmp_path / "d", "train", verify=False).read(0, 100)
     shard.unlink()
     with pytest.raises(UserError, match="should hold .* bytes and holds 0"):

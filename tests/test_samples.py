@@ -287,8 +287,29 @@ def test_a_sample_that_begins_with_its_answer_asks_nothing(tmp_path):
     shards.prepare(tmp_path / "d", tok, {}, [(lambda: [words], ["train"])],
                    encode=lambda tok, words: (words, {"bytes": 1, "learned": 2}),
                    facts={"kind": "samples", "format": "prompt"})
+    assert open_split(tmp_path / "d", "train").learned.tolist() == [1]  # nothing predicts the first
     with pytest.raises(UserError, match="sample 0 has no prompt before its answer"):
         evaluate.answers(tiny(seed=1), tok, open_split(tmp_path / "d", "train"))
+
+
+def test_every_id_and_any_number_of_tokens_can_be_learned(tmp_path):
+    ids = np.arange(300, dtype=np.uint32) % 257
+    words = ids | np.where(np.arange(300) % 7, sft.LEARNED, 0).astype(np.uint32)
+    words[0] |= np.uint32(sft.FIRST)
+    shards.prepare(tmp_path / "d", tokenizer.load("bytes"), {}, [(lambda: [words], ["train"])],
+                   encode=lambda tok, words: (words, {"bytes": 1, "learned": 257}),
+                   facts={"kind": "samples", "format": "prompt"})
+    samples = open_split(tmp_path / "d", "train")
+    assert samples.learned.tolist() == [257] and ids[257] == 0
+    found, learned = samples.sample(0)
+    assert found.tolist() == ids.tolist() and learned.tolist() == [i % 7 > 0 for i in range(300)]
+    (inputs, targets), = every_sample_once(samples, 300, 1)  # it fits exactly
+    assert (targets != -100).sum() == 257 and inputs.shape == (1, 300)
+
+
+def test_rows_without_a_sample_count_nothing(pairs):
+    inputs, targets = open_split(pairs, "train").rows([], 64, 4)
+    assert inputs.shape == targets.shape == (4, 8) and (targets == -100).all()
 
 
 def test_answers_need_samples(run, corpus):
