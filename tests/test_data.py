@@ -1,9 +1,11 @@
 """Documents become tokens and tokens become batches, and nothing is lost on the way."""
+import contextlib
 import copy
 import gzip
 import itertools
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -115,6 +117,20 @@ def test_a_fingerprint_is_of_the_tokens(files):
     data.main(["text", "other", "a.jsonl", "--tokenizer=bytes"])
     one, same, other = (shards.fingerprint(f"data/{name}") for name in ("one", "same", "other"))
     assert one == same != other and len(one) == 16
+    file = files / "data" / "same" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for change in ({"tokenizer": "gpt2"}, {"vocab_size": 300}, {"kind": "samples", "format": ""}):
+        for totals in manifest["splits"].values():
+            totals["learned"] = 0
+        file.write_text(json.dumps(manifest | change))
+        assert shards.fingerprint("data/same") != one, change
+
+
+@pytest.mark.parametrize("vocab_size, fits", ((256, False), (257, True), (300, True)))
+def test_a_model_needs_a_row_for_every_token(corpus, vocab_size, fits):
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(vocab_size=vocab_size))
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="vocabulary of 257"):
+        Tokens(corpus, "train").must_suit(model, None, "here")
 
 
 def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch):
@@ -200,7 +216,11 @@ def test_an_interruption_in_any_stage_ends_the_same(tmp_path, monkeypatch, last)
     """Of 70 documents for training and 90 for validation; it goes on after the `last` one."""
     monkeypatch.setattr(shards, "SHARD_TOKENS", 200)
     monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 3)
-    documents = [f"document {i} " * 5 for i in range(160)]
+    documents, encoded = [f"document {i} " * 5 for i in range(160)], []
+
+    def encode(tok, text):
+        encoded.append(text)
+        return shards.encode_text(tok, text)
 
     def prepare_until(folder, end):
         def read(part):
@@ -209,13 +229,14 @@ def test_an_interruption_in_any_stage_ends_the_same(tmp_path, monkeypatch, last)
                     raise KeyboardInterrupt
                 yield documents[i]
         stages = [(lambda: read(slice(70)), ["train"]), (lambda: read(slice(70, 160)), ["val"])]
-        return data.prepare(folder, tokenizer.load("bytes"), {"source": "s"}, stages)
+        return data.prepare(folder, tokenizer.load("bytes"), {"source": "s"}, stages, encode=encode)
 
     whole = prepare_until(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):
         prepare_until(tmp_path / "killed", last)
-    assert (tmp_path / "killed" / "progress.json").exists()
+    encoded.clear()
     assert prepare_until(tmp_path / "killed", None)["splits"] == whole["splits"]
+    assert 160 - last <= len(encoded) < 160
     assert stored(tmp_path / "killed", "val") == expected(documents[70:])
     sizes = [shard["tokens"] for shard in whole["splits"]["train"]["shards"]]
     assert len(sizes) > 5 and min(sizes[:-1]) >= 200

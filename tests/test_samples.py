@@ -186,6 +186,18 @@ def test_evaluation_counts_every_learned_token_once(pairs, world, limit):
     assert all(inputs.shape == targets.shape and len(inputs) == 4 for inputs, targets in batches)
 
 
+@pytest.mark.parametrize("training", (True, False))
+def test_an_evaluation_drops_nothing_and_leaves_the_mode(pairs, training):
+    samples, model = open_split(pairs, "val"), tiny(seed=1)
+    mora.adapt(model, rank=4, dropout=0.5)
+    for _, parameter in mora.adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = evaluate.perplexity(model.eval(), samples, 64, 4)
+    model.train(training)
+    assert evaluate.perplexity(model, samples, 64, 4) == pytest.approx(expected, rel=1e-5)
+    assert model.training == training
+
+
 def test_a_limit_below_the_first_sample_is_that_sample(pairs):
     samples = open_split(pairs, "train")
     batches = list(every_sample_once(samples, 64, 4, limit=1))
