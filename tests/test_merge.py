@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import config
@@ -20,6 +21,7 @@ import mora
 import sample
 import train
 from config import UserError
+from model import Llama, LlamaConfig
 from shards import Tokens
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +153,21 @@ def test_merge_refuses(run, tmp_path):
         merge.main([str(tmp_path / "full")])
 
 
+@pytest.mark.parametrize("wrong", (lambda delta: 0 * delta, lambda delta: math.nan * delta))
+def test_a_merge_that_changes_the_function_is_refused(monkeypatch, wrong):
+    """The sum is compared with the operator's own maps, not with itself."""
+    model = Llama(LlamaConfig(vocab_size=65, **SHAPE), seed=0)
+    mora.adapt(model, rank=4)
+    for _, parameter in mora.adapter_parameters(model):
+        torch.nn.init.normal_(parameter)
+    merged, difference = merge.merged_model(model, "here")
+    assert difference < 1e-4 and not mora.adapted_layers(merged) and mora.adapted_layers(model)
+    delta = mora.Square.delta
+    monkeypatch.setattr(mora.Square, "delta", lambda square: wrong(delta(square)))
+    with pytest.raises(UserError, match="nothing was written; is here damaged"):
+        merge.merged_model(model, "here")
+
+
 def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     out = run("--steps=10")
     merge.main([str(out)])
@@ -174,6 +191,10 @@ def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
     with torch.no_grad():
         ours = checkpoint.load(out)[0](ids)
         assert (ours - theirs(ids).logits).abs().max() < 1e-5
+    merge.main([str(out), str(tmp_path / "half"), "--as_lora", "--dtype=bfloat16"])
+    for name, dtype in (("lora", torch.float32), ("half", torch.bfloat16)):
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     with pytest.raises(UserError, match="needs a TARGET"):
         merge.main([str(out), "--as_lora"])
     with pytest.raises(UserError, match="exists and is not empty"):

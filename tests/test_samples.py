@@ -1,6 +1,7 @@
 """Training on samples: none sees another, and the split over micro-batches and processes changes
 nothing."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,43 @@ def test_rows_without_a_sample_count_nothing(pairs):
     assert inputs.shape == targets.shape == (4, 8) and (targets == -100).all()
 
 
+def test_an_answer_may_be_longer_than_the_references_and_is_compared_with_the_first(
+        tmp_path, monkeypatch):
+    """By one token: with fewer, a text that goes on after the reference would be exact."""
+    chat = [{"role": role, "content": content} for role, content in (
+        ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two, the longest"))]
+    sft.prepare(tmp_path / "d", "bytes", {}, [(lambda: [{"messages": chat}], ["val"]),
+                (lambda: [{"messages": chat[:2]}], ["train"])], "messages")
+    calls, tok = [], tokenizer.load("bytes")
+
+    def greedy(model, prompts, vocab_size, max_new_tokens, *rest):
+        calls.append((vocab_size, max_new_tokens))
+        return [[ord("x")] for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    samples = open_split(tmp_path / "d", "val")
+    for vocab_size in (257, 300, 200):
+        model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=vocab_size))
+        for most in (0, 9):
+            record, = evaluate.answers(model, tok, samples, max_new_tokens=most)
+    assert calls == [(257, 4), (257, 9), (257, 4), (257, 9), (200, 4), (200, 9)]
+    assert record == {"question": "<|user|>\n1?\n<|assistant|>\n", "answer": "x",
+                      "reference": "one"}
+
+
+def test_evaluate_does_what_its_options_say(run, corpus, capsys):
+    out, results = run("--steps=2", "--warmup=1"), {}
+    for word in ("--seq_len=16", "--tokens=100", "--split=train", "--dtype=bfloat16"):
+        capsys.readouterr()
+        evaluate.main([str(out), str(corpus), word])
+        results[word] = json.loads(capsys.readouterr().out)
+    sizes = {split: len(open_split(corpus, split)) - 1 for split in ("train", "val")}
+    assert [result["tokens"] for result in results.values()] == [
+        sizes["val"], 100, sizes["train"], sizes["val"]]
+    exact, rounded = (results[word]["loss"] for word in ("--seq_len=16", "--dtype=bfloat16"))
+    assert exact != rounded == pytest.approx(exact, rel=1e-2)
+
+
 def test_answers_need_samples(run, corpus):
     out = run("--steps=2", "--warmup=1")
     with pytest.raises(UserError, match="--limit and --max_new_tokens are of answers"):
@@ -368,3 +406,4 @@ def test_scores_of_numbers_count_equal_numbers():
     scores = evaluate.scores(records_of(*pairs, ("####", "####")), "question")
     assert scores == {"answers": 4, "exact": 1 / 2, "numbers": 1 / 2}
     assert "numbers" not in evaluate.scores(records_of(("a", "a")), "prompt")
+    assert "numbers" not in evaluate.scores(records_of(("#### 1", "#### 1"), ("a", "a")), "prompt")
