@@ -189,6 +189,19 @@ def test_pefts_adapters_merge_here(llama, tmp_path, options):
     assert (logits(hugging_face(llama)) - expected).abs().max() > 1e-3
 
 
+def test_the_base_that_the_command_names_is_taken(llama, tmp_path):
+    """Not the one that the adapter's config names."""
+    trained_by_peft(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    other = checkpoint.load(llama)[0]
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    checkpoint.write_hugging_face(tmp_path / "other", other.state_dict(), other, None)
+    for base, expected in ((None, llama), (str(tmp_path / "other"), tmp_path / "other")):
+        model = checkpoint.load(tmp_path / "adapter", base)[0]
+        wanted = load_file(expected / "model.safetensors")["lm_head.weight"]
+        assert torch.equal(model.lm_head.weight, wanted)
+
+
 REFUSED_KEYS = [
     ("peft_type", "LOHA"), ("lora_bias", True), ("modules_to_save", ["lm_head"]),
     ("layer_replication", [[0, 2]]), ("bias", "all"),
@@ -542,6 +555,22 @@ def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_pat
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
     loaded = adapters.load(plain_model("qwen2"), tmp_path)
     torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_layers_of_different_ranks_become_one_lora(tmp_path):
+    model = plain_model("qwen2")
+    for name, rank in (("self_attn.q_proj", 2), ("mlp.up_proj", 5)):
+        linear = model.get_submodule(f"model.layers.0.{name}")
+        update = mora.Square(*mora.features_of(linear), rank)
+        model.set_submodule(f"model.layers.0.{name}", mora.AdaptedLinear(linear, update))
+    randomize_updates(model.requires_grad_(False))
+    for square in (layer.update for _, layer in mora.adapted_layers(model)):
+        square.seed = square.cycle = 0
+    report = adapters.as_lora(model, tmp_path)
+    widths = [len(layer.update.M) for _, layer in mora.adapted_layers(model)]
+    assert report["rank"] == max(widths) > min(widths)
     theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
     torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
 
