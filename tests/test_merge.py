@@ -60,6 +60,7 @@ def test_merged_directory_loads_in_transformers(run, method, capsys):
     merged, ids = transformers_model(out / "merged"), torch.randint(257, (2, 40))
     difference = (adapted(ids) - merged(ids).logits).abs().max()
     assert difference < 1e-4 and float(printed) < 1e-4
+    assert (out / "merged" / "tokenizer.json").exists()
     base = transformers_model(path / "base")  # W alone loads too, and is another function
     assert (base(ids).logits - merged(ids).logits).abs().max() > 1e-3
 
@@ -168,6 +169,23 @@ def test_a_merge_that_changes_the_function_is_refused(monkeypatch, wrong):
         merge.merged_model(model, "here")
 
 
+def test_a_merge_keeps_no_file_of_a_killed_one(run, tmp_path):
+    out, left = run("--steps=2"), tmp_path / ".writing-merged" / "new"
+    left.mkdir(parents=True)
+    (left / "chat_template.jinja").write_text("of another model")
+    merge.main([str(out), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()
+    assert [path.name for path in tmp_path.glob("*merged*")] == ["merged"]
+
+
+def test_a_corpus_of_another_tokenizer_is_not_scored(run, corpus, tmp_path):
+    out, other = run("--steps=2"), shutil.copytree(corpus, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "gpt2"}))
+    with pytest.raises(UserError, match="has the tokenizer bytes, .* was prepared with gpt2"):
+        evaluate.main([str(out), str(other)])
+
+
 def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     out = run("--steps=10")
     merge.main([str(out)])
@@ -186,6 +204,8 @@ def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
     merge.main([str(out), str(target), "--as_lora"])
     assert "a LoRA of rank" in capsys.readouterr().out
     base = checkpoint.steps_of(out)[-1] / "base"
+    config = checkpoint.read_json(target / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(base)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), target)
     ids = torch.arange(12)[None]
     with torch.no_grad():

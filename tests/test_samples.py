@@ -349,7 +349,7 @@ def test_an_answer_may_be_longer_than_the_references_and_is_compared_with_the_fi
                       "reference": "one"}
 
 
-def test_evaluate_does_what_its_options_say(run, corpus, capsys):
+def test_evaluate_does_what_its_options_say(run, corpus, pairs, capsys):
     out, results = run("--steps=2", "--warmup=1"), {}
     for word in ("--seq_len=16", "--tokens=100", "--split=train", "--dtype=bfloat16"):
         capsys.readouterr()
@@ -360,6 +360,9 @@ def test_evaluate_does_what_its_options_say(run, corpus, capsys):
         sizes["val"], 100, sizes["train"], sizes["val"]]
     exact, rounded = (results[word]["loss"] for word in ("--seq_len=16", "--dtype=bfloat16"))
     assert exact != rounded == pytest.approx(exact, rel=1e-2)
+    evaluate.main([str(out), str(pairs)])  # samples longer than the windows of its training
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens == open_split(pairs, "val").learned.sum()
 
 
 def test_answers_need_samples(run, corpus):
