@@ -423,7 +423,8 @@ def test_a_chat_that_is_not_of_texts_is_named(tmp_path, monkeypatch, message):
 
 def test_a_first_row_of_nulls_does_not_decide_the_format(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": None, "response": "x"}] + [{"prompt": "a", "response": "b"}] * 150
+    rows = [{"messages": None, "prompt": None, "response": "x"}]
+    rows += [{"prompt": "a", "response": "b"}] * 150
     write_rows(tmp_path / "a.jsonl", rows)
     data.main(["sft", "first", "a.jsonl", "--tokenizer=bytes"])
     assert open_split("data/first", "train").totals["missing"] == 1
