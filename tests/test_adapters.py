@@ -240,6 +240,13 @@ def test_a_tensor_that_does_not_fit_is_refused_by_its_name(llama, tmp_path, shap
         checkpoint.load(tmp_path)
 
 
+def test_an_adapter_without_tensors_is_refused(llama, tmp_path):
+    trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds no tensors, so it adapts nothing"):
+        checkpoint.load(tmp_path)
+
+
 def test_a_pickled_adapter_is_refused(llama, tmp_path):
     trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")

@@ -121,6 +121,14 @@ def test_the_newest_whole_checkpoint_is_named_and_what_to_remove(copy, tmp_path)
         checkpoint.verify(third)
 
 
+def test_an_empty_part_of_a_sharded_tensor_is_finite():
+    """Of a matrix with fewer rows than there are processes."""
+    checkpoint.must_be_finite({"part": torch.empty(0, 3)}, UserError)
+    with pytest.raises(UserError, match="second holds nan or inf"):
+        checkpoint.must_be_finite({"part": torch.empty(0), "second": torch.tensor([1, torch.nan])},
+                                  UserError)
+
+
 def test_a_checksum_is_of_the_whole_file(tmp_path):
     content = bytes(range(256)) * 70_000  # more than is read at once
     (tmp_path / "large").write_bytes(content)

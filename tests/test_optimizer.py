@@ -142,6 +142,7 @@ def test_resume_with_muon_is_bitwise_identical(run):
 
 REST = ("embed_tokens", "lm_head", "norm")
 METHODS = {"full": {"method": "full", "operator": ""}, "mora": {},
+           "lora": {"method": "lora", "operator": ""},
            "lora+": {"method": "lora", "operator": "", "lora_plus_ratio": 4.0},
            "dora": {"dora": True}}
 
