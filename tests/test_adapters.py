@@ -20,6 +20,7 @@ import evaluate
 import merge
 import mora
 from config import UserError
+from lora import LowRank
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -188,6 +189,19 @@ def test_pefts_adapters_merge_here(llama, tmp_path, options):
     assert (logits(hugging_face(llama)) - expected).abs().max() > 1e-3
 
 
+def test_the_base_that_the_command_names_is_taken(llama, tmp_path):
+    """Not the one that the adapter's config names."""
+    trained_by_peft(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    other = checkpoint.load(llama)[0]
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    checkpoint.write_hugging_face(tmp_path / "other", other.state_dict(), other, None)
+    for base, expected in ((None, llama), (str(tmp_path / "other"), tmp_path / "other")):
+        model = checkpoint.load(tmp_path / "adapter", base)[0]
+        wanted = load_file(expected / "model.safetensors")["lm_head.weight"]
+        assert torch.equal(model.lm_head.weight, wanted)
+
+
 REFUSED_KEYS = [
     ("peft_type", "LOHA"), ("lora_bias", True), ("modules_to_save", ["lm_head"]),
     ("layer_replication", [[0, 2]]), ("bias", "all"),
@@ -223,6 +237,13 @@ def test_a_tensor_that_does_not_fit_is_refused_by_its_name(llama, tmp_path, shap
     changed = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(load_file(file) | changed, file)
     with pytest.raises(UserError, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_an_adapter_without_tensors_is_refused(llama, tmp_path):
+    trained_by_peft(llama, tmp_path, target_modules=["q_proj"])
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds no tensors, so it adapts nothing"):
         checkpoint.load(tmp_path)
 
 
@@ -332,6 +353,42 @@ def test_ranks_and_scales_per_layer_survive_load_and_save(tmp_path):
     torch.testing.assert_close(small_logits(again), small_logits(theirs), rtol=0, atol=1e-5)
 
 
+def test_the_scale_of_a_layer_is_not_that_of_one_whose_name_is_like_it(tmp_path):
+    alphas = {"q": 3.0, "q2": 7.0, "a.q": 6.0, "a_q": 1.5, "b.q": 7.0, "b.a_q": 7.0}
+
+    def plain():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.ModuleDict(), "b": nn.ModuleDict()})
+        for name in alphas:
+            model.set_submodule(name, nn.Linear(6, 5))
+        return model
+
+    model = plain()
+    for name, linear in mora.find_linears(model).items():
+        update = LowRank(6, 5, 2, alphas[name])
+        nn.init.normal_(update.A), nn.init.normal_(update.B)
+        model.set_submodule(name, mora.AdaptedLinear(linear, update))
+    model.requires_grad_(False)
+    adapters.save(model, tmp_path)
+    loaded = mora.merge(adapters.load(plain(), tmp_path)).state_dict()
+    torch.testing.assert_close(loaded, mora.merge(model).state_dict())
+
+
+@pytest.mark.parametrize("update", ("dora", "share"))
+def test_a_config_names_the_adapted_layers_and_their_kind(update, tmp_path):
+    model = mora.adapt(plain_model("gpt2"), rank=3, dropout=0.25, **UPDATES[update],
+                       targets=["h.1.attn.c_proj", "c_fc"])
+    adapters.save(model, tmp_path)
+    config = adapters.read_config(tmp_path)
+    assert config["target_modules"] == [f"transformer.h.{name}" for name in (
+        "0.mlp.c_fc", "1.attn.c_proj", "1.mlp.c_fc")]
+    assert config["fan_in_fan_out"] is True and config["lora_dropout"] == 0.25
+    adapters.save(mora.adapt(plain_model("qwen2"), rank=3, targets=["q_proj", "up_proj"]), tmp_path)
+    config = adapters.read_config(tmp_path)
+    assert config["target_modules"] == ["q_proj", "up_proj"]
+    assert config["fan_in_fan_out"] is False and config["lora_dropout"] == 0
+
+
 TARGETS = ["all-linear", "q_proj", r".*\.1\..*(k|gate)_proj", ["q_proj", "down_proj"],
            ["layers.0.mlp.up_proj"]]
 
@@ -366,7 +423,8 @@ def test_save_pretrained_of_an_adapted_model_writes_merged_weights(architecture,
         torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="takes no state_dict"):
         model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())
-    mora.merge(model).save_pretrained(tmp_path / "merged")
+    merged = mora.merge(model)
+    merged.save_pretrained(tmp_path / "merged", state_dict=merged.state_dict())  # as before adapt
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
 
@@ -386,6 +444,23 @@ def test_load_refuses_another_model(tmp_path):
         adapters.load(plain_model("gpt2"), tmp_path)
     with pytest.raises(UserError, match="adapted already"):
         adapters.load(adapted_model("qwen2", "share"), tmp_path)
+
+
+def test_load_refuses_a_layer_that_shares_its_weight(tmp_path):
+    adapters.save(adapted_model("qwen2", "share", targets=["0.mlp.up_proj"]), tmp_path)
+    model = plain_model("qwen2")
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight = mlp.up_proj.weight
+    with pytest.raises(UserError, match="up_proj shares its weight with .*gate_proj.weight: untie"):
+        adapters.load(model, tmp_path)
+
+
+def test_a_loaded_adapter_is_written_merged_by_save_pretrained(tmp_path):
+    adapters.save(adapted_model("qwen2", "share"), tmp_path / "adapter")
+    model = adapters.load(plain_model("qwen2"), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "model")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(small_logits(again), small_logits(model), rtol=0, atol=1e-5)
 
 
 def test_weights_without_their_update_are_refused():
@@ -485,6 +560,24 @@ def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_pat
         adapters.as_lora(model, tmp_path)
     errors = [adapters.as_lora(model, tmp_path, rank=rank)["error"] for rank in (4, 16, 32)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_layers_of_different_ranks_become_one_lora(tmp_path):
+    model = plain_model("qwen2")
+    for name, rank in (("self_attn.q_proj", 2), ("mlp.up_proj", 5)):
+        linear = model.get_submodule(f"model.layers.0.{name}")
+        update = mora.Square(*mora.features_of(linear), rank)
+        model.set_submodule(f"model.layers.0.{name}", mora.AdaptedLinear(linear, update))
+    randomize_updates(model.requires_grad_(False))
+    for square in (layer.update for _, layer in mora.adapted_layers(model)):
+        square.seed = square.cycle = 0
+    report = adapters.as_lora(model, tmp_path)
+    widths = [len(layer.update.M) for _, layer in mora.adapted_layers(model)]
+    assert report["rank"] == max(widths) > min(widths)
     theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)
     torch.testing.assert_close(small_logits(theirs), small_logits(model), rtol=0, atol=1e-5)
 

@@ -3,11 +3,13 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from test_sft import chat_folder
 
 import checkpoint
 import evaluate
@@ -106,6 +108,34 @@ def test_resume_from_a_damaged_checkpoint_is_one_line(copy, name, records, tmp_p
         assert checkpoint.steps_of(out)[-1].name == "step-00000012"
 
 
+def test_the_newest_whole_checkpoint_is_named_and_what_to_remove(copy, tmp_path):
+    out, second, resume = copy
+    resume()
+    third = checkpoint.steps_of(out)[-1]
+    damaged(third / WEIGHTS, "empty", tmp_path)
+    with pytest.raises(UserError, match=f"{second} is whole: `rm -r {third}`"):
+        checkpoint.verify(third)
+    damaged(second / WEIGHTS, "empty", tmp_path)
+    first = checkpoint.steps_of(out)[0]
+    with pytest.raises(UserError, match=f"{first} is whole: `rm -r {second} {third}`"):
+        checkpoint.verify(third)
+
+
+def test_an_empty_part_of_a_sharded_tensor_is_finite():
+    """Of a matrix with fewer rows than there are processes."""
+    checkpoint.must_be_finite({"part": torch.empty(0, 3)}, UserError)
+    with pytest.raises(UserError, match="second holds nan or inf"):
+        checkpoint.must_be_finite({"part": torch.empty(0), "second": torch.tensor([1, torch.nan])},
+                                  UserError)
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path):
+    content = bytes(range(256)) * 70_000  # more than is read at once
+    (tmp_path / "large").write_bytes(content)
+    record = checkpoint.file_record(tmp_path / "large")
+    assert record == {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
 @pytest.mark.parametrize("name", (WEIGHTS, ADAPTER, "optimizer.pt"))
 def test_one_changed_bit_is_found(copy, name, tmp_path):
     out, step, resume = copy
@@ -124,8 +154,11 @@ def test_the_verbs_name_a_damaged_checkpoint(copy, corpus, name, tmp_path):
     merge.main([str(out / "step-00000005"), str(tmp_path / "merged")])
 
 
-def test_the_verbs_need_no_optimizer(copy, tmp_path):
+@pytest.mark.parametrize("records", (True, False), ids=("records", "older version"))
+def test_the_verbs_need_no_optimizer(copy, tmp_path, records):
     out, step, _ = copy
+    if not records:
+        forget_records(out)
     (step / "optimizer.pt").unlink()
     merge.main([str(out)])
 
@@ -186,6 +219,18 @@ def test_save_refuses_one_bad_number(trained, bad, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_state_records_every_file_beside_it(trained, tmp_path):
+    """With a tokenizer of a folder its files too, the chat template among them."""
+    model, _, _ = checkpoint.load(trained / "run")
+    tok = chat_folder(tmp_path / "chat")
+    cfg = train.config.load([str(trained / "tiny.py"), f"--out={tmp_path / 'out'}"], default=None)
+    checkpoint.save(cfg, 1, 0, model, torch.optim.AdamW(model.parameters()), tok)
+    step, = checkpoint.steps_of(tmp_path / "out")
+    files = {path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()}
+    assert checkpoint.read_state(step)["files"].keys() == files - {"state.json"}
+    assert {"base/tokenizer.json", "base/chat_template.jinja"} < files
+
+
 @pytest.mark.parametrize("limit", (20_000, 45_000))
 def test_a_full_disk_is_one_line_and_leaves_no_trace(trained, tmp_path, limit):
     """20 kB: the weights do not fit; 45 kB: they do, the optimizer's state does not."""
@@ -228,6 +273,7 @@ WRONG = [
     ({"model_type": ["llama"]}, "model_type .'llama'. is not implemented"),
     ({"quantization_config": {}}, "quantization_config {} is not implemented"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_type 'linear' is not impl"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear' is not implemented"),
     ({"rope_scaling": [1]}, "rope_scaling must be JSON objects, got {} and .1."),
     ({"rope_parameters": "x"}, "rope_parameters and .* must be JSON objects, got 'x'"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "factor must be a number from .*, got None"),

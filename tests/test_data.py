@@ -1,7 +1,11 @@
 """Documents become tokens and tokens become batches, and nothing is lost on the way."""
+import contextlib
+import copy
 import gzip
 import itertools
 import json
+import os
+import types
 
 import numpy as np
 import pytest
@@ -113,6 +117,20 @@ def test_a_fingerprint_is_of_the_tokens(files):
     data.main(["text", "other", "a.jsonl", "--tokenizer=bytes"])
     one, same, other = (shards.fingerprint(f"data/{name}") for name in ("one", "same", "other"))
     assert one == same != other and len(one) == 16
+    file = files / "data" / "same" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for change in ({"tokenizer": "gpt2"}, {"vocab_size": 300}, {"kind": "samples", "format": ""}):
+        for totals in manifest["splits"].values():
+            totals["learned"] = 0
+        file.write_text(json.dumps(manifest | change))
+        assert shards.fingerprint("data/same") != one, change
+
+
+@pytest.mark.parametrize("vocab_size, fits", ((256, False), (257, True), (300, True)))
+def test_a_model_needs_a_row_for_every_token(corpus, vocab_size, fits):
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(vocab_size=vocab_size))
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="vocabulary of 257"):
+        Tokens(corpus, "train").must_suit(model, None, "here")
 
 
 def test_one_bad_row_changes_no_other_row(tmp_path, monkeypatch):
@@ -193,6 +211,78 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, monkey
     assert not list(killed.glob("*.tmp")) and not (killed / "progress.json").exists()
 
 
+@pytest.mark.parametrize("last", (40, 130))
+def test_an_interruption_in_any_stage_ends_the_same(tmp_path, monkeypatch, last):
+    """Of 70 documents for training and 90 for validation; it goes on after the `last` one."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 3)
+    documents, encoded = [f"document {i} " * 5 for i in range(160)], []
+
+    def encode(tok, text):
+        encoded.append(text)
+        return shards.encode_text(tok, text)
+
+    def prepare_until(folder, end):
+        def read(part):
+            for i in range(160)[part]:
+                if i == end:
+                    raise KeyboardInterrupt
+                yield documents[i]
+        stages = [(lambda: read(slice(70)), ["train"]), (lambda: read(slice(70, 160)), ["val"])]
+        return data.prepare(folder, tokenizer.load("bytes"), {"source": "s"}, stages, encode=encode)
+
+    whole = prepare_until(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_until(tmp_path / "killed", last)
+    encoded.clear()
+    assert prepare_until(tmp_path / "killed", None)["splits"] == whole["splits"]
+    assert 160 - last <= len(encoded) < 160
+    assert stored(tmp_path / "killed", "val") == expected(documents[70:])
+    sizes = [shard["tokens"] for shard in whole["splits"]["train"]["shards"]]
+    assert len(sizes) > 5 and min(sizes[:-1]) >= 200
+
+
+def test_what_was_prepared_of_another_request_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 3)
+
+    def dies():
+        yield from ["of the first request"] * 50
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "d", dies, source="first")
+    assert (tmp_path / "d" / "progress.json").exists()
+    prepare(tmp_path / "d", lambda: ["of the second"] * 50, source="second")
+    assert stored(tmp_path / "d", "train") == expected(["of the second"] * 50)
+
+
+@pytest.mark.parametrize("vocab_size, dtype", ((2 ** 16, "uint16"), (2 ** 16 + 1, "uint32")))
+def test_a_word_holds_the_largest_id(tmp_path, vocab_size, dtype):
+    tok = copy.copy(tokenizer.load("bytes"))
+    tok.vocab_size, tok.eos_id = vocab_size, vocab_size - 1
+    manifest = data.prepare(tmp_path / "d", tok, {}, [(lambda: ["ab"], ["train"])])
+    assert manifest["dtype"] == dtype
+    assert Tokens(tmp_path / "d", "train").read(0, 3).tolist() == [97, 98, vocab_size - 1]
+
+
+def test_a_full_split_ends_the_reading_when_the_others_are_full_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # of chunks that are read ahead
+    read = []
+
+    def documents():
+        for i in range(10_000):
+            read.append(i)
+            yield "x" * 9
+
+    both = prepare(tmp_path / "both", documents, limits={"val": 15, "train": 1500})["splits"]
+    assert [both[split]["tokens"] for split in ("val", "train")] == [20, 1500]
+    assert len(read) < 2000
+    one = prepare(tmp_path / "one", lambda: ["x" * 9] * 400, limits={"val": 15})["splits"]
+    assert [one[split]["tokens"] for split in ("val", "train")] == [20, 3960]
+
+
 def test_a_token_limit_ends_with_a_whole_document(tmp_path):
     stages = [(lambda: ["x" * 9] * 4000, ["train"])]
     manifest = data.prepare(tmp_path / "d", tokenizer.load("bytes"), {"source": "s"}, stages,
@@ -213,6 +303,9 @@ def test_damage_is_seen(tmp_path):
         Tokens(tmp_path / "d", "train")
     shard.write_bytes(good[:101] + b"\x07" + good[102:])
     with pytest.raises(UserError, match="outside the vocabulary of 257"):
+        Tokens(tmp_path / "d", "train", verify=False).read(0, 100)
+    shard.write_bytes(good[:100] + b"\x01\x01" + good[102:])  # 257
+    with pytest.raises(UserError, match="token id 257 lies outside the vocabulary of 257"):
         Tokens(tmp_path / "d", "train", verify=False).read(0, 100)
     shard.unlink()
     with pytest.raises(UserError, match="should hold .* bytes and holds 0"):
@@ -249,6 +342,24 @@ def test_every_window_once_per_epoch_and_shuffled(corpus):
     assert (inputs[..., 1:] == targets[..., :-1]).all() and inputs.shape == (1, 8, 16)
 
 
+def test_the_order_of_an_epoch_is_as_before(corpus):
+    """Golden: a resumed run continues the order of its first part."""
+    batches = Batches(Tokens(corpus, "train"), seed=1, seq_len=16, batch_size=8, micro_batch=8)
+    orders = [batches.epoch_order(epoch)[:5].tolist() for epoch in (0, 1)]
+    assert orders == [[659, 467, 154, 89, 528], [126, 627, 566, 441, 51]]
+
+
+@pytest.mark.parametrize("count, windows", ((32, 1), (33, 2), (48, 2), (49, 3)))
+def test_a_window_needs_the_target_of_its_last_token(tmp_path, count, windows):
+    prepare(tmp_path / "d", lambda: ["x" * (count - 1)])
+    tokens = Tokens(tmp_path / "d", "train")
+    batches = Batches(tokens, seed=1, seq_len=16, batch_size=2, micro_batch=2)
+    assert (len(tokens), batches.windows) == (count, windows)
+    assert batches.steps_per_epoch == windows / 2
+    inputs, targets = batches(0)
+    assert inputs.shape == targets.shape == (1, 2, 16)
+
+
 @pytest.mark.parametrize("micro_batch", (1, 2, 4))
 def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(corpus, micro_batch):
     tokens = Tokens(corpus, "train")
@@ -256,17 +367,18 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(cor
     for world in (1, 2):
         parts = [Batches(tokens, 1, 16, 8, micro_batch, rank=rank, world=world)
                  for rank in range(world)]
-        for step in (5, 0, 1, 2):  # in any order, prefetched or not
+        for step in (5, 0, 1, 1, 2):  # in any order, prefetched or not
             rows = sorted(row.tolist() for part in parts for row in part(step)[0].flatten(0, 1))
-            assert rows == sorted(row.tolist() for row in whole(step)[0][0])
+            assert rows == sorted(row.tolist() for row in whole.load(step)[0][0])
 
 
 @pytest.mark.parametrize("world", (1, 3))
 @pytest.mark.parametrize("limit", (0, 500))
 def test_evaluation_counts_every_token_once(corpus, world, limit):
     tokens = Tokens(corpus, "train")
-    targets = [targets[targets != -100] for rank in range(world)
-               for _, targets in every_token_once(tokens, 16, 4, rank, world, limit)]
+    ranks = [list(every_token_once(tokens, 16, 4, rank, world, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1  # all-gathers of sharded models
+    targets = [targets[targets != -100] for batches in ranks for _, targets in batches]
     read = tokens.read(1, limit or len(tokens) - 1)
     assert sorted(np.concatenate(targets).tolist()) == sorted(read.tolist())
 

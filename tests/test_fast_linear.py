@@ -262,6 +262,17 @@ def test_a_bfloat16_step_makes_dW_from_bfloat16_operands():
     assert (y - exact).norm() < 1.2 * (adapted(x) - exact).norm() < 6e-3 * exact.norm()
 
 
+def test_an_update_that_changes_inside_autocast_is_seen_at_once():
+    """autocast's cache of rounded parameters, which lives as long as its block, is not used."""
+    adapted, x = layer("lora", (64, 48, 4), torch.float32), torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = adapted(x)
+        adapted.update.B.data *= 2
+        after = adapted(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted(x), after) and not torch.equal(before, after)
+
+
 def test_autocast_rounds_no_weight_that_is_merged():
     adapted = layer("lora", (64, 48, 4), torch.float32, bias=False)
     adapted.weight.data.normal_()

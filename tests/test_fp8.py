@@ -138,6 +138,59 @@ def test_a_scale_is_renewed_before_it_overflows():
         assert sum(scale != before[key] for key, scale in fp8_scales(model).items()) == renewed
 
 
+def test_scales_with_less_room_than_4_are_renewed_and_no_others():
+    model = llama()
+    use_fp8(model)
+    with torch.no_grad():
+        for layer in block_linears(model).values():
+            layer.weight.mul_(12)
+    before = copy.deepcopy(fp8_scales(model))
+    rooms = {name: 448 * before[name] / layer.weight.abs().max()
+             for name, layer in block_linears(model).items()}
+    fit_scales(model, only_if_tight=True)
+    renewed = [name for name, scale in fp8_scales(model).items() if scale != before[name]]
+    assert renewed == [name for name, room in rooms.items() if room < 4]
+    assert 0 < len(renewed) < 14 and min(rooms.values()) > 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_is_not_in_fp8(method):
+    model = llama(method)
+    with torch.no_grad():
+        exact = model(*ids_and_targets())
+        use_fp8(model)
+        assert torch.equal(model(*ids_and_targets()), exact)
+    assert model(*ids_and_targets()) != exact
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scale_is_a_power_of_two_with_room_for_the_merged_weight(method):
+    """Of W + dW, here a dW that is far larger than W."""
+    model = llama(method)
+    with torch.no_grad():
+        for _, parameter in mora.adapter_parameters(model):
+            parameter.mul_(30)
+    use_fp8(model)
+    for name, scale in fp8_scales(model).items():
+        entry = full_weight(block_linears(model)[name]).abs().max()
+        assert 32 <= 448 * scale / entry < 64 and torch.frexp(scale).mantissa == 0.5, name
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_a_weight_that_is_not_finite_keeps_its_scale(bad):
+    """The run's own error names the step; a new scale would end it earlier, without a word."""
+    model = llama()
+    use_fp8(model)
+    before = copy.deepcopy(fp8_scales(model))
+    layers = block_linears(model)
+    with torch.no_grad():
+        layers["0.mlp.up_proj"].weight[3, 5] = bad
+        layers["1.mlp.up_proj"].weight.mul_(100)
+    fit_scales(model, only_if_tight=True)
+    changed = [name for name, scale in fp8_scales(model).items() if scale != before[name]]
+    assert changed == ["1.mlp.up_proj"]
+
+
 def test_a_weight_of_zeros_can_grow():
     """Some begin from zero blocks: the first step's change must fit."""
     model = llama()
@@ -259,8 +312,9 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
     monkeypatch.chdir(tmp_path)
     run("--hidden_size=32", "--intermediate_size=48", "--method=full", "--steps=2", "--out=first")
     base = tmp_path / "first" / "step-00000002" / "base"
-    whole = run(*FLOAT8_BASE, f"--init_from={base}")
-    out = resumed(run, whole, "parts", [*FLOAT8_BASE, f"--init_from={base}"])
+    words = [*FLOAT8_BASE, "--init_from=first/step-00000002/base"]  # found from other folders, too
+    whole = run(*words)
+    out = resumed(run, whole, "parts", words)
     last = "step-00000020"
     assert same(whole / last, out / last) and records(whole) == records(out)
 
@@ -278,7 +332,7 @@ def test_a_float8_base_resumes_and_merges_into_its_original(
     others = {name: 2 * weight for name, weight in load_file(base / "model.safetensors").items()}
     save_file(others, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.safetensors has changed since it was saved"):
-        run(*FLOAT8_BASE, f"--init_from={base}", f"--out={out}", "--resume")
+        run(*words, f"--out={out}", "--resume")
 
 
 def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
@@ -295,6 +349,15 @@ def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=f"No such file or directory: '{base / 'config.json'}'"):
         checkpoint.load(moved / "run")
+
+
+def test_only_adapted_weights_are_kept_in_float8():
+    model = llama("mora", targets=("q_proj", "up_proj"))
+    keep_in_fp8(model)
+    for name, layer in block_linears(model).items():
+        is_adapted = name.endswith(("q_proj", "up_proj"))
+        assert layer.weight.dtype == (torch.float8_e4m3fn if is_adapted else torch.float32), name
+        assert (layer.products is not None) == is_adapted
 
 
 def test_a_base_in_float8_computes_what_its_rounded_weights_say():

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import evaluate
@@ -59,6 +59,34 @@ def test_every_shape_and_both_styles_of_rope(tmp_path, shape, style):
         values["rope_theta"] = rope.pop("rope_theta")
         values["rope_scaling"] = rope if rope["rope_type"] == "llama3" else None
         config.write_text(json.dumps(values))
+    assert_same(tmp_path / "hf", model)
+
+
+def test_keys_that_a_config_json_lacks_have_transformers_defaults():
+    keys = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+                num_attention_heads=4)
+    ours = checkpoint.llama_config({"model_type": "llama", **keys}, "here")
+    theirs = transformers.LlamaConfig(**keys)
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+                "tie_word_embeddings"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.rope_scaling is None and ours.rope_theta == 10000
+
+
+def test_a_directory_in_bfloat16_is_loaded_in_float32(tmp_path):
+    model = small_llama(97).bfloat16()
+    model.save_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {p.dtype for p in checkpoint.load(tmp_path / "hf")[0].parameters()} == {torch.float32}
+    assert_same(tmp_path / "hf", model.float())
+
+
+def test_a_tied_matrix_may_be_stored_twice(tmp_path):
+    model = written(tmp_path / "hf", "grouped-query, tied")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file,
+              {"format": "pt"})
     assert_same(tmp_path / "hf", model)
 
 

@@ -81,6 +81,29 @@ def test_dora_in_bfloat16_lets_small_changes_of_the_magnitude_through():
     assert float(seen) == pytest.approx(1e-3, rel=0.1)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_bfloat16_gradients_are_float32_and_close_outputs_bfloat16(variant):
+    adapted, x = layer(variant, (64, 48, 4), torch.float32), torch.randn(200, 64)
+    exact = results(adapted, x)[2:]
+    for merges in (True, False):
+        y, _, *rounded = results(adapted, x.bfloat16(), merges)
+        assert y.dtype == torch.bfloat16
+        for gradient, wanted in zip(rounded, exact, strict=True):
+            assert gradient.dtype == torch.float32
+            assert (gradient - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_dora_measures_the_rows_of_a_bfloat16_weight_in_float32():
+    """Also inside autocast, where B A is a product in bfloat16."""
+    model = nn.ModuleDict({"q": nn.Linear(64, 48, dtype=torch.bfloat16)})
+    update = mora.adapt(model, "lora", rank=2, dora=True, targets=("q",))["q"].update
+    assert not update.delta().any()  # m is not rounded
+    nn.init.normal_(update.inner.B)
+    exact = update.merged()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert update.merged().dtype == exact.dtype == torch.float32
+
+
 def test_dora_of_a_row_of_zeros_is_a_row_of_zeros():
     model = nn.ModuleDict({"q": nn.Linear(6, 4, bias=False)})
     model["q"].weight.data[1] = 0

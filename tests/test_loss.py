@@ -53,3 +53,22 @@ def test_huge_logits_stay_finite():
     value = loss.cross_entropy(x, weight, torch.tensor([0, 1, 2, 0]))
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(x.grad).all()
+
+
+def test_in_bfloat16_losses_and_sums_over_chunks_are_float32(monkeypatch):
+    """The products alone are rounded, in training and without gradients alike."""
+    x, weight = torch.randn(640, 32).bfloat16().requires_grad_(), torch.randn(65, 32)
+    weight, targets = weight.requires_grad_(), torch.randint(65, (640,))
+    logits = (x @ weight.bfloat16().T).float()
+    wanted = F.cross_entropy(logits, targets)
+    value = loss.cross_entropy(x, weight, targets)
+    value.backward()
+    whole, weight.grad = weight.grad, None
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    in_chunks = loss.cross_entropy(x, weight, targets)
+    in_chunks.backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad - whole).norm() < 3e-3 * whole.norm()
+    with torch.no_grad():
+        values = value, in_chunks, loss.cross_entropy(x, weight, targets)
+    torch.testing.assert_close(values, (wanted,) * 3, rtol=1e-5, atol=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import config
@@ -20,6 +21,7 @@ import mora
 import sample
 import train
 from config import UserError
+from model import Llama, LlamaConfig
 from shards import Tokens
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,7 @@ def test_merged_directory_loads_in_transformers(run, method, capsys):
     merged, ids = transformers_model(out / "merged"), torch.randint(257, (2, 40))
     difference = (adapted(ids) - merged(ids).logits).abs().max()
     assert difference < 1e-4 and float(printed) < 1e-4
+    assert (out / "merged" / "tokenizer.json").exists()
     base = transformers_model(path / "base")  # W alone loads too, and is another function
     assert (base(ids).logits - merged(ids).logits).abs().max() > 1e-3
 
@@ -151,6 +154,38 @@ def test_merge_refuses(run, tmp_path):
         merge.main([str(tmp_path / "full")])
 
 
+@pytest.mark.parametrize("wrong", (lambda delta: 0 * delta, lambda delta: math.nan * delta))
+def test_a_merge_that_changes_the_function_is_refused(monkeypatch, wrong):
+    """The sum is compared with the operator's own maps, not with itself."""
+    model = Llama(LlamaConfig(vocab_size=65, **SHAPE), seed=0)
+    mora.adapt(model, rank=4)
+    for _, parameter in mora.adapter_parameters(model):
+        torch.nn.init.normal_(parameter)
+    merged, difference = merge.merged_model(model, "here")
+    assert difference < 1e-4 and not mora.adapted_layers(merged) and mora.adapted_layers(model)
+    delta = mora.Square.delta
+    monkeypatch.setattr(mora.Square, "delta", lambda square: wrong(delta(square)))
+    with pytest.raises(UserError, match="nothing was written; is here damaged"):
+        merge.merged_model(model, "here")
+
+
+def test_a_merge_keeps_no_file_of_a_killed_one(run, tmp_path):
+    out, left = run("--steps=2"), tmp_path / ".writing-merged" / "new"
+    left.mkdir(parents=True)
+    (left / "chat_template.jinja").write_text("of another model")
+    merge.main([str(out), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()
+    assert [path.name for path in tmp_path.glob("*merged*")] == ["merged"]
+
+
+def test_a_corpus_of_another_tokenizer_is_not_scored(run, corpus, tmp_path):
+    out, other = run("--steps=2"), shutil.copytree(corpus, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "gpt2"}))
+    with pytest.raises(UserError, match="has the tokenizer bytes, .* was prepared with gpt2"):
+        evaluate.main([str(out), str(other)])
+
+
 def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     out = run("--steps=10")
     merge.main([str(out)])
@@ -169,11 +204,17 @@ def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
     merge.main([str(out), str(target), "--as_lora"])
     assert "a LoRA of rank" in capsys.readouterr().out
     base = checkpoint.steps_of(out)[-1] / "base"
+    config = checkpoint.read_json(target / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(base)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), target)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         ours = checkpoint.load(out)[0](ids)
         assert (ours - theirs(ids).logits).abs().max() < 1e-5
+    merge.main([str(out), str(tmp_path / "half"), "--as_lora", "--dtype=bfloat16"])
+    for name, dtype in (("lora", torch.float32), ("half", torch.bfloat16)):
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     with pytest.raises(UserError, match="needs a TARGET"):
         merge.main([str(out), "--as_lora"])
     with pytest.raises(UserError, match="exists and is not empty"):

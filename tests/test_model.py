@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 import sample
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, RMSNorm
 
 SHAPES = {"multi-head": (4, False), "grouped-query": (2, False), "tied": (1, True)}
 
@@ -101,8 +101,32 @@ def test_compute_dtype_is_chosen_and_parameters_stay_float32():
     model.compute_dtype = torch.bfloat16
     loss = model(ids, ids)
     loss.backward()
+    assert model(ids).dtype == torch.float32
     assert loss.dtype == torch.float32 and 0 < (loss - exact).abs() < 0.1
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_norm_in_bfloat16_is_rounded_once():
+    norm, x = RMSNorm(64, 1e-6), 3 * torch.randn(50, 64).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    exact = norm.weight * F.rms_norm(x.double(), (64,), eps=1e-6)
+    error, rounding = (norm(x) - exact).norm(), (exact.bfloat16() - exact).norm()
+    assert norm(x).dtype == torch.bfloat16 and error < 1.001 * rounding
+
+
+@pytest.mark.parametrize("residual_init", (False, True))
+def test_the_first_weights_have_the_deviation_of_their_kind(residual_init):
+    """0.02, with residual_init 0.02 / sqrt(2 layers) for what adds to the residual; norms 1."""
+    cfg = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                      num_attention_heads=4, num_key_value_heads=4)
+    for name, weight in Llama(cfg, 1, residual_init).named_parameters():
+        adds = residual_init and name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / 6 ** 0.5 if adds else 0.02
+        if weight.ndim == 1:
+            assert (weight == 1).all()
+        else:
+            assert weight.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(weight.mean()) < 0.1 * std
 
 
 def test_golden_losses():

@@ -190,6 +190,39 @@ def test_every_operator_moves_its_groups(operator):
     assert (deltas[0].delta() != deltas[1].delta()).any()
 
 
+def test_the_groups_of_a_saved_cycle_are_drawn_as_before():
+    """Golden: a file holds the seed and the cycle alone, other draws would be another map."""
+    orders = {}
+    for groups, cycle in (("permute", 0), ("alternate", 0), ("alternate", 1), ("contiguous", 0)):
+        fold = mora.Fold(10, 4, 1, 3, False, groups)
+        fold.move(cycle, seed=5)
+        orders[groups, cycle] = fold.order.tolist()
+    by_neighbours = [0, 3, 6, 8, 1, 4, 7, 9, 2, 5]
+    assert orders == {("permute", 0): [1, 2, 9, 0, 4, 5, 6, 3, 8, 7],
+                      ("alternate", 0): [*range(10)], ("alternate", 1): by_neighbours,
+                      ("contiguous", 0): by_neighbours}
+
+
+@pytest.mark.parametrize("features", (2 ** 15 - 1, 2 ** 15 + 3))
+def test_a_narrow_order_is_the_order(features):
+    """16 bits hold no index from 32,768 on."""
+    fold, x = mora.Fold(features, 4096, 2, 9, False, "permute"), torch.randn(features)
+    fold.move(cycle=0, seed=0)
+    wide = fold(x)
+    fold.narrow()
+    assert (fold.order.dtype == torch.int16) == (features < 2 ** 15)
+    assert torch.equal(fold(x), wide)
+
+
+def test_a_rotation_in_bfloat16_is_the_exact_one_rounded():
+    """Its cosines and sines are not rounded first."""
+    fold = mora.Square(512, 64, 1, "rotate").fold_in
+    pieces = torch.randn(20, fold.pieces, fold.width).bfloat16()
+    exact = fold.rotate(pieces.double(), 1)
+    error = (fold.rotate(pieces, 1) - exact).norm()
+    assert 0 < error < 1.01 * (exact.bfloat16() - exact).norm()
+
+
 METHODS = [("lora", {}), ("lora", {"lora_A": "orthogonal", "alpha": 2.0, "rslora": True}),
            ("lora", {"lora_A": "frozen"}), ("lora", {"dora": True}), ("mora", {"dora": True})]
 NORMS = {"q_proj": (torch.randn(24).abs(), torch.randn(40).abs()),
@@ -323,6 +356,23 @@ def test_restart_may_keep_or_prune_the_states(keep):
     assert after["step"] == before["step"] and M.abs().sum() == 0
 
 
+def test_pruning_leaves_the_largest_moment_at_least():
+    moment = torch.tensor([[0.1, -3.0], [2.0, 0.0]])
+    mora.prune_(moment, 1e-9)
+    assert moment.tolist() == [[0, -3], [0, 0]]
+
+
+def test_the_reported_norm_is_that_of_the_change_of_all_weights():
+    model = adapted("mora", {})
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 3)
+    before = [layer.weight.clone() for _, layer in mora.adapted_layers(model)]
+    report = mora.restart(model, optimizer, cycle=1)
+    changes = [(layer.weight - weight).flatten()
+               for (_, layer), weight in zip(mora.adapted_layers(model), before, strict=True)]
+    assert report["update_norm"] == pytest.approx(torch.cat(changes).norm().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("wrap", (torch.compile, lambda model: nn.ModuleDict({"module": model})))
 def test_a_restart_of_a_wrapped_model_draws_as_one_of_the_model(wrap):
     """torch.compile and DDP put a prefix before every name."""
@@ -401,6 +451,23 @@ def test_train_rest_chooses_what_trains():
     assert trained_names(frozen) == rest
 
 
+def test_train_rest_trains_nothing_that_was_frozen_before():
+    model = small_model()
+    model["embed"].requires_grad_(False)
+    mora.adapt(model, targets=("q_proj", "up_proj"), rank=3, train_rest=True)
+    assert trained_names(model) == ["head.bias", "head.weight", "q_proj.update.M",
+                                    "up_proj.update.M"]
+
+
+@pytest.mark.parametrize("method, options", METHODS)
+def test_updates_of_16_bits_weights_are_float32_and_merged_weights_keep_their_dtype(
+        method, options):
+    model = small_model().bfloat16()
+    mora.adapt(model, method, rank=3, targets=("q_proj", "up_proj"), **options)
+    assert {p.dtype for _, p in mora.adapter_parameters(model)} == {torch.float32}
+    assert {weight.dtype for weight in mora.merged_weights(model).values()} == {torch.bfloat16}
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="'qproj' matches no linear layer.*q_proj"):
         mora.adapt(small_model(), targets=("qproj",))
@@ -433,6 +500,8 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), "lora", rslora=True, targets=("head",))
     with pytest.raises(ValueError, match="give it an alpha above 0, got -4"):
         mora.adapt(small_model(), "lora", alpha=-4, targets=("head",))  # load would refuse it
+    with pytest.raises(ValueError, match="rank 1 leaves no M for a layer 1 -> 1"):
+        mora.adapt(nn.Sequential(nn.Linear(1, 1)), rank=1, operator="rotate", targets=("0",))
     with pytest.raises(ValueError, match="operator must be one of"):
         mora.adapt(small_model(), operator="twist", targets=("head",))
 
@@ -591,9 +660,12 @@ def test_a_layer_whose_weight_torch_reads_is_refused_by_name(target):
         mora.adapt(model, rank=1, targets=(target,))
 
 
-def test_a_layer_with_hooks_is_refused():
+@pytest.mark.parametrize("register, hook", [
+    ("register_forward_hook", lambda module, inputs, output: 10 * output),
+    ("register_forward_pre_hook", lambda module, inputs: (10 * inputs[0],))])
+def test_a_layer_with_hooks_is_refused(register, hook):
     model = small_model()
-    handle = model["head"].register_forward_hook(lambda module, inputs, output: 10 * output)
+    handle = getattr(model["head"], register)(hook)
     with pytest.raises(ValueError, match="head has forward hooks"):
         mora.adapt(model, targets=("head",))
     handle.remove()
@@ -610,6 +682,15 @@ def test_all_linear_leaves_out_the_head_of_this_projects_model():
 def test_a_layer_without_a_weight_to_merge_into_is_refused():
     model = small_model()
     nn.utils.parametrizations.weight_norm(model["head"])
+    with pytest.raises(ValueError, match="head is no target: .* holds no .out, in. matrix"):
+        mora.adapt(model, targets=("head",))
+
+
+@pytest.mark.parametrize("weight", (torch.ones(11, 24, dtype=torch.int8), torch.ones(132, 1)))
+def test_a_weight_of_a_quantized_layer_is_refused(weight):
+    """Whole numbers without their scale, or packed."""
+    model = small_model()
+    model["head"].weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ValueError, match="head is no target: .* holds no .out, in. matrix"):
         mora.adapt(model, targets=("head",))
 

@@ -1,4 +1,5 @@
 """AdamW is torch's and transformers' training loop; Muon is torch's; groups, rates, resume."""
+import copy
 import math
 
 import pytest
@@ -37,8 +38,11 @@ def batch_of(generator, tokens=8):
 # ------------------------------------------------------------
 # Muon
 
-def test_muon_is_torchs():
-    """torch orthogonalizes in bfloat16, so the steps are equal to about its rounding."""
+@pytest.mark.parametrize("elements", (2 ** 26, 300, 1))
+def test_muon_is_torchs(monkeypatch, elements):
+    """torch orthogonalizes in bfloat16, so the steps are equal to about its rounding.
+    elements: the two matrices of one shape are one batch, or two."""
+    monkeypatch.setattr(optimizer, "BATCH_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     a = [torch.nn.Parameter(tensor.clone()) for tensor in start]
@@ -47,7 +51,8 @@ def test_muon_is_torchs():
     us = optimizer.AdamWMuon([group], lr=1e-2)
     them = torch.optim.Muon(b, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
                             adjust_lr_fn="match_rms_adamw")
-    for _ in range(5):
+    for rate in (1e-3, 1e-2, 5e-2, 2e-2, 4e-2):
+        us.param_groups[0]["lr"] = them.param_groups[0]["lr"] = rate
         for p, q in zip(a, b, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
@@ -58,6 +63,15 @@ def test_muon_is_torchs():
         assert (p - q).norm() < 1e-2 * update.norm(), p.shape
 
 
+def test_a_matrix_without_a_gradient_stays():
+    still, moved = (torch.nn.Parameter(torch.randn(4, 6)) for _ in range(2))
+    group = {"params": [still, moved], "ratio": 1.0, "muon": True, "weight_decay": 0.1}
+    steps, before = optimizer.AdamWMuon([group], lr=1e-2), still.detach().clone()
+    moved.grad = torch.randn(4, 6)
+    steps.step()
+    assert torch.equal(still, before) and list(steps.state) == [moved]
+
+
 @pytest.mark.parametrize("shape", sorted(set(SHAPES)))
 def test_singular_values_move_to_about_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -66,6 +80,14 @@ def test_singular_values_move_to_about_one(shape):
     assert 0.6 < values.min() and values.max() < 1.3
     turned = u.T @ matrix @ v.T  # diagonal: the singular vectors stay
     assert (turned - turned.diagonal().diag()).norm() < 1e-3 * matrix.norm()
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    """As that of LoRA's A in the first step; others in its batch are what they are alone."""
+    zeros, other = torch.zeros(6, 9), torch.randn(6, 9)
+    results = optimizer.orthogonalize([zeros, other, 1e3 * other])
+    assert torch.equal(results[0], zeros)
+    torch.testing.assert_close(results[1:], [optimizer.orthogonalize([other])[0]] * 2)
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES)))
@@ -120,6 +142,7 @@ def test_resume_with_muon_is_bitwise_identical(run):
 
 REST = ("embed_tokens", "lm_head", "norm")
 METHODS = {"full": {"method": "full", "operator": ""}, "mora": {},
+           "lora": {"method": "lora", "operator": ""},
            "lora+": {"method": "lora", "operator": "", "lora_plus_ratio": 4.0},
            "dora": {"dora": True}}
 
@@ -158,6 +181,22 @@ def test_a_step_takes_the_rates_of_the_groups():
     optimizer.optimizer_step(model, steps, batch_of(torch.Generator().manual_seed(0)), 2e-4)
     rates = {group["ratio"]: group["lr"] for group in steps.param_groups}
     assert rates == pytest.approx({1.0: 2e-4, 4.0: 8e-4, 5.0: 1e-3})
+
+
+@pytest.mark.parametrize("clip", (0.0, 1e-3))
+def test_a_step_returns_the_mean_loss_and_the_norm_before_clipping(clip):
+    cfg, model = tiny(method="full", operator="")
+    generator, before = torch.Generator().manual_seed(0), copy.deepcopy(model)
+    ids, targets = (torch.cat(parts) for parts in zip(
+        *[batch_of(generator) for _ in range(3)], strict=True))
+    steps = optimizer.build_optimizer(cfg, model, torch.device("cpu"))
+    loss, norm = optimizer.optimizer_step(model, steps, (ids, targets), 1e-3, clip).tolist()
+    expected = before(ids.flatten(0, 1), targets.flatten(0, 1))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    gradient = torch.cat([p.grad.flatten() for p in before.parameters()])
+    assert norm == pytest.approx(gradient.norm().item(), rel=1e-5) and norm > 10 * 1e-3
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

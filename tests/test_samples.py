@@ -1,6 +1,7 @@
 """Training on samples: none sees another, and the split over micro-batches and processes changes
 nothing."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,13 @@ def test_a_row_is_padded_to_the_longest_of_its_micro_batch_and_a_multiple_of_8(t
         assert widths == [-(-length // 8) * 8 for length in longest]
 
 
+def test_the_samples_of_a_step_are_as_before(twelve_steps):
+    """Golden: a resumed run continues the order of its first part."""
+    assert [twelve_steps.samples_of(step).tolist() for step in (0, 11, 12)] == [
+        [35, 7, 67, 25, 11, 21, 71, 10], [30, 86, 24, 84, 51, 5, 17, 8],
+        [79, 26, 88, 36, 52, 48, 54, 90]]
+
+
 def targets_of(batch):
     """The rows of targets of a batch without padding, sorted."""
     return sorted([token for token in row.tolist() if token != -100]
@@ -96,10 +104,10 @@ def test_batches_are_a_pure_function_of_the_step_for_any_number_of_processes(pai
     for world in (1, 2):
         every = [SampleBatches(samples, 1, 64, 8, micro_batch, rank=rank, world=world)
                  for rank in range(world)]
-        for step in (5, 0, 1, 2, 13):
+        for step in (5, 0, 1, 1, 2, 13):
             parts = [batches(step) for batches in every]
             rows = sorted(row for part in parts for row in targets_of(part))
-            assert rows == targets_of(whole(step))
+            assert rows == targets_of(whole.load(step))
             weights = [weight for part in parts for weight in part[2]]
             assert np.mean(weights) == pytest.approx(1)
 
@@ -114,7 +122,8 @@ def test_accumulation_and_two_processes_equal_one_big_batch(fit, pairs, group):
     assert codes == [0, 0], outputs
     assert "of padding, in 2 x 2 sequences" in outputs[0]
     for key in ("loss", "grad_norm", "val_loss"):
-        assert records(small, key) == pytest.approx(records(big, key), rel=1e-4), key
+        for other in (small, two):
+            assert records(other, key) == pytest.approx(records(big, key), rel=1e-4), (other, key)
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -167,8 +176,9 @@ def test_evaluation_counts_every_learned_token_once(pairs, world, limit):
     count = len(samples.lengths)
     if limit:
         count = int(np.searchsorted(np.cumsum(samples.lengths), limit, "right"))
-    batches = [batch for rank in range(world)
-               for batch in every_sample_once(samples, 64, 4, rank, world, limit)]
+    ranks = [list(every_sample_once(samples, 64, 4, rank, world, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1  # all-gathers of sharded models
+    batches = [batch for part in ranks for batch in part]
     targets = [token for _, targets in batches for token in targets[targets != -100].tolist()]
     wanted = []
     for i in range(count):
@@ -176,6 +186,24 @@ def test_evaluation_counts_every_learned_token_once(pairs, world, limit):
         wanted += ids[learned].tolist()
     assert sorted(targets) == sorted(wanted)
     assert all(inputs.shape == targets.shape and len(inputs) == 4 for inputs, targets in batches)
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_an_evaluation_drops_nothing_and_leaves_the_mode(pairs, training):
+    samples, model = open_split(pairs, "val"), tiny(seed=1)
+    mora.adapt(model, rank=4, dropout=0.5)
+    for _, parameter in mora.adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = evaluate.perplexity(model.eval(), samples, 64, 4)
+    model.train(training)
+    assert evaluate.perplexity(model, samples, 64, 4) == pytest.approx(expected, rel=1e-5)
+    assert model.training == training
+
+
+def test_a_limit_below_the_first_sample_is_that_sample(pairs):
+    samples = open_split(pairs, "train")
+    batches = list(every_sample_once(samples, 64, 4, limit=1))
+    assert len(batches) == 1 and (batches[0][1] != -100).sum() == samples.learned[0]
 
 
 def test_the_loss_is_the_mean_over_learned_tokens(pairs):
@@ -273,8 +301,69 @@ def test_a_sample_that_begins_with_its_answer_asks_nothing(tmp_path):
     shards.prepare(tmp_path / "d", tok, {}, [(lambda: [words], ["train"])],
                    encode=lambda tok, words: (words, {"bytes": 1, "learned": 2}),
                    facts={"kind": "samples", "format": "prompt"})
+    assert open_split(tmp_path / "d", "train").learned.tolist() == [1]  # nothing predicts the first
     with pytest.raises(UserError, match="sample 0 has no prompt before its answer"):
         evaluate.answers(tiny(seed=1), tok, open_split(tmp_path / "d", "train"))
+
+
+def test_every_id_and_any_number_of_tokens_can_be_learned(tmp_path):
+    ids = np.arange(300, dtype=np.uint32) % 257
+    words = ids | np.where(np.arange(300) % 7, sft.LEARNED, 0).astype(np.uint32)
+    words[0] |= np.uint32(sft.FIRST)
+    shards.prepare(tmp_path / "d", tokenizer.load("bytes"), {}, [(lambda: [words], ["train"])],
+                   encode=lambda tok, words: (words, {"bytes": 1, "learned": 257}),
+                   facts={"kind": "samples", "format": "prompt"})
+    samples = open_split(tmp_path / "d", "train")
+    assert samples.learned.tolist() == [257] and ids[257] == 0
+    found, learned = samples.sample(0)
+    assert found.tolist() == ids.tolist() and learned.tolist() == [i % 7 > 0 for i in range(300)]
+    (inputs, targets), = every_sample_once(samples, 300, 1)  # it fits exactly
+    assert (targets != -100).sum() == 257 and inputs.shape == (1, 300)
+
+
+def test_rows_without_a_sample_count_nothing(pairs):
+    inputs, targets = open_split(pairs, "train").rows([], 64, 4)
+    assert inputs.shape == targets.shape == (4, 8) and (targets == -100).all()
+
+
+def test_an_answer_may_be_longer_than_the_references_and_is_compared_with_the_first(
+        tmp_path, monkeypatch):
+    """By one token: with fewer, a text that goes on after the reference would be exact."""
+    chat = [{"role": role, "content": content} for role, content in (
+        ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two, the longest"))]
+    sft.prepare(tmp_path / "d", "bytes", {}, [(lambda: [{"messages": chat}], ["val"]),
+                (lambda: [{"messages": chat[:2]}], ["train"])], "messages")
+    calls, tok = [], tokenizer.load("bytes")
+
+    def greedy(model, prompts, vocab_size, max_new_tokens, *rest):
+        calls.append((vocab_size, max_new_tokens))
+        return [[ord("x")] for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    samples = open_split(tmp_path / "d", "val")
+    for vocab_size in (257, 300, 200):
+        model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=vocab_size))
+        for most in (0, 9):
+            record, = evaluate.answers(model, tok, samples, max_new_tokens=most)
+    assert calls == [(257, 4), (257, 9), (257, 4), (257, 9), (200, 4), (200, 9)]
+    assert record == {"question": "<|user|>\n1?\n<|assistant|>\n", "answer": "x",
+                      "reference": "one"}
+
+
+def test_evaluate_does_what_its_options_say(run, corpus, pairs, capsys):
+    out, results = run("--steps=2", "--warmup=1"), {}
+    for word in ("--seq_len=16", "--tokens=100", "--split=train", "--dtype=bfloat16"):
+        capsys.readouterr()
+        evaluate.main([str(out), str(corpus), word])
+        results[word] = json.loads(capsys.readouterr().out)
+    sizes = {split: len(open_split(corpus, split)) - 1 for split in ("train", "val")}
+    assert [result["tokens"] for result in results.values()] == [
+        sizes["val"], 100, sizes["train"], sizes["val"]]
+    exact, rounded = (results[word]["loss"] for word in ("--seq_len=16", "--dtype=bfloat16"))
+    assert exact != rounded == pytest.approx(exact, rel=1e-2)
+    evaluate.main([str(out), str(pairs)])  # samples longer than the windows of its training
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens == open_split(pairs, "val").learned.sum()
 
 
 def test_answers_need_samples(run, corpus):
@@ -321,3 +410,4 @@ def test_scores_of_numbers_count_equal_numbers():
     scores = evaluate.scores(records_of(*pairs, ("####", "####")), "question")
     assert scores == {"answers": 4, "exact": 1 / 2, "numbers": 1 / 2}
     assert "numbers" not in evaluate.scores(records_of(("a", "a")), "prompt")
+    assert "numbers" not in evaluate.scores(records_of(("#### 1", "#### 1"), ("a", "a")), "prompt")

@@ -76,12 +76,22 @@ def write_rows(path, rows):
     ({"question": "Why?", "answer": "So.\n#### 3"}, ALPACA.format("Why?"), "So.\n#### 3"),
     ({"query": "Why?", "response": "So.", "type": "GSM_Rephrased", "original_question": "?"},
      ALPACA.format("Why?"), "So."),
+    ({"question": "Why?", "answer": "So.", "input": "not of this format"},
+     ALPACA.format("Why?"), "So."),
     ({"instruction": "Add {x}", "input": "", "output": "5"}, ALPACA.format("Add {x}"), "5"),
     ({"instruction": "Add", "output": "5"}, ALPACA.format("Add"), "5"),
     ({"instruction": "Add", "input": "2, 3", "output": ""}, ALPACA_INPUT.format("Add", "2, 3"), ""),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_every_format_has_its_text_and_only_the_response_is_learned(row, prompt, response):
     assert halves(BYTES, row) == ("¶" + prompt, response + "¶")
+
+
+def test_an_input_of_null_is_none():
+    row = {"instruction": "Add", "input": None, "output": "5"}
+    assert sft.usable(row, "alpaca") is row
+    assert halves(BYTES, row) == ("¶" + ALPACA.format("Add"), "5¶")
+    bad = sft.usable(row | {"input": 5}, "alpaca")
+    assert isinstance(bad, sft.LeftOut) and bad.reason == "bad"
 
 
 def test_a_chat_without_a_template_is_tulus():
@@ -139,6 +149,62 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
         sample(tok, {"messages": CHAT})
 
 
+def test_a_template_that_shortens_earlier_answers_is_refused(tmp_path):
+    """As those of models that think: only the last answer keeps its thoughts."""
+    tok = chat_folder(tmp_path / "chat", (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
+        "{{ m['content'] }}|{% endfor %}"))
+    assert sample(tok, {"messages": CHAT[:2]})
+    with pytest.raises(UserError, match="writes a message differently when others .*'  Zwei"):
+        sample(tok, {"messages": CHAT})
+
+
+def test_templates_are_compiled_with_transformers_options(tmp_path):
+    from transformers import AutoTokenizer
+    tok = chat_folder(tmp_path / "chat", """{% for m in messages %}
+    {% if m['role'] == 'nobody' %}
+        {% break %}
+    {% endif %}
+  {{ m['role'] }}:
+    {% set text = m['content'] %}
+{{ text }}
+{% endfor %}
+  {% if add_generation_prompt %}
+assistant:
+    {% endif %}
+""")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    for prompt in (False, True):
+        wanted = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+        assert sft.render(tok, CHAT, prompt) == wanted
+
+
+def test_the_steps_of_a_template_are_counted_anew_for_each_chat(tmp_path, monkeypatch):
+    tok = chat_folder(tmp_path / "chat")
+    monkeypatch.setattr(sft, "TEMPLATE_STEPS", 12)
+    texts = {sft.render(tok, CHAT, True) for _ in range(5)}
+    assert len(texts) == 1
+    with pytest.raises(UserError, match="it takes more than 12 steps"):
+        sft.render(tok, CHAT * 3, True)
+
+
+def test_end_of_text_inside_an_answer_is_learned_as_what_follows_it(tmp_path):
+    tok = chat_folder(tmp_path / "chat")
+    chat = [CHAT[0], {"role": "assistant", "content": "a<|im_end|>b"}]
+    ids, learned = sample(tok, {"messages": chat})
+    answer = [i for i, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert answer == [ord("a"), tok.eos_id, ord("b"), tok.eos_id]
+
+
+def test_a_sample_of_which_the_first_token_alone_is_learned_is_dropped(tmp_path):
+    """Nothing predicts it."""
+    tok = chat_folder(tmp_path / "chat", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    row = {"messages": CHAT[1:2]}
+    assert sft.encode(tok, row, "messages", 1, "truncate") == (None, {"dropped": 1})
+    words, counts = sft.encode(tok, row, "messages", 2, "truncate")
+    assert (words >= sft.LEARNED).all() and counts["longest"] == 2
+
+
 def test_a_chat_that_begins_with_an_answer_is_left_out_if_the_template_cannot(tmp_path):
     """As SmolLM2's: a system prompt of its own comes before the first message, if there is one."""
     tok = chat_folder(tmp_path / "chat", (
@@ -152,7 +218,8 @@ def test_a_chat_that_begins_with_an_answer_is_left_out_if_the_template_cannot(tm
 
 @pytest.mark.parametrize("file, before, after", [
     ("chat_template.jinja", "<|im_start|>", "<|im_start|> "),
-    ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"')])
+    ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"'),
+    ("tokenizer_config.json", '"bos_token": "<|im_start|>"', '"bos_token": "<|im_end|>"')])
 def test_another_template_or_end_of_text_is_another_corpus(tmp_path, file, before, after):
     """The tokenizer's name, a checksum of tokenizer.json, is the same."""
     chat_folder(tmp_path / "chat")
@@ -356,7 +423,8 @@ def test_a_chat_that_is_not_of_texts_is_named(tmp_path, monkeypatch, message):
 
 def test_a_first_row_of_nulls_does_not_decide_the_format(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": None, "response": "x"}] + [{"prompt": "a", "response": "b"}] * 150
+    rows = [{"messages": None, "prompt": None, "response": "x"}]
+    rows += [{"prompt": "a", "response": "b"}] * 150
     write_rows(tmp_path / "a.jsonl", rows)
     data.main(["sft", "first", "a.jsonl", "--tokenizer=bytes"])
     assert open_split("data/first", "train").totals["missing"] == 1

@@ -183,7 +183,7 @@ def test_two_killed_processes_resume_bitwise(group, config, shard):
 
 def test_sharded_samples(fit, group, pairs, config):
     """3 of the 11 validation samples are left when one of two processes has none."""
-    words = [f"--data={pairs}", "--seq_len=64", "--steps=2"]
+    words = [f"--data={pairs}", "--seq_len=64", "--steps=2", "--micro_batch=4"]
     one, two = fit("--steps=2"), config.parent / "two"
     assert finish(group(2, *words, "--shard", f"--out={two}"))[0] == [0, 0]
     assert records(two, "val_loss") == pytest.approx(records(one, "val_loss"), rel=1e-5)

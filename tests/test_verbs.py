@@ -139,6 +139,9 @@ def test_answers_are_kept_with_their_questions_and_references(tmp_path, monkeypa
     exact = [record["answer"].strip() == record["reference"] for record in records]
     assert result["answers"] == 7 and result["exact"] == sum(exact) / 7
     assert all(isinstance(record["answer"], str) and record["answer"] for record in records)
+    evaluate.main(["model", "data/sums", "--answers", "--out=short.jsonl", "--max_new_tokens=2"])
+    shortened = [json.loads(line)["answer"] for line in open("short.jsonl", encoding="utf-8")]
+    assert len(shortened) == 20 and max(map(len, shortened)) == 2
     for words, line in ((["--out=x"], "add --answers"),
                         (["--answers", "--out=absent/x"], "absent/x")):
         with pytest.raises((UserError, FileNotFoundError), match=line):
