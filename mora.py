@@ -334,8 +334,7 @@ class AdaptedLinear(nn.Module):
 
     def merged(self, dtype=torch.float32):
         """W + dW, (out, in), in float32 or float64; products in dW have operands of `dtype`."""
-        delta = self.delta(dtype)
-        return self.matrix.to(torch.promote_types(self.weight.dtype, torch.float32)) + delta
+        return self.matrix + self.delta(dtype)  # dW is float32 or wider
 
     def delta(self, dtype=torch.float32):
         """dW, (out, in), see delta_of. Raises RuntimeError if W cannot take it."""

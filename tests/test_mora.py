@@ -357,9 +357,13 @@ def test_restart_may_keep_or_prune_the_states(keep):
 
 
 def test_pruning_leaves_the_largest_moment_at_least():
-    moment = torch.tensor([[0.1, -3.0], [2.0, 0.0]])
-    mora.prune_(moment, 1e-9)
-    assert moment.tolist() == [[0, -3], [0, 0]]
+    model = adapted("mora", {})
+    M = model["q_proj"].update.M
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 1)
+    largest = optimizer.state[M]["exp_avg"].abs().argmax()
+    mora.restart(model, optimizer, cycle=1, keep=1e-9)
+    assert optimizer.state[M]["exp_avg"].flatten().nonzero().tolist() == [[largest]]
 
 
 def test_the_reported_norm_is_that_of_the_change_of_all_weights():
