@@ -101,6 +101,7 @@ def test_merged_and_compiled_layers_are_the_layer(operator):
     layer = mora.adapt(nn.ModuleDict({"q": linear}), rank=3, operator=operator, targets=("q",),
                        groups="gradient", gradients=norms)["q"]
     nn.init.normal_(layer.update.M)
+    torch._dynamo.reset()  # graphs of earlier tests count towards its limit
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     outcomes, x = [], torch.randn(5, 24)
     for call, merges in ((layer, False), (layer, True), (compiled, True), (compiled, False)):
