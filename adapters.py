@@ -2,7 +2,7 @@
 
     adapter_config.json         peft_type LORA: r, lora_alpha, target_modules, ...: peft loads it
                                 peft_type MORA: r, target_modules, operator, groups, seed, cycle
-    adapter_model.safetensors   base_model.model.<layer>.<an end of KEYS>
+    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight and others, see KEYS
 """
 import json
 import os
@@ -294,8 +294,8 @@ def restore(square, tensors):
 # ---- the fork of MoRA's authors (kongds/MoRA): read, never written
 
 class AuthorsSquare(nn.Module):
-    """An update of theirs: M (r^, r^), under the name lora_A, with a copy as lora_B. Their last
-    piece of inputs is filled with the first inputs again, where mora.py pads with zeros."""
+    """An update of theirs, as Square: M (r^, r^), under the name lora_A, with a copy as lora_B. Its
+    last piece of inputs is filled with the first inputs again, where mora.py pads with zeros."""
 
     def __init__(self, in_features, out_features, rank, mora_type):
         super().__init__()

@@ -90,7 +90,8 @@ def stdlib_texts():
 
 def documents(sources, make, skip_bad=None):
     """Yield make(row), or LeftOut, of sources [(name, advice on errors, function to yield rows)].
-    skip_bad: a percentage or None; the docstring above says what stops, with UserError."""
+    skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
+    that holds something else than text raises UserError at once."""
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
 
     def check_share():

@@ -510,7 +510,9 @@ def find_targets(model, targets):
             raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
+        head = getattr(model, "lm_head", None)
+        if hasattr(model, "get_output_embeddings"):
+            head = model.get_output_embeddings()
         linears = {name: m for name, m in linears.items() if m is not head}
     for target in [targets] if isinstance(targets, str) else targets or [""]:  # none: an error
         pattern = rf"(.*\.)?{re.escape(target)}"
@@ -538,11 +540,12 @@ def refuse_unfit(model, linears):
         weight = linear._parameters.get("weight")  # None: computed by a parametrization
         reader = type(model.get_submodule(name.rpartition(".")[0]))
         others = [key for key, held in named if held is weight and key != f"{name}.weight"]
-        own_forward = getattr(linear.forward, "__func__", None) is not nn.Linear.forward and not (
-            is_transposed(linear) or hasattr(linear, "products"))  # those it knows
-        if own_forward or linear._forward_hooks or linear._forward_pre_hooks:
-            raise ValueError(f"{name} has forward hooks, or {type(linear).__name__} a forward of "
-                             "its own, which an adapted layer would not call")
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(f"{name} has forward hooks, which an adapted layer would not call")
+        is_plain = getattr(linear.forward, "__func__", None) is nn.Linear.forward
+        if not (is_plain or is_transposed(linear) or hasattr(linear, "products")):  # model.py's
+            raise ValueError(f"{name}: this {type(linear).__name__} has a forward of its own, "
+                             "which an adapted layer would not call")
         if issubclass(reader, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{name} is no target: nn.{reader.__name__} reads its weight alone")
         if not is_transposed(linear) and (

@@ -1,6 +1,6 @@
 """Text <-> token ids: tiktoken's encodings, plain bytes, Hugging Face's tokenizer.json.
 
-load(name), of "gpt2", "bytes" or the path of a directory, returns a tokenizer, which has
+load(name) returns a tokenizer; the name is "gpt2", "bytes" or the path of a directory. It has
 
     name, vocab_size       equal names give equal ids; all are below vocab_size
     eos_id, bos_ids        end-of-text; the ids that open a document

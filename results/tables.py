@@ -31,7 +31,7 @@ class Paper(NamedTuple):
     cells: dict  # {the row's part of the metrics' names: text}
 
 
-def scores_of(title):
+def score_columns(title):
     """The columns of one optimizer in pretrain_60m."""
     name = f"{{}}.{title.lower()}"
     return (Column(f"{title}: wiki", f"{name}.wiki_ppl_mean", "{:.2f}", missing="not run"),
@@ -40,7 +40,7 @@ def scores_of(title):
             Column("seeds", f"{name}.seeds", "{}", missing="-"))
 
 
-def grid_of(title):
+def grid_columns(title):
     """The columns of one optimizer in pretrain_60m/grids."""
     name = f"{{}}.{title.lower()}"
     return (Column(f"{title}: wiki", f"{name}.grid_ppl", "{:.1f}", missing="not run"),
@@ -64,7 +64,7 @@ TABLES = {
     }, (
         Column("trained", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),
         Column("rank", "{}.muon.rank", "{:.0f}", missing="-"),
-        *scores_of("Muon"), *scores_of("AdamW"),
+        *score_columns("Muon"), *score_columns("AdamW"),
     )),
     "pretrain_60m/tokens": ({
         "full rank": "full", "MoRA and LoRA (60m_best)": "best", "MoRA, share": "mora_share",
@@ -86,7 +86,7 @@ TABLES = {
         "frozen blocks, AdamW": "frozen", "MoRA, share, r = 80": "mora_share_r80",
         "MoRA and LoRA, r = 80": "best_r80", "LoRA, r = 80": "lora_r80",
         "ReMoRA, alternate, r = 80": "remora_alternate_r80",
-    }, (*grid_of("Muon"), *grid_of("AdamW"))),
+    }, (*grid_columns("Muon"), *grid_columns("AdamW"))),
     "fp8/65k": ({
         "full rank, bf16": "full_muon", "full rank, FP8": "full_muon_fp8",
         "LoRA, FP8": "lora_muon_fp8", "**MoRA, FP8**": "mora_muon_fp8",

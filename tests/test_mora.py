@@ -553,7 +553,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
 
     model = small_model()
     model["head"] = Scaled(24, 11)
-    with pytest.raises(ValueError, match="head has .*, or Scaled a forward of its own"):
+    with pytest.raises(ValueError, match="head: this Scaled has a forward of its own"):
         mora.adapt(model, targets=("head",))
 
 
@@ -562,7 +562,7 @@ def test_a_linear_layer_whose_forward_was_replaced_is_refused():
     model = small_model()
     forward = model["head"].forward
     model["head"].forward = lambda x: 10 * forward(x)
-    with pytest.raises(ValueError, match="head has .*, or Linear a forward of its own"):
+    with pytest.raises(ValueError, match="head: this Linear has a forward of its own"):
         mora.adapt(model, targets=("head",))
 
 
