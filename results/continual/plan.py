@@ -2,9 +2,11 @@
 
 Biomedical text once, 212 steps of 32 x 1,024 tokens; finance three times, 209 steps of 16 x 1,024.
 The paper's methods with AdamW come first, then groups chosen by the gradient beside others of the
-same rank (biomedical text alone), then Muon. The runs that are done, in sweep.jsonl beside this
-file, decide which rates and seeds follow.
+same rank (biomedical text alone), then Muon, then the rates half way from LoRA's and MoRA's best
+ones to their neighbours. The runs that are done, in sweep.jsonl beside this file, decide which
+rates and seeds follow.
 """
+import math
 from pathlib import Path
 
 import answered
@@ -29,6 +31,8 @@ TIERS = [{(domain, method, "adamw"): lr for domain in DOMAINS for method, lr in 
          {("biomed", method, "adamw"): lr for method, lr in GROUPED.items()},
          {(domain, method, "muon"): lr for domain in DOMAINS for method, lr in MUON.items()}]
 GROUPS = TIERS[0] | TIERS[1] | TIERS[2]
+REFINED = [(domain, method, "adamw") for domain in DOMAINS
+           for method in ("lora_r8", "mora_r8", "lora_r256", "mora_r256")]
 
 
 def words_of(method):
@@ -65,6 +69,17 @@ def make(group, lr, seed, steps=None):
                     "--keep=1", "--base_dtype=float32"]
 
 
+def refined(group):
+    """Return {name: run} of the rates half way to the neighbours of a group's best rate of the
+    grid 1, 3, 10, ..., once it has worse ones on both sides."""
+    scores = rates.scores_of(RECORDS, group, score)
+    lr, is_inside = rates.best({lr: scores[lr] for lr in scores if lr == rates.beside(lr, 0)})
+    halves = [float(f"{math.sqrt(lr * rates.beside(lr, side)):.2g}") for side in (-1, 1)
+              if is_inside]
+    return {rates.name_of(group, rates.SEED, half): make(group, half, rates.SEED)
+            for half in halves}
+
+
 # the untrained model: one step at a rate that changes no weight
 RUNS = {f"{domain}-base": make((domain, "fft", "adamw"), 1e-30, rates.SEED, steps=1)
         for domain in DOMAINS}
@@ -72,3 +87,5 @@ RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").i
            if name not in RUNS}
 for tier in TIERS:
     RUNS |= rates.runs(tier, RECORDS, score, make)
+for group in REFINED:
+    RUNS |= refined(group)

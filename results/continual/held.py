@@ -1,0 +1,93 @@
+"""What part of full fine-tuning an update can hold: its first gradient, and what it changed.
+
+    python results/continual/held.py held.json --out=OUT [--steps=212 ...]    keys are train.py's
+
+Trains the full model on biomedical text at its best rate. G is the gradient on four validation
+batches before training, dW what training changed. For each way to choose the groups the numbers are
+the squared norm of the part of G, or of dW, that lies in the update's space, over that of the
+whole: the mean over all layers. LoRA: of the best matrix of its rank. The groups chosen by the
+gradient see four training batches, as in a run.
+"""
+import copy
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+import torch  # noqa: E402
+
+import mora  # noqa: E402
+import train  # noqa: E402
+from config import load  # noqa: E402
+from model import block_linears  # noqa: E402
+from shards import open_split  # noqa: E402
+
+WORDS = ["configs/continual.py", "fft", "--data=data/biomed", "--lr=1e-3", "--seq_len=1024",
+         "--batch_size=32", "--micro_batch=16", "--steps=212", "--warmup=20", "--eval_every=212",
+         "--save_every=212", "--keep=1"]
+RANKS = (8, 32)
+KINDS = (("truncate", "strided"), ("truncate", "gradient"), ("share", "strided"),
+         ("share", "permute"), ("share", "gradient"))
+
+
+def gradients(model, batches):
+    """Return {name: gradient of a block's weight, (out, in)} on the batches of a few steps."""
+    model = copy.deepcopy(model)
+    for loss in train.first_losses(model, batches):
+        loss.backward()
+    return {name: linear.weight.grad for name, linear in block_linears(model).items()}
+
+
+def held(update, matrix):
+    """Return the part of a matrix's squared norm that lies in the space of share or truncate."""
+    fold_in, fold_out = update.fold_in, update.fold_out
+    inside = fold_out(fold_in(matrix)[:, 0].T)[:, 0].T  # F_out matrix F_in^T, (r^, r^)
+    members_in = fold_in(torch.ones(1, fold_in.features))[0, 0]
+    members_out = fold_out(torch.ones(1, fold_out.features))[0, 0]
+    sizes = members_out[:, None] * members_in
+    return (inside.square() / sizes).sum() / matrix.square().sum()
+
+
+def of_best_rank(rank, matrix):
+    """Return the part of a matrix's squared norm in its first singular values."""
+    squares = torch.linalg.svdvals(matrix).square()
+    return squares[:rank].sum() / squares.sum()
+
+
+def measure(model, norms, matrices):
+    """Return {"KIND_rRANK.WHAT": mean over layers}; matrices: {WHAT: {name: matrix}}."""
+    numbers = {}
+    for rank in RANKS:
+        for what, by_name in matrices.items():
+            parts = [of_best_rank(rank, matrix) for matrix in by_name.values()]
+            numbers[f"lora_best_r{rank}.{what}"] = sum(parts) / len(parts)
+        for operator, groups in KINDS:
+            adapted = copy.deepcopy(model)
+            mora.adapt(adapted, rank=rank, operator=operator, groups=groups,
+                       gradients=norms if groups == "gradient" else None)
+            updates = {name: layer.update for name, layer in mora.adapted_layers(adapted)}
+            for what, by_name in matrices.items():
+                parts = [held(updates[name], matrix) for name, matrix in by_name.items()]
+                numbers[f"{operator}_{groups}_r{rank}.{what}"] = sum(parts) / len(parts)
+    return {name: round(float(number), 4) for name, number in numbers.items()}
+
+
+def main(file, *words):
+    cfg = load([*WORDS, *words], None)
+    splits = [open_split(cfg.data, split, verify=False) for split in ("train", "val")]
+    cfg, model = train.build_model(cfg, splits[0])
+    seen, held_out = (train.make_batches(cfg, tokens, "cpu", 0, 1)[1] for tokens in splits)
+    before = {name: linear.weight.detach().clone() for name, linear in block_linears(model).items()}
+    matrices = {"gradient": gradients(model, held_out)}
+    norms = mora.gradient_norms(model, train.first_losses(model, seen))
+    after = {name: linear.weight.cpu().float()
+             for name, linear in block_linears(train.train(cfg)).items()}
+    matrices["change"] = {name: (after[name] - before[name]).detach() for name in before}
+    numbers = measure(model, norms, matrices)
+    Path(file).write_text(json.dumps(numbers, indent=1) + "\n")
+    print("\n".join(f"{name}: {number}" for name, number in numbers.items()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
