@@ -50,6 +50,13 @@ def grid_columns(title):
             Column("closed", f"{name}.bracketed", "yes/no", missing="-"))
 
 
+DIGITS = (Column("rate", "{}.lr", "rate"), Column("300", "{}.accuracy_at_300", "{:.1%}"),
+          Column("500", "{}.accuracy_at_500", "{:.1%}"),
+          Column("700", "{}.accuracy_at_700", "{:.1%}", missing="ended"),
+          Column("900", "{}.accuracy_at_900", "{:.1%}", missing="ended"),
+          Column("last", "{}.accuracy_final", "{:.1%}"),
+          Column("99 % at", "{}.steps_to_99", "{}", missing="-"))
+
 # NAME: ({label in README: the row's part of the metrics' names}, columns). NAME is a folder of
 # results/, or FOLDER/ANYTHING for a further table from the same folder.
 TABLES = {
@@ -124,26 +131,25 @@ TABLES = {
         Column("/ full, bf16", "250m.{}.over_full", "{:.2f}"),
     )),
     "uuid": ({
-        "full fine-tuning, AdamW": "fft", "full fine-tuning, Muon": "fft.muon",
+        "full rank, AdamW": "fft.falling", "full rank, Muon": "fft.muon.falling",
+        "LoRA, r = 8, AdamW": "lora_r8.falling", "LoRA, r = 8, Muon": "lora_r8.muon.falling",
+        "MoRA, r = 8, AdamW": "mora_r8.falling", "MoRA, r = 8, Muon": "mora_r8.muon.falling",
+        "truncate, gradient, Muon": "truncate_gradient_r8.muon.falling",
+        "share, gradient, Muon": "share_gradient_r8.muon.falling",
+        "LoRA, r = 256, AdamW": "lora_r256.falling",
+        "LoRA, r = 256, Muon": "lora_r256.muon.falling",
+        "MoRA, r = 256, AdamW": "mora_r256.falling",
+        "MoRA, r = 256, Muon": "mora_r256.muon.falling",
+    }, (*DIGITS, Column("seeds", "{}.seeds", "{}"))),
+    "uuid/constant": ({
+        "full rank, AdamW": "fft",
         "LoRA, r = 8, AdamW": "lora_r8", "LoRA, r = 8, Muon": "lora_r8.muon",
-        "LoRA, r = 8, Muon, falling rate": "lora_r8.muon.decay",
         "MoRA, r = 8, AdamW": "mora_r8", "MoRA, r = 8, Muon": "mora_r8.muon",
-        "MoRA, r = 8, Muon, falling rate": "mora_r8.muon.decay",
-        "truncate, r = 8, gradient, Muon": "truncate_gradient_r8.muon",
-        "share, r = 8, gradient, Muon": "share_gradient_r8.muon",
         "LoRA, r = 256, AdamW": "lora_r256", "LoRA, r = 256, Muon": "lora_r256.muon",
         "MoRA, r = 256, AdamW": "mora_r256", "MoRA, r = 256, Muon": "mora_r256.muon",
-    }, (
-        Column("rate", "{}.lr", "rate"), Column("seeds", "{}.seeds", "{}"),
-        Column("step 500", "{}.accuracy_at_500", "{:.1%}", missing="done"),
-        Column("700", "{}.accuracy_at_700", "{:.1%}", missing="done"),
-        Column("900", "{}.accuracy_at_900", "{:.1%}", missing="done"),
-        Column("last", "{}.accuracy_final", "{:.2%}"),
-        Column("99 % at", "{}.steps_to_99", "{}", missing="-"),
-        Paper("paper, 7B, at 500, 700, 900", {
-            "fft": "100, 100, 100", "lora_r8": "10, 11, 54", "mora_r8": "16, 87, 100",
-            "lora_r256": "71, 100, 100", "mora_r256": "100, 100, 100"}),
-    )),
+    }, (*DIGITS, Paper("paper, 500 to 900", {
+        "fft": "100, 100, 100", "lora_r8": "10, 11, 54", "mora_r8": "16, 87, 100",
+        "lora_r256": "71, 100, 100", "mora_r256": "100, 100, 100"}))),
     "gsm8k": ({
         "untrained": "base", "full fine-tuning": "fft", "full fine-tuning, Muon": "fft.muon",
         "LoRA, r = 8": "lora", "LoRA, r = 8, Muon": "lora.muon",

@@ -2,7 +2,8 @@
 
     python results/uuid/curves.py
 
-Lines are means over seeds; a run that ended early keeps its last digits. Dashed: AdamW.
+Lines are means over seeds; a run that ended early keeps its last digits. Dashed: AdamW; thin:
+constant rates.
 """
 import runpy
 import sys
@@ -20,8 +21,9 @@ PANELS = {"r = 8": {"LoRA": "lora_r8", "MoRA": "mora_r8",
                     "MoRA, share, gradient": "share_gradient_r8"},
           "full rank, r = 256": {"LoRA": "lora_r256", "MoRA": "mora_r256",
                                  "full fine-tuning": "fft"}}
-STYLES = {("uuid", "muon"): ("Muon", "-"), ("decay", "muon"): ("Muon, falling rate", ":"),
-          ("uuid", "adamw"): ("AdamW", "--")}
+STYLES = {("falling", "muon"): ("Muon", "-", 1.5), ("falling", "adamw"): ("AdamW", "--", 1.5),
+          ("uuid", "muon"): ("Muon, constant", "-", 0.5),
+          ("uuid", "adamw"): ("AdamW, constant", "--", 0.5)}
 
 
 def curves_of(plan):
@@ -42,11 +44,11 @@ def draw(curves, file):
                                    sharey=True)
     for axis, (title, methods) in zip(axes, PANELS.items(), strict=True):
         for color, (label, method) in enumerate(methods.items()):
-            for (task, optimizer), (suffix, style) in STYLES.items():
+            for (task, optimizer), (suffix, style, width) in STYLES.items():
                 points = curves.get((task, method, optimizer))
                 if points:
                     axis.plot(*zip(*points, strict=True), style, color=f"C{color}", marker=".",
-                              label=f"{label}, {suffix}")
+                              linewidth=width, label=f"{label}, {suffix}")
         axis.axhline(0.99, color="gray", linewidth=0.5)
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize="small")

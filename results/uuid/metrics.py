@@ -45,8 +45,8 @@ def summarize(plan):
     found = rates.report(plan["read"](), plan["GROUPS"], plan["score"])
     for (task, method, optimizer), seeds, is_inside in found:
         name = rates.name_in_metrics(method, optimizer)
-        if task == "decay":
-            name += ".decay"
+        if task == "falling":
+            name += ".falling"
         numbers |= of_seeds(name, seeds, is_inside, plan)
     return numbers
 

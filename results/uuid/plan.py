@@ -1,9 +1,11 @@
-"""The sweep of results/uuid: 10,000 pairs of UUIDs, every rate to the end, AdamW and Muon.
+"""The sweep of results/uuid: 10,000 pairs of UUIDs, AdamW and Muon, rates that fall to 0.
 
-Rates are constant, with Muon after a warm-up of 20 steps. A run ends when 99.9 % of all digits are
-right. Order: Muon's rates and seeds, AdamW's, groups chosen by the gradient, rates that fall to 0
-at r = 8. The runs that are done, in sweep.jsonl beside this file, decide what follows; so do those
-of runs.jsonl, of an earlier program, that were complete or had 99 %.
+Rates are searched and seeds follow for linear schedules to 0 after a warm-up of 20 steps, over
+1,000 steps at r = 8 and over 500 for the rest: with constant rates (task "uuid": runs.jsonl, of an
+earlier program, and four runs with Muon, one rate each) the digits stop improving early with Muon.
+A run ends when 99.9 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others,
+groups chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
+follows.
 """
 import json
 from pathlib import Path
@@ -16,13 +18,19 @@ CONFIG = "configs/uuid.py"
 EVALUATE = []
 PREPARE = answered.during
 SPECTRA = False
-STEPS = 1000
+STEPS = 1000  # of constant rates, and at r = 8
 COMMON = ["--seq_len=75", "--micro_batch=500", "--eval_every=100", "--eval_tokens=70000",
-          "--keep=1"]
-# {method: rate in the middle}, the most informative first; Muon's are guesses from runs.jsonl
+          "--keep=1", "--schedule=linear"]
+# {method: rate in the middle}: guesses from the runs with constant rates
 MUON = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4}
-ADAMW = {"mora_r8": 3e-3, "lora_r8": 3e-3, "mora_r256": 3e-4, "lora_r256": 1e-3, "fft": 3e-4}
+ADAMW = {"mora_r8": 3e-3, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 3e-3, "fft": 3e-4}
 GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
+FALLING = {("falling", method, "muon"): lr for method, lr in (MUON | GRADIENT).items()}
+FALLING |= {("falling", method, "adamw"): lr for method, lr in ADAMW.items()}
+CONSTANT = {("uuid", method, "adamw"): lr for method, lr in ADAMW.items()}
+CONSTANT |= {("uuid", method, "muon"): lr for method, lr in MUON.items()}
+GROUPS = FALLING | CONSTANT
+CONSTANT_RUNS = [("mora_r8", 3e-3), ("lora_r8", 3e-3), ("mora_r256", 1e-3), ("lora_r256", 1e-3)]
 
 
 def steps_to_99(curve):
@@ -47,11 +55,10 @@ def make(group, lr, seed):
     """Return (config file, words) of a run."""
     task, method, optimizer = group
     words = rates.operator_words(method) if method in GRADIENT else [method]
-    warmup = 20 if optimizer == "muon" else 0
-    min_lr_ratio = 0.0 if task == "decay" else 1.0
+    steps = STEPS if task == "uuid" or method.endswith("_r8") else STEPS // 2
     return CONFIG, [*words, *COMMON, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}",
-                    f"--steps={STEPS}", f"--save_every={STEPS}", f"--warmup={warmup}",
-                    f"--min_lr_ratio={min_lr_ratio}"]
+                    f"--steps={steps}", f"--save_every={steps}", "--warmup=20",
+                    f"--min_lr_ratio={1.0 if task == 'uuid' else 0.0}"]
 
 
 def read_earlier():
@@ -70,31 +77,17 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-def groups_of(records):
-    """Return {(task, method, optimizer): rate in the middle}. The digits improve late at r = 8, so
-    rates that fall to 0 are tried there ("decay") around Muon's best constant one."""
-    groups = {("uuid", method, "muon"): lr for method, lr in MUON.items()}
-    for method in ("mora_r8", "lora_r8"):
-        lr, is_inside = rates.best(rates.scores_of(records, ("uuid", method, "muon"), score))
-        if is_inside:
-            groups["decay", method, "muon"] = lr
-    groups |= {("uuid", method, "adamw"): lr for method, lr in ADAMW.items()}
-    return groups | {("uuid", method, "muon"): lr for method, lr in GRADIENT.items()}
-
-
 def place(name):
-    """Return the place of a run in the order, for sorting: (tier, is another seed)."""
-    (task, method, optimizer), seed, _ = rates.parts_of(name)
-    if task == "decay":
-        tier = 3
-    elif method in GRADIENT:
-        tier = 2
-    else:
-        tier = 1 if optimizer == "adamw" else 0
-    return tier, seed != rates.SEED
+    """Return the place of a run in the order, for sorting: (is another seed, tier)."""
+    (_, method, optimizer), seed, _ = rates.parts_of(name)
+    tier = 3 if method in GRADIENT else 2 if not method.endswith("_r8") else optimizer == "adamw"
+    return seed != rates.SEED, tier
 
 
-RECORDS, EARLIER = read(), read_earlier()
-GROUPS = groups_of(RECORDS)
-ALL_RUNS = rates.runs(GROUPS, RECORDS, score, make)
-RUNS = {name: ALL_RUNS[name] for name in sorted(ALL_RUNS, key=place) if name not in EARLIER}
+RECORDS = read()
+RUNS = {}
+for method, lr in CONSTANT_RUNS:
+    group = "uuid", method, "muon"
+    RUNS[rates.name_of(group, rates.SEED, lr)] = make(group, lr, rates.SEED)
+found = rates.runs(FALLING, RECORDS, score, make)
+RUNS |= {name: found[name] for name in sorted(found, key=place)}
