@@ -156,6 +156,8 @@ TABLES = {
         "MoRA, rotate, r = 8": "mora_rotate_r8", "MoRA, rotate, r = 8, Muon": "mora_rotate_r8.muon",
         "MoRA, truncate, r = 8, gradient": "truncate_gradient_r8",
         "MoRA, share, r = 8, gradient": "share_gradient_r8",
+        "MoRA, share, r = 8, permuted": "share_permute_r8",
+        "MoRA, share, r = 8": "share_strided_r8",
         "MoRA, share, r = 256": "mora_share_r256",
         "MoRA, share, r = 256, Muon": "mora_share_r256.muon",
         "MoRA, truncate, r = 32": "operator_truncate",

@@ -3,7 +3,8 @@
 Muon's rates are searched: the runs that are done, in sweep.jsonl beside this file, decide which
 rates and seeds follow. AdamW runs again at the rates that an earlier search chose (runs.jsonl),
 since that kept no answers. One rate above the best of each follows: its loss is higher, but its
-answers need not be worse. Then groups chosen by the gradient, with AdamW, beside permuted ones.
+answers need not be worse. Then groups chosen by the gradient, with AdamW, beside permuted and
+strided ones.
 """
 import math
 from pathlib import Path
@@ -21,7 +22,8 @@ METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
            "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
 # {method: the middle of its rates}: those of the same operator in runs.jsonl, or of rotate at r = 8
 GROUPED = {"truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3, "share_permute_r32": 1e-3,
-           "truncate_gradient_r8": 1e-2, "share_gradient_r8": 1e-2}
+           "truncate_gradient_r8": 1e-2, "share_gradient_r8": 1e-2,
+           "share_permute_r8": 3e-3, "share_strided_r8": 3e-3}
 METHODS |= {method: rates.operator_words(method) for method in GROUPED}
 # {method: AdamW's best rate, which is the middle of Muon's}
 RATES = {"mora_rotate_r8": 1e-2, "lora": 1e-2, "mora_share_r256": 1e-3, "fft": 3e-4}
