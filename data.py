@@ -271,13 +271,12 @@ COMMANDS = {  # (function, its options)
 def main(argv):
     parser = Arguments(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (function, options) in COMMANDS.items():
+    for name, (_, options) in COMMANDS.items():
         command = commands.add_parser(name)
-        command.set_defaults(function=function)
         for option in options.split():
             command.add_argument(option, **OPTIONS[option])
     args = parser.parse_args(argv)
-    args.function(args)
+    COMMANDS[args.command][0](args)
 
 
 if __name__ == "__main__":

@@ -321,13 +321,15 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        is_wide, W, products = self.weight.dtype.itemsize >= 4, self.matrix, self.products
+        W, products, parameters = self.matrix, self.products, [*self.update.parameters()]
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
-        if not self.merges or not is_wide or self.dropout or in_transform:
+        # a merged product trains no W, and none of the tensors of DataParallel and FSDP 1
+        is_other = torch.is_grad_enabled() and (W.requires_grad or not parameters)
+        if not self.merges or W.dtype.itemsize < 4 or self.dropout or in_transform or is_other:
             y = F.linear(x, W.to(x.dtype)) if products is None else products(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
+            y = MergedLinear.apply(x, W, self.update, products, *parameters)
         else:
             y = F.linear(x, self.merged(x.dtype).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
