@@ -84,7 +84,7 @@ def read_config(folder):
 def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
-    UserError if other parameters train beside the updates, or the updates are of several kinds."""
+    UserError if other parameters train, updates are of several kinds, or a restart changed W."""
     config, updates = config_of(model, base), mora.adapter_tensors(model)
     rest = [n for n, p in model.named_parameters() if p.requires_grad and n not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
@@ -122,6 +122,8 @@ def config_of(model, base=None):
         ranks[name], config = update.rank, config or own
         need(own == config, f"one adapter folder cannot hold layers with {config} and {own}")
     need(config, "the model has no adapted layers to save")
+    need(base or not layer.restarted, "restarts added updates to the weights, which the base model "
+         "lacks: save the merged model, or name the folder of these weights with base=")
     for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
             config[key] = most = max(values.values())
@@ -230,9 +232,8 @@ def update_of(config, name, linear):
     if config.get("use_mora"):
         return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        options, lora_rank = (config["operator"], config["groups"]), config.get("lora_rank")
-        return (mora.Mixed(*shape, *options, lora_rank) if lora_rank
-                else mora.Square(*shape, *options))
+        options = [config[key] for key in ("operator", "groups", "lora_rank") if config.get(key)]
+        return (mora.Square if len(options) == 2 else mora.Mixed)(*shape, *options)
     return LowRank(*shape, value_of("lora_alpha"), bool(config.get("use_rslora")))
 
 

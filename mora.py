@@ -309,7 +309,7 @@ class AdaptedLinear(nn.Module):
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
         self.update.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        self.dropout, self.products = dropout, None
+        self.dropout, self.products, self.restarted = dropout, None, False
         self.merges = hasattr(update, "gradients")  # False: two paths always
 
     @property
@@ -348,7 +348,7 @@ class AdaptedLinear(nn.Module):
     def merge_(self, restarts=False):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is.
         restarts: of dW only what a restart starts again (see Mixed)."""
-        is_part = restarts and isinstance(self.update, Mixed)
+        is_part, self.restarted = restarts and isinstance(self.update, Mixed), restarts
         with whole_parameters(self):
             delta = Square.delta(self.update) if is_part else self.delta()
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)

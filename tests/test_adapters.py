@@ -438,6 +438,23 @@ def test_save_refuses_what_a_folder_cannot_hold(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("update", ("lora", "share"))
+@pytest.mark.parametrize("write", (adapters.save, adapters.as_lora))
+def test_an_update_after_a_restart_is_not_saved_for_the_first_weights(update, write, tmp_path):
+    """Its weights hold earlier updates: on the model of name_or_path the folder is another map."""
+    model = adapted_model("qwen2", update)
+    model.name_or_path = "models/base"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(SMALL_IDS, labels=SMALL_IDS).loss.backward()
+    optimizer.step()
+    mora.restart(model, optimizer, cycle=1)
+    with pytest.raises(UserError, match="restarts added updates to the weights"):
+        write(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    adapters.save(model, tmp_path / "adapter", base="where the weights are")
+    assert "where the weights are" in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
 def test_load_refuses_another_model(tmp_path):
     adapters.save(adapted_model("qwen2", "share"), tmp_path)
     with pytest.raises(UserError, match="is it of another base model"):
