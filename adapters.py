@@ -86,7 +86,8 @@ def save(model, folder, base=None):
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
     UserError if other parameters train, updates are of several kinds, or a restart changed W."""
     config, updates = config_of(model, base), mora.adapter_tensors(model)
-    rest = [n for n, p in model.named_parameters() if p.requires_grad and n not in updates]
+    parameters = mora.unwrapped(model).named_parameters()
+    rest = [name for name, p in parameters if p.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
          "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
     write(Path(folder), config, updates)
@@ -106,7 +107,7 @@ def write(folder, config, updates, metadata=None):
 
 def config_of(model, base=None):
     """The adapter_config.json of an adapted model, a dict; see `save`."""
-    config, ranks, alphas = {}, {}, {}
+    config, ranks, alphas, model = {}, {}, {}, mora.unwrapped(model)
     for name, layer in mora.adapted_layers(model):
         dora = isinstance(layer.update, Rescaled)
         update = layer.update.inner if dora else layer.update
@@ -238,8 +239,7 @@ def update_of(config, name, linear):
 
 
 # ---- MoRA as LoRA
-# With one block (share, truncate) dW = (F_out^T M) F_in is a LoRA of rank r^: A = F_in is a matrix
-# of zeros and ones, B = F_out^T M. With m blocks (decouple, rotate) the rank is up to m r^.
+# With one block (share, truncate) dW is a LoRA of rank r^: A = F_in, zeros and ones; B = F_out^T M.
 
 @torch.no_grad()
 def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):

@@ -285,8 +285,7 @@ def damage(step, resuming):
 
 def verify(step, resuming=True):
     """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
-    Older ones are not taken by themselves: steps would be lost without a decision, a damaged disk
-    would stay unseen, and the damaged folder would be in the way when the run saves this step."""
+    None is taken by itself: steps would be lost without a decision, a damaged disk stay unseen."""
     reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return

@@ -287,10 +287,8 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        if products is None:
-            dx = dy @ weight
-        else:
-            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
+        dx = (dy @ weight if products is None
+              else products.dx(dy, weight + delta_of(update, dy.device, dy.dtype)))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -374,9 +372,17 @@ class AdaptedLinear(nn.Module):
             self.update.to_empty(device=self.weight.device)
 
 
+def unwrapped(model):
+    """The model inside torch.compile and DDP, which put prefixes before its names."""
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    inner = model.module if is_ddp else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(inner)
+
+
 def adapted_layers(model):
-    """[(name, AdaptedLinear)] in the model's order."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    """[(name, AdaptedLinear)] in the order, and with the names, of the unwrapped model."""
+    return [(name, module) for name, module in unwrapped(model).named_modules()
+            if isinstance(module, AdaptedLinear)]
 
 
 def adapter_parameters(model):
@@ -592,15 +598,15 @@ def merge(model):
         layer.merge_()
         linear = layer.linear[0]
         linear.weight, linear.bias = layer.weight, layer.bias
-        model.set_submodule(name, linear)
-    model.__dict__.pop("save_pretrained", None)  # the class's own again
+        unwrapped(model).set_submodule(name, linear)
+    unwrapped(model).__dict__.pop("save_pretrained", None)  # the class's own again
     return model
 
 
 @torch.no_grad()
 def merged_weights(model):
     """{name: tensor}, the state dict that merge would leave. Other tensors are not copied."""
-    weights = model.state_dict()
+    weights = unwrapped(model).state_dict()
     for name, layer in adapted_layers(model):
         merged = layer.merged().to(layer.weight.dtype)
         weights[f"{name}.weight"] = merged.T.contiguous() if layer.transposed else merged

@@ -6,13 +6,16 @@ import runpy
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import checkpoint
@@ -436,6 +439,30 @@ def test_save_refuses_what_a_folder_cannot_hold(tmp_path):
     with pytest.raises(UserError, match="parameters train beside the updates .model.embed"):
         adapters.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def one_process():
+    """A group of torch.distributed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS = {"compile": partial(torch.compile, backend="eager"), "DDP": DistributedDataParallel,
+            "both": lambda model: torch.compile(DistributedDataParallel(model), backend="eager")}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("write", (adapters.save, adapters.as_lora))
+def test_a_folder_holds_the_models_own_names(one_process, wrap, write, tmp_path):
+    """Not those of its wrapper, of which neither `load` nor peft would find one in the model."""
+    model = adapted_model("qwen2", "share")
+    model.name_or_path = "models/base"
+    write(WRAPPERS[wrap](model), tmp_path)
+    assert adapters.read_config(tmp_path)["base_model_name_or_path"] == "models/base"
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("update", ("lora", "share"))
