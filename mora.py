@@ -516,6 +516,8 @@ def find_targets(model, targets):
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names"):
             raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError("DDP averages no gradients of later updates: adapt the model before")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         head = getattr(model, "lm_head", None)

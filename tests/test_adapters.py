@@ -465,6 +465,14 @@ def test_a_folder_holds_the_models_own_names(one_process, wrap, write, tmp_path)
     torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
 
 
+def test_a_model_inside_ddp_is_not_adapted(one_process):
+    """DDP averages the gradients of the parameters that it found: processes would drift apart."""
+    model = DistributedDataParallel(plain_model("qwen2"))
+    with pytest.raises(ValueError, match="adapt the model before"):
+        mora.adapt(model, targets="all-linear")
+    assert not mora.adapted_layers(model)
+
+
 @pytest.mark.parametrize("update", ("lora", "share"))
 @pytest.mark.parametrize("write", (adapters.save, adapters.as_lora))
 def test_an_update_after_a_restart_is_not_saved_for_the_first_weights(update, write, tmp_path):
