@@ -166,6 +166,8 @@ def check_run_folder(cfg, rank):
         shutil.rmtree(leftover)  # of a process that was killed while it saved
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
+        need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "
+             "config.json the run would replace: choose another --out=...")
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None, 0
