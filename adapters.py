@@ -85,12 +85,13 @@ def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
     UserError if other parameters train, updates are of several kinds, or a restart changed W."""
-    config, updates = config_of(model, base), mora.adapter_tensors(model)
+    config, updates = config_of(model, base), mora.gather(mora.adapter_tensors(model))
     parameters = mora.unwrapped(model).named_parameters()
     rest = [name for name, p in parameters if p.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
          "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
-    write(Path(folder), config, updates)
+    if None not in updates.values():  # of a sharded model rank 0 has the tensors, and writes
+        write(Path(folder), config, updates)
 
 
 def write(folder, config, updates, metadata=None):

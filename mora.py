@@ -672,6 +672,14 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def gather(values):
+    """Nested dicts of tensors with sharded ones whole: on rank 0's CPU, None elsewhere."""
+    if isinstance(values, dict):
+        return {key: gather(value) for key, value in values.items()}
+    full = whole(values)
+    return full if full is values else full.cpu() if torch.distributed.get_rank() == 0 else None
+
+
 def as_sharded(tensor, other):
     """The tensor cut as `other` is, this rank's part; the tensor itself if `other` is whole."""
     if not hasattr(other, "full_tensor"):

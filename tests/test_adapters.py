@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adapters
@@ -463,6 +464,15 @@ def test_a_folder_holds_the_models_own_names(one_process, wrap, write, tmp_path)
     assert adapters.read_config(tmp_path)["base_model_name_or_path"] == "models/base"
     loaded = adapters.load(plain_model("qwen2"), tmp_path)
     torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_sharded_model_is_saved_whole(one_process, tmp_path):
+    model = adapted_model("qwen2", "share")
+    expected = small_logits(model)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+    adapters.save(model, tmp_path)
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), expected, rtol=0, atol=1e-6)
 
 
 def test_a_model_inside_ddp_is_not_adapted(one_process):
