@@ -142,7 +142,9 @@ def base_weights(folder):
 def load_weights(model, weights, where, assign=False):
     """Copy {name: tensor} into a model, or assign them; UserError unless names and shapes fit."""
     if model.cfg.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+        head = weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+        need(head is None or torch.equal(head, weights.get("model.embed_tokens.weight", head)),
+             f"{where}: lm_head.weight is a matrix of its own: set tie_word_embeddings to false")
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
     own = model.state_dict()
     extra = {name: value for name, value in own.items()
