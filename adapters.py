@@ -133,7 +133,7 @@ def config_of(model, base=None):
     last_parts = {name.rpartition(".")[2] for name in ranks}
     is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
     return config | {
-        "base_model_name_or_path": base or getattr(model, "name_or_path", None),
+        "base_model_name_or_path": str(base) if base else getattr(model, "name_or_path", None),
         "target_modules": sorted(ranks if is_ambiguous else last_parts),
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "inference_mode": True, "bias": "none"}

@@ -500,6 +500,11 @@ def test_an_update_after_a_restart_is_not_saved_for_the_first_weights(update, wr
     assert "where the weights are" in (tmp_path / "adapter" / "adapter_config.json").read_text()
 
 
+def test_a_base_may_be_a_path(tmp_path):
+    adapters.save(adapted_model("qwen2", "share"), tmp_path, base=tmp_path / "base")
+    assert adapters.read_config(tmp_path)["base_model_name_or_path"] == str(tmp_path / "base")
+
+
 def test_load_refuses_another_model(tmp_path):
     adapters.save(adapted_model("qwen2", "share"), tmp_path)
     with pytest.raises(UserError, match="is it of another base model"):
