@@ -635,11 +635,13 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     The function is the same to rounding. The optimizer forgets the adapters' states alone, step
     counts too; keep > 0: only this part of Adam's first moments, the largest, is left instead.
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
-    was merged}. RuntimeError: an adapter has no state to forget. ValueError: weights of 16 bits."""
+    was merged}. RuntimeError: an adapter has no state to forget. ValueError: 16 bits, old cycle."""
     layers = adapted_layers(model)
     for name, layer in layers:
         if layer.weight.dtype.itemsize < 4:
             raise ValueError(f"{name}: {layer.weight.dtype} rounds small updates away: use float32")
+        if layer.get_extra_state().get("cycle") == cycle:  # of MoRA, whose groups would not move
+            raise ValueError(f"{name} is in cycle {cycle} already: a restart begins another one")
     kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
             for p in layer.update.low_rank.parameters()}
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]

@@ -56,11 +56,10 @@ def parameter_groups(cfg, model):
 
 
 class AdamWMuon(torch.optim.AdamW):
-    """AdamW, but the groups with muon = True take Muon's step: momentum, then orthogonalization.
-    Muon (Keller Jordan, 2024) with Nesterov momentum; the update of a (rows, columns) matrix is
-    scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
-    arXiv 2502.16982) and both take the same rates. This is torch.optim.Muon with match_rms_adamw,
-    except that matrices of one shape are orthogonalized in one batch: far fewer kernels."""
+    """AdamW, but groups with muon = True take Muon's step (Keller Jordan, 2024): Nesterov momentum,
+    then orthogonalization. The update of a (rows, columns) matrix is scaled by 0.2 sqrt(max(rows,
+    columns)): its root mean square is AdamW's (Moonlight, arXiv 2502.16982), and so are its rates.
+    As torch.optim.Muon with match_rms_adamw, but matrices of one shape are one batch: fast."""
 
     @torch.no_grad()
     def step(self):

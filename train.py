@@ -82,7 +82,6 @@ def train(cfg):
             fit_scales(model)
         clock += time.time() - pause
 
-        # one step at this step's learning rate
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
