@@ -444,7 +444,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
-    save_pretrained_merged(model)
+    save_pretrained_merged(unwrapped(model))
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) an update "
                       "of more entries than its weight: full rank would cost less", stacklevel=2)

@@ -500,6 +500,17 @@ def test_an_update_after_a_restart_is_not_saved_for_the_first_weights(update, wr
     assert "where the weights are" in (tmp_path / "adapter" / "adapter_config.json").read_text()
 
 
+def test_save_pretrained_of_a_model_that_was_compiled_before_it_was_adapted(tmp_path):
+    model = torch.compile(plain_model("qwen2"), backend="eager")
+    randomize_updates(mora.adapt(model, rank=3, targets="all-linear"))
+    expected = small_logits(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(small_logits(again), expected, rtol=0, atol=1e-5)
+    mora.merge(model)
+    assert "save_pretrained" not in mora.unwrapped(model).__dict__
+
+
 def test_a_base_may_be_a_path(tmp_path):
     adapters.save(adapted_model("qwen2", "share"), tmp_path, base=tmp_path / "base")
     assert adapters.read_config(tmp_path)["base_model_name_or_path"] == str(tmp_path / "base")
