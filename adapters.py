@@ -84,12 +84,14 @@ def read_config(folder):
 def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
-    UserError if other parameters train beside the updates, or the updates are of several kinds."""
-    config, updates = config_of(model, base), mora.adapter_tensors(model)
-    rest = [n for n, p in model.named_parameters() if p.requires_grad and n not in updates]
+    UserError if other parameters train, updates are of several kinds, or a restart changed W."""
+    config, updates = config_of(model, base), mora.gather(mora.adapter_tensors(model))
+    parameters = mora.unwrapped(model).named_parameters()
+    rest = [name for name, p in parameters if p.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
          "do not fit into an adapter folder: merge the model and save all of it, or freeze them")
-    write(Path(folder), config, updates)
+    if None not in updates.values():  # of a sharded model rank 0 has the tensors, and writes
+        write(Path(folder), config, updates)
 
 
 def write(folder, config, updates, metadata=None):
@@ -106,7 +108,7 @@ def write(folder, config, updates, metadata=None):
 
 def config_of(model, base=None):
     """The adapter_config.json of an adapted model, a dict; see `save`."""
-    config, ranks, alphas = {}, {}, {}
+    config, ranks, alphas, model = {}, {}, {}, mora.unwrapped(model)
     for name, layer in mora.adapted_layers(model):
         dora = isinstance(layer.update, Rescaled)
         update = layer.update.inner if dora else layer.update
@@ -122,6 +124,8 @@ def config_of(model, base=None):
         ranks[name], config = update.rank, config or own
         need(own == config, f"one adapter folder cannot hold layers with {config} and {own}")
     need(config, "the model has no adapted layers to save")
+    need(base or not layer.restarted, "restarts added updates to the weights, which the base model "
+         "lacks: save the merged model, or name the folder of these weights with base=")
     for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
             config[key] = most = max(values.values())
@@ -129,7 +133,7 @@ def config_of(model, base=None):
     last_parts = {name.rpartition(".")[2] for name in ranks}
     is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in mora.find_linears(model))
     return config | {
-        "base_model_name_or_path": base or getattr(model, "name_or_path", None),
+        "base_model_name_or_path": str(base) if base else getattr(model, "name_or_path", None),
         "target_modules": sorted(ranks if is_ambiguous else last_parts),
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "inference_mode": True, "bias": "none"}
@@ -230,15 +234,13 @@ def update_of(config, name, linear):
     if config.get("use_mora"):
         return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        options, lora_rank = (config["operator"], config["groups"]), config.get("lora_rank")
-        return (mora.Mixed(*shape, *options, lora_rank) if lora_rank
-                else mora.Square(*shape, *options))
+        options = [config[key] for key in ("operator", "groups", "lora_rank") if config.get(key)]
+        return (mora.Square if len(options) == 2 else mora.Mixed)(*shape, *options)
     return LowRank(*shape, value_of("lora_alpha"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA
-# With one block (share, truncate) dW = (F_out^T M) F_in is a LoRA of rank r^: A = F_in is a matrix
-# of zeros and ones, B = F_out^T M. With m blocks (decouple, rotate) the rank is up to m r^.
+# With one block (share, truncate) dW is a LoRA of rank r^: A = F_in, zeros and ones; B = F_out^T M.
 
 @torch.no_grad()
 def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):

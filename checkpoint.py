@@ -142,7 +142,9 @@ def base_weights(folder):
 def load_weights(model, weights, where, assign=False):
     """Copy {name: tensor} into a model, or assign them; UserError unless names and shapes fit."""
     if model.cfg.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+        head = weights.pop("lm_head.weight", None)  # some directories hold the shared matrix twice
+        need(head is None or torch.equal(head, weights.get("model.embed_tokens.weight", head)),
+             f"{where}: lm_head.weight is a matrix of its own: set tie_word_embeddings to false")
     # no file holds the extra state of adapted layers: adapter_config.json has it, and is compared
     own = model.state_dict()
     extra = {name: value for name, value in own.items()
@@ -154,24 +156,14 @@ def load_weights(model, weights, where, assign=False):
 
 # ---- checkpoints of a run: writing
 
-def gather(values):
-    """Nested dicts of tensors with sharded ones (FSDP) whole: on rank 0's CPU, None elsewhere."""
-    if isinstance(values, dict):
-        return {key: gather(value) for key, value in values.items()}
-    whole = mora.whole(values)
-    if whole is values:
-        return whole
-    return whole.cpu() if dist.get_rank() == 0 else None
-
-
 def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     """Write <out>/step-<step>/, then remove all but the newest cfg.keep steps and cfg.keep_best's.
     val_loss: of these weights, or None. Every rank must call it; rank 0, which holds the lock of
     the run, writes. UserError, and no trace, if a weight is not finite or the disk refuses."""
     out, final = Path(cfg.out), Path(cfg.out) / f"step-{step:08d}"
     val_loss = val_loss if math.isfinite(val_loss or 0) else None  # JSON has no nan
-    weights = gather({k: v for k, v in model.state_dict().items() if torch.is_tensor(v)})
-    optimizer_state = gather(optimizer.state_dict())
+    weights = mora.gather({k: v for k, v in model.state_dict().items() if torch.is_tensor(v)})
+    optimizer_state = mora.gather(optimizer.state_dict())
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     must_be_finite(weights, diverged, cfg, step)
@@ -285,8 +277,7 @@ def damage(step, resuming):
 
 def verify(step, resuming=True):
     """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
-    Older ones are not taken by themselves: steps would be lost without a decision, a damaged disk
-    would stay unseen, and the damaged folder would be in the way when the run saves this step."""
+    None is taken by itself: steps would be lost without a decision, a damaged disk stay unseen."""
     reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return

@@ -36,8 +36,7 @@ CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is c
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
 
 def json_rows(path):
-    """The rows of JSON lines, or of one JSON array, which is read at once; None for a blank line.
-    Python's own parser reads each row by itself, so that no row changes how another one is read."""
+    """The rows of JSON lines, a blank one as None, or of one JSON array, which is read at once."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
             yield from (None if line.isspace() else parsed(line) for line in file)
@@ -90,8 +89,7 @@ def stdlib_texts():
 
 def documents(sources, make, skip_bad=None):
     """Yield make(row), or LeftOut, of sources [(name, advice on errors, function to yield rows)].
-    skip_bad: the percentage of rows that may be unusable. None: 1 % may lack the key, and a row
-    that holds something else than text raises UserError at once."""
+    skip_bad: the percentage of rows that may be unusable, see above. UserError: there are more."""
     percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
 
     def check_share():
@@ -271,13 +269,12 @@ COMMANDS = {  # (function, its options)
 def main(argv):
     parser = Arguments(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (function, options) in COMMANDS.items():
+    for name, (_, options) in COMMANDS.items():
         command = commands.add_parser(name)
-        command.set_defaults(function=function)
         for option in options.split():
             command.add_argument(option, **OPTIONS[option])
     args = parser.parse_args(argv)
-    args.function(args)
+    COMMANDS[args.command][0](args)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,8 @@ def main(argv):
             file.writelines(json.dumps(row) + "\n" for row in rows)
         result = scores(rows, tokens.format)
     else:
-        window = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
-        if is_samples:
-            window = int(tokens.lengths.max())
+        trained = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+        window = int(tokens.lengths.max()) if is_samples else trained
         seq_len = min(args.seq_len or window, len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)

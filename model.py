@@ -94,11 +94,10 @@ class Past:
     def append(self, k, v):
         """All keys and all values, (B, Hk, length, Dh) each, these being the last."""
         new, first, self.length = torch.stack((k, v)), self.length, self.length + k.shape[2]
-        if self.both is None:
-            self.both = new[:, :, :, :0]
-        missing = self.length - self.both.shape[3]
+        both = new[:, :, :, :0] if self.both is None else self.both
+        missing = self.length - both.shape[3]
         if missing > 0:
-            self.both = F.pad(self.both, (0, 0, 0, missing + self.room))
+            self.both = F.pad(both, (0, 0, 0, missing + self.room))
         self.both[:, :, :, first:self.length] = new
         return self.both[:, :, :, :self.length]
 

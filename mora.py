@@ -287,10 +287,8 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        if products is None:
-            dx = dy @ weight
-        else:
-            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
+        dx = (dy @ weight if products is None
+              else products.dx(dy, weight + delta_of(update, dy.device, dy.dtype)))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -309,7 +307,7 @@ class AdaptedLinear(nn.Module):
         linear.weight = linear.bias = None
         self.update = Rescaled(self, update) if dora else update
         self.update.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        self.dropout, self.products = dropout, None
+        self.dropout, self.products, self.restarted = dropout, None, False
         self.merges = hasattr(update, "gradients")  # False: two paths always
 
     @property
@@ -321,13 +319,15 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out), computed in x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        is_wide, W, products = self.weight.dtype.itemsize >= 4, self.matrix, self.products
+        W, products, parameters = self.matrix, self.products, [*self.update.parameters()]
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
-        if not self.merges or not is_wide or self.dropout or in_transform:
+        # a merged product trains no W, and none of the tensors of DataParallel and FSDP 1
+        is_other = torch.is_grad_enabled() and (W.requires_grad or not parameters)
+        if not self.merges or W.dtype.itemsize < 4 or self.dropout or in_transform or is_other:
             y = F.linear(x, W.to(x.dtype)) if products is None else products(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
-            y = MergedLinear.apply(x, W, self.update, products, *self.update.parameters())
+            y = MergedLinear.apply(x, W, self.update, products, *parameters)
         else:
             y = F.linear(x, self.merged(x.dtype).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -346,7 +346,7 @@ class AdaptedLinear(nn.Module):
     def merge_(self, restarts=False):
         """W <- W + dW; returns the squared Frobenius norm of dW, a tensor. dW stays as it is.
         restarts: of dW only what a restart starts again (see Mixed)."""
-        is_part = restarts and isinstance(self.update, Mixed)
+        is_part, self.restarted = restarts and isinstance(self.update, Mixed), restarts
         with whole_parameters(self):
             delta = Square.delta(self.update) if is_part else self.delta()
             self.matrix.copy_(self.matrix.to(delta.dtype) + delta)
@@ -372,9 +372,17 @@ class AdaptedLinear(nn.Module):
             self.update.to_empty(device=self.weight.device)
 
 
+def unwrapped(model):
+    """The model inside torch.compile and DDP, which put prefixes before its names."""
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    inner = model.module if is_ddp else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(inner)
+
+
 def adapted_layers(model):
-    """[(name, AdaptedLinear)] in the model's order."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    """[(name, AdaptedLinear)] in the order, and with the names, of the unwrapped model."""
+    return [(name, module) for name, module in unwrapped(model).named_modules()
+            if isinstance(module, AdaptedLinear)]
 
 
 def adapter_parameters(model):
@@ -436,7 +444,7 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
     start_cycle(adapted_layers(model), seed, cycle)
-    save_pretrained_merged(model)
+    save_pretrained_merged(unwrapped(model))
     if oversized:
         warnings.warn(f"rank {rank} gives {len(oversized)} layers (first {oversized[0]}) an update "
                       "of more entries than its weight: full rank would cost less", stacklevel=2)
@@ -508,6 +516,8 @@ def find_targets(model, targets):
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names"):
             raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError("DDP averages no gradients of later updates: adapt the model before")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         head = getattr(model, "lm_head", None)
@@ -590,15 +600,15 @@ def merge(model):
         layer.merge_()
         linear = layer.linear[0]
         linear.weight, linear.bias = layer.weight, layer.bias
-        model.set_submodule(name, linear)
-    model.__dict__.pop("save_pretrained", None)  # the class's own again
+        unwrapped(model).set_submodule(name, linear)
+    unwrapped(model).__dict__.pop("save_pretrained", None)  # the class's own again
     return model
 
 
 @torch.no_grad()
 def merged_weights(model):
     """{name: tensor}, the state dict that merge would leave. Other tensors are not copied."""
-    weights = model.state_dict()
+    weights = unwrapped(model).state_dict()
     for name, layer in adapted_layers(model):
         merged = layer.merged().to(layer.weight.dtype)
         weights[f"{name}.weight"] = merged.T.contiguous() if layer.transposed else merged
@@ -625,11 +635,13 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     The function is the same to rounding. The optimizer forgets the adapters' states alone, step
     counts too; keep > 0: only this part of Adam's first moments, the largest, is left instead.
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
-    was merged}. RuntimeError: an adapter has no state to forget. ValueError: weights of 16 bits."""
+    was merged}. RuntimeError: an adapter has no state to forget. ValueError: 16 bits, old cycle."""
     layers = adapted_layers(model)
     for name, layer in layers:
         if layer.weight.dtype.itemsize < 4:
             raise ValueError(f"{name}: {layer.weight.dtype} rounds small updates away: use float32")
+        if layer.get_extra_state().get("cycle") == cycle:  # of MoRA, whose groups would not move
+            raise ValueError(f"{name} is in cycle {cycle} already: a restart begins another one")
     kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
             for p in layer.update.low_rank.parameters()}
     parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
@@ -660,6 +672,14 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
 def whole(tensor):
     """The tensor, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather(values):
+    """Nested dicts of tensors with sharded ones whole: on rank 0's CPU, None elsewhere."""
+    if isinstance(values, dict):
+        return {key: gather(value) for key, value in values.items()}
+    full = whole(values)
+    return full if full is values else full.cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def as_sharded(tensor, other):

@@ -82,7 +82,6 @@ def train(cfg):
             fit_scales(model)
         clock += time.time() - pause
 
-        # one step at this step's learning rate
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate, done = learning_rate(step, cfg), step + 1
@@ -166,6 +165,8 @@ def check_run_folder(cfg, rank):
         shutil.rmtree(leftover)  # of a process that was killed while it saved
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
+        need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "
+             "config.json the run would replace: choose another --out=...")
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None, 0
@@ -308,13 +309,14 @@ class Log:
         if cfg.matmul == "fp8" or cfg.base_dtype == "float8":
             print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
                   .format(**head))
-        self.send = tracker(cfg, head["config"]) if cfg.log_to else lambda values, step: None
+        self.send = tracker(cfg, head["config"]) if cfg.log_to else lambda *number: None
 
     def __call__(self, step, line, **values):
         if self.is_open:
             print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.send(values, step=step)
+            for key, value in values.items():
+                self.send(key, value, step)
 
     def scores(self, step, scores):
         self(step, f"validation: loss {scores['loss']:.4f}   perplexity {scores['ppl']:.2f}   "
@@ -356,21 +358,16 @@ class Log:
 
 
 def tracker(cfg, settings):
-    """Return a function (values, step) that sends numbers to wandb or TensorBoard."""
+    """Return a function (key, value, step) that sends a number to wandb or TensorBoard."""
     try:
         if cfg.log_to == "wandb":
             import wandb
             wandb.init(project="mora", name=Path(cfg.out).name, config=settings, dir=cfg.out)
-            return wandb.log
+            return lambda key, value, step: wandb.log({key: value}, step=step)
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(f"log_to={cfg.log_to} needs a package: pip install {cfg.log_to}") from None
-    writer = SummaryWriter(cfg.out)
-
-    def send(values, step):
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-    return send
+    return SummaryWriter(cfg.out).add_scalar
 
 
 def main(argv):

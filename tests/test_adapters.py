@@ -6,13 +6,17 @@ import runpy
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import checkpoint
@@ -436,6 +440,80 @@ def test_save_refuses_what_a_folder_cannot_hold(tmp_path):
     with pytest.raises(UserError, match="parameters train beside the updates .model.embed"):
         adapters.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def one_process():
+    """A group of torch.distributed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS = {"compile": partial(torch.compile, backend="eager"), "DDP": DistributedDataParallel,
+            "both": lambda model: torch.compile(DistributedDataParallel(model), backend="eager")}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("write", (adapters.save, adapters.as_lora))
+def test_a_folder_holds_the_models_own_names(one_process, wrap, write, tmp_path):
+    """Not those of its wrapper, of which neither `load` nor peft would find one in the model."""
+    model = adapted_model("qwen2", "share")
+    model.name_or_path = "models/base"
+    write(WRAPPERS[wrap](model), tmp_path)
+    assert adapters.read_config(tmp_path)["base_model_name_or_path"] == "models/base"
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_sharded_model_is_saved_whole(one_process, tmp_path):
+    model = adapted_model("qwen2", "share")
+    expected = small_logits(model)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+    adapters.save(model, tmp_path)
+    loaded = adapters.load(plain_model("qwen2"), tmp_path)
+    torch.testing.assert_close(small_logits(loaded), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_inside_ddp_is_not_adapted(one_process):
+    """DDP averages the gradients of the parameters that it found: processes would drift apart."""
+    model = DistributedDataParallel(plain_model("qwen2"))
+    with pytest.raises(ValueError, match="adapt the model before"):
+        mora.adapt(model, targets="all-linear")
+    assert not mora.adapted_layers(model)
+
+
+@pytest.mark.parametrize("update", ("lora", "share"))
+@pytest.mark.parametrize("write", (adapters.save, adapters.as_lora))
+def test_an_update_after_a_restart_is_not_saved_for_the_first_weights(update, write, tmp_path):
+    """Its weights hold earlier updates: on the model of name_or_path the folder is another map."""
+    model = adapted_model("qwen2", update)
+    model.name_or_path = "models/base"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(SMALL_IDS, labels=SMALL_IDS).loss.backward()
+    optimizer.step()
+    mora.restart(model, optimizer, cycle=1)
+    with pytest.raises(UserError, match="restarts added updates to the weights"):
+        write(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    adapters.save(model, tmp_path / "adapter", base="where the weights are")
+    assert "where the weights are" in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_save_pretrained_of_a_model_that_was_compiled_before_it_was_adapted(tmp_path):
+    model = torch.compile(plain_model("qwen2"), backend="eager")
+    randomize_updates(mora.adapt(model, rank=3, targets="all-linear"))
+    expected = small_logits(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(small_logits(again), expected, rtol=0, atol=1e-5)
+    mora.merge(model)
+    assert "save_pretrained" not in mora.unwrapped(model).__dict__
+
+
+def test_a_base_may_be_a_path(tmp_path):
+    adapters.save(adapted_model("qwen2", "share"), tmp_path, base=tmp_path / "base")
+    assert adapters.read_config(tmp_path)["base_model_name_or_path"] == str(tmp_path / "base")
 
 
 def test_load_refuses_another_model(tmp_path):

@@ -240,6 +240,47 @@ def test_parameters_that_functional_call_replaced_are_refused(variant):
         loss.backward()
 
 
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_trains_beside_its_update_gets_its_gradient(kind, dora):
+    """As after model.requires_grad_(True): the merged product would leave W as it is."""
+    adapted, x = layer(kind, (12, 20, 2), dora=dora), torch.randn(3, 12, dtype=torch.float64)
+    weight = adapted.merged().detach().requires_grad_()
+    F.linear(x, weight, adapted.bias).square().sum().backward()
+    expected = weight.grad
+    if dora:  # the rows of W + dW are scaled, and their lengths count as constants
+        scale = adapted.update.magnitude / adapted.update.merged().norm(dim=1)
+        expected = expected * scale[:, None]
+    frozen, _ = both_ways(adapted, x)
+    adapted.requires_grad_(True)
+    trained, _ = both_ways(adapted, x)
+    for a, b in zip(trained, frozen, strict=True):
+        torch.testing.assert_close(a, b)
+    adapted.merges = True
+    adapted(x).square().sum().backward()
+    torch.testing.assert_close(adapted.weight.grad, expected)
+
+
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_plain_tensors_in_forward_get_their_gradients(kind, dora):
+    """DataParallel, which the Trainer takes for several GPUs without torchrun, and FSDP 1."""
+    adapted, x = layer(kind, (12, 20, 2), dora=dora), torch.randn(3, 12, dtype=torch.float64)
+    adapted(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in adapted.update.parameters()]
+    adapted.zero_grad()
+    modules = [*adapted.modules()]  # as torch.nn.parallel.replicate
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, copied in copies.items():
+        for name, child in module.named_children():
+            setattr(copied, name, copies[child])
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(copied, name, parameter * 1 if parameter.requires_grad else parameter.detach())
+    copies[adapted](x).sum().backward()
+    for parameter, gradient in zip(adapted.update.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def test_dropout_acts_on_the_updates_input():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     mora.adapt(model, targets=("0", "1"), rank=1, dropout=0.5)

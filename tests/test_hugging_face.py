@@ -90,6 +90,17 @@ def test_a_tied_matrix_may_be_stored_twice(tmp_path):
     assert_same(tmp_path / "hf", model)
 
 
+def test_a_tied_directory_with_another_head_is_refused(tmp_path):
+    """Of two matrices transformers takes both, and warns; the head was dropped here in silence."""
+    small_llama(97, tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match="own: set tie_word_embeddings to false"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(tmp_path, transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+
+
 def test_weights_in_several_files(tmp_path):
     model = written(tmp_path / "hf", "llama3 rope", max_shard_size="10KB")
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2

@@ -403,6 +403,19 @@ def test_restarts_need_weights_that_take_small_updates():
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_a_restart_takes_another_cycle():
+    """The same one again draws the same groups, so that the rank of merged cycles does not grow."""
+    model = adapted("mora", {"groups": "permute"}, cycle=1)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    before, M = model["q_proj"].weight.clone(), model["q_proj"].update.M.clone()
+    with pytest.raises(ValueError, match="q_proj is in cycle 1 already: a restart begins another"):
+        mora.restart(model, optimizer, cycle=1)
+    layer = model["q_proj"]
+    assert torch.equal(layer.weight, before) and torch.equal(layer.update.M, M)
+    mora.restart(model, optimizer, cycle=2)
+
+
 def test_a_restart_that_cannot_keep_moments_changes_nothing():
     model = adapted("mora", {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

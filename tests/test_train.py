@@ -297,6 +297,15 @@ def test_two_runs_do_not_mix(run):
     assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
 
 
+def test_a_run_does_not_write_into_a_model(run):
+    """Its config.json would replace the model's, and later commands would load the run instead."""
+    base = run("--steps=1", "--method=full") / "step-00000001" / "base"
+    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(UserError, match="base holds a model, whose config.json the run would"):
+        run(f"--init_from={base}", f"--out={base}")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == files
+
+
 def test_a_folder_in_use_is_refused(run, config):
     """The lock names the process that holds it; a lock file that a dead process left is free."""
     out = config.parent / "run"
