@@ -33,10 +33,11 @@ KINDS = (("truncate", "strided"), ("truncate", "gradient"), ("share", "strided")
 
 def gradients(model, batches):
     """Return {name: gradient of a block's weight, (out, in)} on the batches of a few steps."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(batches.device)
+    model.checkpoint_blocks = True  # not compiled: its activations would take much memory
     for loss in train.first_losses(model, batches):
         loss.backward()
-    return {name: linear.weight.grad for name, linear in block_linears(model).items()}
+    return {name: linear.weight.grad.cpu() for name, linear in block_linears(model).items()}
 
 
 def held(update, matrix):
@@ -77,10 +78,12 @@ def main(file, *words):
     cfg = load([*WORDS, *words], None)
     splits = [open_split(cfg.data, split, verify=False) for split in ("train", "val")]
     cfg, model = train.build_model(cfg, splits[0])
-    seen, held_out = (train.make_batches(cfg, tokens, "cpu", 0, 1)[1] for tokens in splits)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seen, held_out = (train.make_batches(cfg, tokens, device, 0, 1)[1] for tokens in splits)
     before = {name: linear.weight.detach().clone() for name, linear in block_linears(model).items()}
     matrices = {"gradient": gradients(model, held_out)}
-    norms = mora.gradient_norms(model, train.first_losses(model, seen))
+    norms = {name: (gradient.norm(dim=0), gradient.norm(dim=1))  # as mora.gradient_norms
+             for name, gradient in gradients(model, seen).items()}
     after = {name: linear.weight.cpu().float()
              for name, linear in block_linears(train.train(cfg)).items()}
     matrices["change"] = {name: (after[name] - before[name]).detach() for name in before}
