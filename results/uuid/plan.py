@@ -2,9 +2,9 @@
 
 Rates are searched and seeds follow for linear schedules to 0 after a warm-up of 20 steps, over
 1,000 steps at r = 8 and over 500 for the rest: with constant rates (task "uuid": runs.jsonl, of an
-earlier program, and four runs with Muon, one rate each) the digits stop improving early with Muon.
-A run ends when 99.9 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others,
-groups chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
+earlier program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends
+when 99.9 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others, groups
+chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
 follows.
 """
 import json
