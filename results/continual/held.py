@@ -20,7 +20,6 @@ import torch  # noqa: E402
 import mora  # noqa: E402
 import train  # noqa: E402
 from config import load  # noqa: E402
-from model import block_linears  # noqa: E402
 from shards import open_split  # noqa: E402
 
 WORDS = ["configs/continual.py", "fft", "--data=data/biomed", "--lr=1e-3", "--seq_len=1024",
@@ -31,13 +30,18 @@ KINDS = (("truncate", "strided"), ("truncate", "gradient"), ("share", "strided")
          ("share", "permute"), ("share", "gradient"))
 
 
+def targets(model):
+    """Return {name: linear layer} of the blocks' projections."""
+    return mora.find_targets(model, mora.PROJECTIONS)
+
+
 def gradients(model, batches):
     """Return {name: gradient of a block's weight, (out, in)} on the batches of a few steps."""
     model = copy.deepcopy(model).to(batches.device)
     model.checkpoint_blocks = True  # not compiled: its activations would take much memory
     for loss in train.first_losses(model, batches):
         loss.backward()
-    return {name: linear.weight.grad.cpu() for name, linear in block_linears(model).items()}
+    return {name: linear.weight.grad.cpu() for name, linear in targets(model).items()}
 
 
 def held(update, matrix):
@@ -80,12 +84,12 @@ def main(file, *words):
     cfg, model = train.build_model(cfg, splits[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen, held_out = (train.make_batches(cfg, tokens, device, 0, 1)[1] for tokens in splits)
-    before = {name: linear.weight.detach().clone() for name, linear in block_linears(model).items()}
+    before = {name: linear.weight.detach().clone() for name, linear in targets(model).items()}
     matrices = {"gradient": gradients(model, held_out)}
     norms = {name: (gradient.norm(dim=0), gradient.norm(dim=1))  # as mora.gradient_norms
              for name, gradient in gradients(model, seen).items()}
     after = {name: linear.weight.cpu().float()
-             for name, linear in block_linears(train.train(cfg)).items()}
+             for name, linear in targets(train.train(cfg)).items()}
     matrices["change"] = {name: (after[name] - before[name]).detach() for name in before}
     numbers = measure(model, norms, matrices)
     Path(file).write_text(json.dumps(numbers, indent=1) + "\n")
