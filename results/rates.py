@@ -113,6 +113,15 @@ def rates_to_run(centre, scores, side):
     return [*wanted, beside(edge, step)]
 
 
+def halves(records, group, score):
+    """Return the rates half way from a group's best rate to its neighbours on the grid 1, 3, 10,
+    ..., once both of these are worse, else []."""
+    scores = scores_of(records, group, score)
+    lr, is_inside = best({lr: scores[lr] for lr in scores if lr == beside(lr, 0)})
+    sides = (-1, 1) if is_inside else ()
+    return [float(f"{math.sqrt(lr * beside(lr, side)):.2g}") for side in sides]
+
+
 def runs(groups, records, score, make):
     """Return {name: make(group, lr, seed)}: the runs of a plan, the most informative first.
 

@@ -60,6 +60,20 @@ def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():
         assert planned(losses | {"s1337-0.03": error})[3:] == []
 
 
+def test_rates_half_way_follow_a_closed_grid_and_are_not_halved_again():
+    def halves(**losses):
+        names = {rates.name_of(GROUP, rates.SEED, float(lr)): {"loss": loss}
+                 for lr, loss in losses.items()}
+        return rates.halves(names, GROUP, score)
+
+    closed = {"0.003": 3.0, "0.01": 2.0, "0.03": 4.0}
+    assert halves(**closed) == halves(**closed, **{"0.0055": 1.0}) == [0.0055, 0.017]
+    assert halves(**{"0.003": 3.0, "0.01": 2.0}) == halves() == []
+    # the best of all gets the seeds, also if it is half way
+    ends = {f"s1337-{lr}": loss for lr, loss in (closed | {"0.0055": 1.0}).items()}
+    assert planned(ends)[4:] == ["s1338-0.0055", "s1339-0.0055"]
+
+
 def test_gsm8k_runs_one_rate_above_each_best_one_and_muons_once_its_grid_is_closed():
     above = runpy.run_path(str(RESULTS / "gsm8k" / "plan.py"))["above"]
     adamw, muon = ("gsm8k", "fft", "adamw"), ("gsm8k", "fft", "muon")

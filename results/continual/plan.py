@@ -6,7 +6,6 @@ same rank (biomedical text alone), then Muon, then the rates half way from LoRA'
 ones to their neighbours. The runs that are done, in sweep.jsonl beside this file, decide which
 rates and seeds follow.
 """
-import math
 from pathlib import Path
 
 import answered
@@ -32,7 +31,7 @@ TIERS = [{(domain, method, "adamw"): lr for domain in DOMAINS for method, lr in 
          {(domain, method, "muon"): lr for domain in DOMAINS for method, lr in MUON.items()}]
 GROUPS = TIERS[0] | TIERS[1] | TIERS[2]
 REFINED = [(domain, method, "adamw") for domain in DOMAINS
-           for method in ("lora_r8", "mora_r8", "lora_r256", "mora_r256")]
+           for method in ("lora_r8", "mora_r8", "lora_r256", "mora_r256")] + [*TIERS[2]]
 
 
 def words_of(method):
@@ -69,17 +68,6 @@ def make(group, lr, seed, steps=None):
                     "--keep=1", "--base_dtype=float32"]
 
 
-def refined(group):
-    """Return {name: run} of the rates half way to the neighbours of a group's best rate of the
-    grid 1, 3, 10, ..., once it has worse ones on both sides."""
-    scores = rates.scores_of(RECORDS, group, score)
-    lr, is_inside = rates.best({lr: scores[lr] for lr in scores if lr == rates.beside(lr, 0)})
-    halves = [float(f"{math.sqrt(lr * rates.beside(lr, side)):.2g}") for side in (-1, 1)
-              if is_inside]
-    return {rates.name_of(group, rates.SEED, half): make(group, half, rates.SEED)
-            for half in halves}
-
-
 # the untrained model: one step at a rate that changes no weight
 RUNS = {f"{domain}-base": make((domain, "fft", "adamw"), 1e-30, rates.SEED, steps=1)
         for domain in DOMAINS}
@@ -88,4 +76,5 @@ RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").i
 for tier in TIERS:
     RUNS |= rates.runs(tier, RECORDS, score, make)
 for group in REFINED:
-    RUNS |= refined(group)
+    RUNS |= {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
+             for lr in rates.halves(RECORDS, group, score)}

@@ -2,8 +2,8 @@
 
     python results/gsm8k/curves.py
 
-One seed (1337); losses above 0.8 (LoRA at 3e-2) are left out. AdamW's runs of the first four
-methods are those of runs.jsonl.
+One seed (1337); losses above 0.8 (LoRA at 3e-2) are left out. AdamW's rates of the first four
+methods that sweep.jsonl lacks are those of runs.jsonl.
 """
 import json
 import runpy
@@ -36,8 +36,7 @@ def loss_grids(plan):
         scores = rates.scores_of(records, group, plan["score"])
         losses = {lr: score[0] for lr, score in scores.items() if score != rates.WORST}
         if losses:
-            _, method, optimizer = group
-            found[method, optimizer] = losses
+            found.setdefault(group[1:], {}).update(losses)
     return found
 
 

@@ -1,10 +1,10 @@
 """The sweep of results/gsm8k: Muon beside AdamW, three seeds, answers kept; bases of three types.
 
-Muon's rates are searched: the runs that are done, in sweep.jsonl beside this file, decide which
-rates and seeds follow. AdamW runs again at the rates that an earlier search chose (runs.jsonl),
-since that kept no answers. One rate above the best of each follows: its loss is higher, but its
-answers need not be worse. Then groups chosen by the gradient, with AdamW, beside permuted and
-strided ones.
+Rates are searched: the runs that are done, in sweep.jsonl beside this file, decide which rates and
+seeds follow. AdamW's start from those that an earlier search chose (runs.jsonl), which kept no
+answers. One rate above the best of each optimizer follows: its loss is higher, but its answers need
+not be worse. Then groups chosen by the gradient, with AdamW, beside permuted and strided ones, and
+AdamW's rates half way from the best to its neighbours.
 """
 import math
 from pathlib import Path
@@ -29,8 +29,8 @@ METHODS |= {method: rates.operator_words(method) for method in GROUPED}
 RATES = {"mora_rotate_r8": 1e-2, "lora": 1e-2, "mora_share_r256": 1e-3, "fft": 3e-4}
 MUON = {("gsm8k", method, "muon"): lr for method, lr in RATES.items()}
 GRADIENT = {("gsm8k", method, "adamw"): lr for method, lr in GROUPED.items()}
-SEARCHED = MUON | GRADIENT
-FIXED = {("gsm8k", method, "adamw"): lr for method, lr in RATES.items()}
+ADAMW = {("gsm8k", method, "adamw"): lr for method, lr in RATES.items()}
+SEARCHED = ADAMW | MUON | GRADIENT
 BASES = {(dtype, "mora_rotate_r8", "adamw"): 1e-2 for dtype in ("bfloat16", "float8")}
 
 
@@ -62,7 +62,7 @@ def at_known_rates(groups):
 
 def above(records):
     """Return {group: the rate above its best one} of both optimizers, Muon's once it is known."""
-    best = dict(FIXED)
+    best = dict(ADAMW)
     for group in MUON:
         lr, is_inside = rates.best(rates.scores_of(records, group, score))
         if is_inside:
@@ -74,5 +74,8 @@ BASE = "gsm8k-base-adamw-s1337-1e-30"  # untrained: one step at a rate that chan
 RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"])}
 RECORDS = rates.read(FOLDER / "sweep.jsonl")
 ABOVE = above(RECORDS)
-RUNS |= rates.runs(MUON, RECORDS, score, make) | at_known_rates(FIXED) | at_known_rates(ABOVE)
+RUNS |= rates.runs(ADAMW | MUON, RECORDS, score, make) | at_known_rates(ABOVE)
 RUNS |= rates.runs(GRADIENT, RECORDS, score, make) | at_known_rates(BASES)
+for searched in ADAMW:
+    RUNS |= {rates.name_of(searched, rates.SEED, lr): make(searched, lr, rates.SEED)
+             for lr in rates.halves(RECORDS, searched, score)}
