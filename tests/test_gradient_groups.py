@@ -1,6 +1,8 @@
 """Groups that the gradient chooses: they hold its energy, and a file's are taken as they are."""
 import copy
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from model import Llama, LlamaConfig
 from shards import open_split
 
 transformers = pytest.importorskip("transformers")
+ROOT = Path(mora.__file__).parent
 SHAPE = LlamaConfig(61, 32, 56, 2, 4, 2)
 
 
@@ -66,6 +69,25 @@ def test_more_of_the_gradient_of_other_batches_is_in_reach():
     shares = {groups: held_energy(groups, held_out, rank=4)
               for groups in ("strided", "permute", "gradient")}
     assert shares["gradient"] > 1.5 * max(shares["strided"], shares["permute"]), shares
+
+
+@pytest.mark.parametrize("operator, groups", [("truncate", "strided"), ("truncate", "gradient"),
+                                              ("share", "strided"), ("share", "permute")])
+def test_held_is_the_part_of_a_matrix_in_the_space_of_the_updates(operator, groups):
+    """continual/held.py against least squares with a basis of the space."""
+    held = runpy.run_path(str(ROOT / "results" / "continual" / "held.py"))["held"]
+    norms = {"q": (torch.rand(11), torch.rand(17))} if groups == "gradient" else None
+    layer = mora.adapt(nn.ModuleDict({"q": nn.Linear(11, 17)}), rank=1, operator=operator,
+                       targets=("q",), groups=groups, gradients=norms)["q"]
+    basis = []
+    for entry in layer.update.M.flatten().new_ones(len(layer.update.M) ** 2).diag():
+        layer.update.M.data.copy_(entry.view_as(layer.update.M))
+        basis.append(layer.update.delta().detach().flatten())
+    matrix = torch.randn(17, 11)
+    inside = torch.linalg.qr(torch.stack(basis).T)[0].T @ matrix.flatten()
+    expected = inside.square().sum() / matrix.square().sum()
+    torch.testing.assert_close(held(layer.update, matrix), expected)
+    torch.testing.assert_close(held(layer.update, basis[3].view(17, 11)), torch.tensor(1.0))
 
 
 def test_norms_are_those_of_the_gradient_and_leave_no_trace():
