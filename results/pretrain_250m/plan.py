@@ -28,9 +28,9 @@ METHODS = {
                          "--restart_every=400", "--restart_warmup=10"],
 }
 # {(method, optimizer): (lr, rest_lr) where its grid starts}
-CENTRES = {("full", "muon"): (2e-3, 1.6e-2), ("mora_share", "muon"): (2e-3, 1.6e-2),
+CENTRES = {("full", "muon"): (4e-3, 6.4e-2), ("mora_share", "muon"): (2e-3, 3.2e-2),
            ("best", "muon"): (4e-3, 3.2e-2), ("lora", "muon"): (4e-3, 3.2e-2),
-           ("remora_alternate", "muon"): (2e-3, 1.6e-2),
+           ("remora_alternate", "muon"): (2e-3, 3.2e-2),
            # restarts every ten steps are worse with AdamW (results/pretrain_60m): no "best"
            ("full", "adamw"): (1e-3, 1.6e-2), ("remora_alternate", "adamw"): (1e-3, 1.6e-2),
            ("lora", "adamw"): (4e-3, 3.2e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2)}
