@@ -19,6 +19,7 @@ sys.path.insert(0, str(RESULTS))
 import rates  # noqa: E402
 
 BASES = {"float32": "gsm8k", "bfloat16": "bfloat16", "float8": "float8"}  # {base: task in a name}
+BASES_LR = 1e-2  # of these runs; results/gsm8k has more rates on the float32 base
 
 
 def read_table(file, shape):
@@ -108,8 +109,8 @@ def others():
     numbers |= {f"gradient_error_{key}": round(error, 4) for key, error in errors.items()}
     records = rates.read(RESULTS / "gsm8k" / "sweep.jsonl")
     for base, task in BASES.items():
-        values = [record["val_loss"] for name, record in records.items()
-                  if name.startswith(f"{task}-mora_rotate_r8-adamw-")]
+        seeds = rates.ended(records, (task, "mora_rotate_r8", "adamw"), BASES_LR)
+        values = [record["val_loss"] for record in seeds]
         numbers |= {f"gsm8k.{base}.test_loss_mean": round(mean(values), 4),
                     f"gsm8k.{base}.test_loss_std": round(stdev(values), 4),
                     f"gsm8k.{base}.seeds": len(values)}
