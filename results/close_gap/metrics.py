@@ -10,7 +10,8 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
 
-if __name__ == "__main__":
+
+def main():
     numbers = {}
     for name, run in rates.read(FOLDER / "tiny" / "sweep.jsonl").items():
         numbers[name.replace(" ", ".")] = round(run["val_ppl"], 4)
@@ -19,3 +20,7 @@ if __name__ == "__main__":
         numbers |= {f"{key}.wiki_ppl": round(run["val_ppl"], 2),
                     f"{key}.c4_ppl": round(run["c4_sample_ppl"], 1)}
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,11 @@ def summarize(records, plan):
     return numbers
 
 
-if __name__ == "__main__":
+def main():
     plan = runpy.run_path(str(FOLDER / "plan.py"))
     metrics = summarize(rates.read(FOLDER / "sweep.jsonl"), plan)
     (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

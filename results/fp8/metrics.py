@@ -117,8 +117,12 @@ def others():
     return numbers
 
 
-if __name__ == "__main__":
+def main():
     metrics = (of_shape("1.3b", FOLDER / "bench.txt")
                | of_65k() | of_shape("250m", FOLDER / "bench_250m_7b.txt") | of_7b() | of_60m()
                | others())
     (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -140,6 +140,10 @@ def summarize(plan):
     return numbers | compare(methods)
 
 
-if __name__ == "__main__":
+def main():
     metrics = summarize(runpy.run_path(str(FOLDER / "plan.py")))
     (FOLDER / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

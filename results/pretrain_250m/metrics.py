@@ -128,8 +128,12 @@ def summarize(folder):
     return flat
 
 
-if __name__ == "__main__":
+def main():
     (FOLDER / "metrics.json").write_text(json.dumps(summarize(FOLDER), indent=1) + "\n")
     names = [path.name for path in logs(FOLDER)]
     subprocess.run([sys.executable, FOLDER.parents[1] / "analyze.py", "losses", *names,
                     "--png=losses.png"], cwd=FOLDER, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -88,6 +88,10 @@ def summarize(runs):
     return metrics | equal_time.numbers(groups(runs))
 
 
-if __name__ == "__main__":
+def main():
     numbers = summarize(pretraining.read_runs(FOLDER / "sweep.jsonl"))
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
