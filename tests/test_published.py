@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -142,3 +143,87 @@ def test_the_best_method_of_a_plan_is_that_of_the_published_config_file(folder, 
              "restart_steps", "targets"}
     for key in cfg.keys() - other:
         assert cfg[key] == expected[key], key
+
+
+def followed(folder, patch):
+    """(values of a plan.py, its runs) once each run that it asked for has a record. The best rate
+    of every search is the one in its middle."""
+    records = {}
+    patch.setattr(rates, "read", lambda path: dict(records))
+    while True:
+        plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
+        searched = plan.get("SEARCHED") or plan.get("FALLING") or plan["GROUPS"]
+        missing = plan["RUNS"].keys() - records.keys()
+        if not missing:
+            return plan, searched, records.keys()
+        for name in missing:
+            loss = 1.0
+            if not name.endswith("-base"):
+                group, _, lr = rates.parts_of(name)
+                loss += abs(math.log(lr / searched.get(group, lr)))
+            curve = [[100, 0.5, 1000], [200 + round(100 * loss), 0.995, 1000]]
+            # gsm8k's validation split is the test, which chooses nothing
+            records[name] = {"gsm8k_dev_ppl": math.exp(loss), "curve": curve,
+                             "val_loss": -loss if folder == "gsm8k" else loss}
+        assert len(records) < 500
+
+
+@pytest.mark.parametrize("folder", ("continual", "gsm8k", "uuid"))
+def test_a_plan_of_fine_tuning_followed_to_its_end(folder, monkeypatch):
+    """A rate to each side of the best, three seeds of it; and what the plan has besides."""
+    plan, searched, runs = followed(folder, monkeypatch)
+    expected = {(group, rates.SEED, rates.beside(lr, side))
+                for group, lr in searched.items() for side in (-1, 1)}
+    expected |= {(group, seed, lr) for group, lr in searched.items() for seed in rates.SEEDS}
+    refined, untrained = [], set()
+    if folder == "continual":
+        refined, untrained = plan["REFINED"], {"biomed-base", "finance-base"}
+        assert len(refined) == len(set(refined)) == 12
+    elif folder == "gsm8k":
+        refined, untrained = plan["ADAMW"], {plan["BASE"]}
+        above = plan["ADAMW"] | plan["MUON"]
+        expected |= {(group, seed, rates.beside(lr, 1)) for group, lr in above.items()
+                     for seed in rates.SEEDS}
+        expected |= {((base, "mora_rotate_r8", "adamw"), seed, 1e-2)
+                     for base in ("bfloat16", "float8") for seed in rates.SEEDS}
+    else:
+        expected |= {(("uuid", method, "muon"), rates.SEED, lr)
+                     for method, lr in plan["CONSTANT_RUNS"]}
+    expected |= {(group, rates.SEED, float(f"{math.sqrt(lr * rates.beside(lr, side)):.2g}"))
+                 for group in refined for lr in [searched[group]] for side in (-1, 1)}
+    assert runs == {rates.name_of(*run) for run in expected} | untrained
+
+
+def test_the_answers_of_gsm8k_are_kept_but_on_other_bases():
+    plan = runpy.run_path(str(RESULTS / "gsm8k" / "plan.py"))
+    for name, record in rates.read(RESULTS / "gsm8k" / "sweep.jsonl").items():
+        context = plan["PREPARE"](name).func.__name__
+        assert context == ("at_the_end" if "right" in record else "losses"), name
+
+
+def test_the_score_of_uuids_is_the_step_with_99_percent_then_the_last_digits():
+    plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
+    slow = [[100, 0.1, 1000], [200, 0.99, 1000], [300, 1.0, 10000]]
+    fast, never = [[100, 0.992, 1000], [200, 0.5, 1000]], [[100, 0.1, 1000], [1000, 0.98, 10000]]
+    better = [[100, 0.2, 1000], [200, 0.995, 1000], [300, 1.0, 10000]]
+    worse = [[100, 0.2, 1000], [200, 0.995, 1000], [300, 0.999, 10000]]
+    assert [plan["steps_to_99"](curve) for curve in (slow, fast, never)] == [200, 100, None]
+    assert [plan["digits_at"](slow, at) for at in (100, 199, 200, 1000)] == [0.1, 0.1, 0.99, 1.0]
+    scores = [plan["score"]({"curve": curve}) for curve in (fast, better, worse, never)]
+    assert scores == sorted(scores) and len(set(scores)) == 4
+    assert plan["score"]({"curve": slow}) == scores[1]
+
+
+def test_earlier_runs_of_uuids_count_if_they_went_to_the_end_or_reached_99_percent():
+    plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
+    found, lines = plan["read_earlier"](), (RESULTS / "uuid" / "runs.jsonl").read_text()
+    curves = [json.loads(line)["curve"] for line in lines.splitlines()]
+    whole = [curve for curve in curves
+             if curve[-1][0] == 1000 or max(right for _, right, _ in curve) >= 0.99]
+    assert 0 < len(found) == len(whole) < len(curves)
+    for name, record in found.items():
+        (task, method, optimizer), seed, lr = rates.parts_of(name)
+        cfg = record["config"]
+        assert (task, optimizer, seed, lr) == ("uuid", "adamw", cfg["seed"], cfg["lr"])
+        assert record["method"] == method
+        assert record["steps_to_99"] == plan["steps_to_99"](record["curve"])
