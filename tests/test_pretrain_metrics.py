@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import grid
 import pytest
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "pretrain_60m" / "metrics.py"
@@ -126,6 +127,32 @@ def test_a_grid_grows_around_its_best_until_it_is_closed(plan):
         records.append(record)
     longer_runs = ["s1337-steps2000", "s1337-steps4000", "s1-steps2000", "s2-steps2000"]
     assert own_runs(plan, records) == [f"full-muon-0.008-0.016-{end}" for end in longer_runs]
+
+
+def test_a_grid_lacks_the_neighbours_of_its_best_on_both_axes(metrics):
+    """Not those at corners; a run that diverged is a worse neighbour."""
+    def name_of(point):
+        return f"{point}"
+
+    records = {name_of((0, 0)): {"val_ppl": 40.0}, name_of((1, -1)): {"val_ppl": 39.0},
+               name_of((2, -1)): {"error": "UserError: step 7: the loss is nan"}}
+    best, missing = grid.search(name_of, records)
+    assert best == (1, -1) and sorted(missing) == [(0, -1), (1, -2), (1, 0)]
+    best, missing = grid.search(name_of, records, has_lr=False)
+    assert best == (1, -1) and sorted(missing) == [(1, -2), (1, 0)]
+    assert grid.rates_at((3.0, 5.0), (2, -1)) == (12.0, 2.5)
+
+
+def test_a_grid_is_closed_by_a_rate_on_each_side_with_the_other_rate_fixed(metrics):
+    bracketed = metrics.pretraining.bracketed
+    cross = [(2, 3), (1, 3), (4, 3), (2, 1), (2, 9)]
+    assert bracketed(cross, (2, 3))
+    for pair in cross[1:]:
+        others = [other for other in cross if other != pair]
+        assert not bracketed(others, (2, 3))
+        corner = (pair[0] if pair[0] != 2 else 1, pair[1] if pair[1] != 3 else 1)
+        assert not bracketed([*others, corner], (2, 3)), pair
+        assert bracketed(others, (2, 3), has_lr=False) == (pair[0] != 2)
 
 
 def test_a_run_that_failed_otherwise_is_no_score(plan):

@@ -74,6 +74,62 @@ def test_rates_half_way_follow_a_closed_grid_and_are_not_halved_again():
     assert planned(ends)[4:] == ["s1338-0.0055", "s1339-0.0055"]
 
 
+def test_a_search_ends_after_seven_rates():
+    """The higher the rate, the lower the loss."""
+    losses = {}
+    while missing := [end for end in planned(losses) if end not in losses]:
+        assert len(missing) <= 2
+        losses |= {end: -float(end.removeprefix("s1337-")) for end in missing}
+    assert sorted(losses) == [f"s1337-{lr}" for lr in
+                              ("0.01", "0.03", "0.1", "0.3", "1", "10", "3")]
+
+
+def test_of_several_groups_each_gets_its_next_rate_before_any_its_second_next():
+    groups = {("task", method, "adamw"): 1e-2 for method in "ab"}
+    found = rates.runs(groups, {}, score, lambda group, lr, seed: (group[1], lr, seed))
+    assert [*found.values()] == [("a", 1e-2, 1337), ("b", 1e-2, 1337),
+                                 ("a", 3e-3, 1337), ("b", 3e-3, 1337)]
+
+
+def test_scores_are_of_one_group_and_one_seed():
+    others = [("other", "method", "muon"), ("task", "other", "muon"), ("task", "method", "adamw")]
+    records = {rates.name_of(group, rates.SEED, 1e-2): {"loss": 1.0} for group in others}
+    records |= {rates.name_of(GROUP, seed, 1e-2): {"loss": float(seed)} for seed in rates.SEEDS}
+    assert rates.scores_of(records, GROUP, score) == {1e-2: (1337.0,)}
+    assert rates.scores_of(records, GROUP, score, seed=1339) == {1e-2: (1339.0,)}
+
+
+def test_a_report_has_the_seeds_of_the_best_rate_that_ended(capsys):
+    ends = {(1339, 1e-2): {"loss": 3.0}, (1337, 1e-2): {"loss": 1.0}, (1337, 3e-2): {"loss": 2.0},
+            (1338, 3e-2): {"loss": 0.0}, (1338, 1e-2): {"error": "OutOfMemoryError"}}
+    records = {(name := rates.name_of(GROUP, *end)): {"name": name} | record
+               for end, record in ends.items()}
+    other = ("task", "other", "muon")
+    (group, seeds, is_inside), = rates.report(records, {GROUP: 1e-2, other: 1e-2}, score)
+    assert group == GROUP and not is_inside
+    assert [record["loss"] for record in seeds] == [1.0, 3.0]
+    printed = capsys.readouterr().out
+    assert "s1338-0.01 failed: OutOfMemoryError" in printed
+    assert "best 0.01, AT THE EDGE\n    0.01: 1.0000\n    0.03: 2.0000\n" in printed
+
+
+def test_the_deviation_of_a_sample_and_none_of_one_value():
+    assert rates.spread("loss", [1.0, 3.0]) == {"loss_std": pytest.approx(2 ** 0.5)}
+    assert rates.spread("loss", [1.0]) == {}
+
+
+def test_half_a_last_line_is_left_out_and_half_a_line_before_it_is_an_error(tmp_path):
+    path, line = tmp_path / "sweep.jsonl", '{"name": "%s"}'
+    assert rates.read(path) == {}
+    path.write_text(line % "a" + "\n" + line % "b")
+    assert list(rates.read(path)) == ["a", "b"]
+    path.write_text(line % "a" + '\n{"name": ')
+    assert list(rates.read(path)) == ["a"]
+    path.write_text('{"name": \n' + line % "b" + "\n")
+    with pytest.raises(ValueError):
+        rates.read(path)
+
+
 def test_gsm8k_runs_one_rate_above_each_best_one_and_muons_once_its_grid_is_closed():
     above = runpy.run_path(str(RESULTS / "gsm8k" / "plan.py"))["above"]
     adamw, muon = ("gsm8k", "fft", "adamw"), ("gsm8k", "fft", "muon")
