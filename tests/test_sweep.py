@@ -64,9 +64,12 @@ def test_the_spectrum_is_that_of_the_change_since_the_first_weights(swept, words
     record, changes = swept(*words)
     assert len(changes) == 2 * len(mora.PROJECTIONS)
     values = {name: torch.linalg.svdvals(change.double()) for name, change in changes.items()}
-    expected = analyze.mean_measures(values)["all"]
-    assert expected["rank"] > 1 and expected["singular_above_0.1"] > 0
-    assert record["spectrum"] == pytest.approx(expected, rel=1e-3)
+    expected = analyze.mean_measures(values)
+    assert expected["all"]["rank"] > 1 and expected["all"]["singular_above_0.1"] > 0
+    assert record["spectrum"] == pytest.approx(expected.pop("all"), rel=1e-3)
+    assert record["spectra"].keys() == expected.keys()
+    for kind, measures in expected.items():
+        assert record["spectra"][kind] == pytest.approx(measures, rel=1e-3)
 
 
 def test_the_trainable_share_of_the_blocks(swept):
@@ -101,6 +104,34 @@ def test_a_stopped_run_continues_from_its_checkpoint(run, swept, tmp_path, capsy
     assert [step for step, _ in record["losses"]] == [*range(1, 21)]
     for key in ("val_ppl", "losses", "val_losses", "spectrum"):
         assert record[key] == whole[key], key
+
+
+@pytest.mark.parametrize("tokens", (0, 64))
+def test_another_evaluation_on_the_same_data_gives_the_same_scores(config, corpus, tmp_path, tokens,
+                                                                   handlers):
+    words = [str(config), "--steps=2", f"--eval_tokens={tokens}"]
+    record = sweep.run_one("name", words, [corpus], tmp_path, spectra=False)
+    assert record["small_ppl"] == pytest.approx(record["val_ppl"], rel=1e-5)
+    assert record["small_bits_per_byte"] == pytest.approx(record["bits_per_byte"], rel=1e-5)
+    assert record["config"]["out"] == record["name"] == "name" and record["peak_gib"] == 0
+    assert record["seconds"] > 0 and "spectrum" not in record
+    assert not (tmp_path / "runs" / "name").exists()
+
+
+def test_a_record_has_the_last_scores_and_the_median_speed_of_a_log(tmp_path):
+    head = {"config": {"out": "/machine/path", "lr": 0.5}, "device": "H100", "torch": "2",
+            "trainable_parameters": 7, "step": 0}
+    steps = [{"step": step, "loss": 5 - step + 1e-6, "tokens_per_s": speed}
+             for step, speed in ((1, 10.0), (2, 70.0), (3, 90.0), (4, 80.0))]
+    scores = [{"step": step, "val_loss": 1 / loss, "val_ppl": loss, "val_bits_per_byte": -loss}
+              for step, loss in ((0, 9.0), (4, 3.0))]
+    lines = [head, scores[0], *steps, scores[1]]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sweep.record("name", tmp_path, {"more": 1}) == {
+        "name": "name", "val_ppl": 3.0, "val_loss": 1 / 3, "bits_per_byte": -3.0, "more": 1,
+        "tokens_per_s": 80.0, "losses": [[1, 4.0], [2, 3.0], [3, 2.0], [4, 1.0]],
+        "val_losses": [[0, 0.1111], [4, 0.3333]], "trainable_parameters": 7, "device": "H100",
+        "torch": "2", "config": {"out": "name", "lr": 0.5}}
 
 
 def test_the_rounding_of_a_bfloat16_base_is_no_change(swept):

@@ -1,0 +1,100 @@
+"""results/answered.py: which answers are right, and where a run of UUIDs ends; nothing trains."""
+import json
+import lzma
+import signal
+from types import SimpleNamespace
+
+import answered
+import pytest
+
+import checkpoint
+import evaluate
+import train
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """No data, and answers whose share of right digits is the next of stubs.shares; the counts of
+    questions are in stubs.asked, signals in stubs.sent."""
+    found = SimpleNamespace(shares=[], asked=[], sent=[])
+
+    def share(model, samples, pairs):
+        found.asked.append(pairs)
+        return found.shares.pop(0)
+
+    monkeypatch.setattr(answered, "open_split", lambda *name, **_: SimpleNamespace(format="prompt"))
+    monkeypatch.setattr(answered, "share", share)
+    monkeypatch.setattr(evaluate, "perplexity", lambda *arguments: {"loss": 2.0})
+    monkeypatch.setattr(answered.os, "kill", lambda pid, number: found.sent.append(number))
+    return found
+
+
+def run_of(stubs, steps=35, every=10):
+    """What train.train(cfg) does for during(): losses at step 0, each `every` and the last."""
+    def trained(cfg):
+        for _ in [*range(0, cfg.steps, cfg.eval_every), cfg.steps]:
+            assert train.perplexity("the model", "samples") == {"loss": 2.0}
+            if stubs.sent:
+                raise SystemExit(128 + stubs.sent[0])
+        return "model"
+    return trained, SimpleNamespace(steps=steps, eval_every=every)
+
+
+def test_an_answer_is_right_if_its_number_is_the_references(stubs, tmp_path, monkeypatch):
+    texts = [("so #### 2", "1 + 1\n#### 2"), ("#### 3", "#### 2"), ("no idea", "#### 5"),
+             ("#### 1,000.0", "#### 1000"), ("#### 7", "#### -7")]
+    records = [{"question": "?", "answer": a, "reference": b} for a, b in texts]
+    monkeypatch.setattr(answered, "answers", lambda model, samples: records)
+    monkeypatch.setattr(train, "train", lambda cfg: "model")
+    cfg = SimpleNamespace(data="data", out=str(tmp_path / "runs" / "name"))
+    with answered.at_the_end("name") as found:
+        assert train.train(cfg) == "model" and checkpoint.save is answered.save_nothing
+    assert found["right"] == "10010" and found["numbers"] == 0.4
+    assert found["answers"] == ["2", "3", None, "1000.0", "7"]
+    assert 0 <= found["answer_seconds"] < 60
+    lines = lzma.open(tmp_path / "answers-name.jsonl.xz", "rt").read().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert train.train(cfg) == "model" and checkpoint.save is not answered.save_nothing
+
+
+def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, monkeypatch):
+    trained, cfg = run_of(stubs)
+    monkeypatch.setattr(train, "train", trained)
+    stubs.shares = [0.1, 0.2, 0.3, 0.4, 0.45]
+    with answered.during("name") as found:
+        assert train.train(cfg) == "model"
+    assert found["curve"] == [[10, 0.1, 1000], [20, 0.2, 1000], [30, 0.3, 1000],
+                              [35, 0.45, 10000]]  # the last: of all pairs
+    assert stubs.asked == [1000, 1000, 1000, 1000, 10000] and not stubs.sent
+
+
+@pytest.mark.parametrize("of_all", (0.999, 0.9985))
+def test_a_run_ends_once_all_pairs_are_right_and_goes_on_if_only_some_are(
+        stubs, monkeypatch, of_all):
+    trained, cfg = run_of(stubs)
+    monkeypatch.setattr(train, "train", trained)
+    stubs.shares = [0.998, 0.999, of_all, 0.5, 0.6, 0.7]
+    with answered.during("name") as found:
+        model = train.train(cfg)
+    assert found["curve"][:2] == [[10, 0.998, 1000], [20, of_all, 10000]]
+    if of_all == 0.999:
+        assert (model, stubs.sent, len(found["curve"])) == ("the model", [signal.SIGTERM], 2)
+    else:
+        assert (model, stubs.sent, len(found["curve"])) == ("model", [], 4)
+
+
+def test_a_stop_from_outside_ends_the_sweep(stubs, monkeypatch):
+    def trained(cfg):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(train, "train", trained)
+    with answered.during("name"), pytest.raises(SystemExit):
+        train.train(SimpleNamespace(steps=35, eval_every=10))
+
+
+def test_the_share_of_right_digits_of_the_first_pairs(monkeypatch):
+    def answers(model, samples, limit, batch):
+        return [{"answer": "12-34", "reference": "12-44"}] * limit
+
+    monkeypatch.setattr(answered, "answers", answers)
+    assert answered.share("model", "samples", 3) == 0.75
