@@ -51,6 +51,21 @@ def test_metrics_json_is_what_metrics_py_gives(folder, monkeypatch):
         assert value == pytest.approx(committed[name], rel=1e-12, abs=error), name
 
 
+def test_gsm8k_compares_only_the_runs_of_the_published_numbers(monkeypatch):
+    """A new rate that is best so far, of one seed: the earlier program's three seeds stay."""
+    metrics, plan = load("gsm8k", "metrics"), load("gsm8k", "plan")
+    records = rates.read(RESULTS / "gsm8k" / "sweep.jsonl")
+    old = rates.name_of(("gsm8k", "lora", "adamw"), rates.SEED, 1e-2)
+    new = rates.name_of(("gsm8k", "lora", "adamw"), rates.SEED, 5.5e-3)
+    records[new] = records[old] | {"name": new, "gsm8k_dev_ppl": 1.0}
+    monkeypatch.setattr(rates, "read", lambda path: dict(records))
+    monkeypatch.setattr(metrics, "DRAWS", 1000)
+    numbers = metrics.summarize(vars(plan))
+    assert (numbers["lora.seeds"], numbers["lora.lr"]) == (3, 1e-2)
+    assert "mora_share_r256.vs.fft.p" in numbers
+    assert not [name for name in numbers if name.startswith("mora_rotate_r8.vs.lora.")]
+
+
 # ------------------------------------------------------------
 # plan.py: the words of a run
 

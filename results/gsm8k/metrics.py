@@ -108,9 +108,10 @@ def methods_of(records, plan):
 
 
 def compare(methods):
-    """Return the flat numbers of PAIRS, as far as all runs of both methods have answers."""
+    """Return the flat numbers of PAIRS, as far as all runs of both methods have answers; methods:
+    {name in metrics.json: records by seed}."""
     numbers, generator = {}, np.random.default_rng(0)
-    answered = {name: seeds for name, (seeds, _) in methods.items()
+    answered = {name: seeds for name, seeds in methods.items()
                 if all("right" in record for record in seeds)}
     for first, second in PAIRS:
         if first not in answered or second not in answered:
@@ -126,18 +127,19 @@ def summarize(plan):
     """Return the flat numbers of both files."""
     numbers, records = earlier(FOLDER / "runs.jsonl"), rates.read(FOLDER / "sweep.jsonl")
     base = records.pop(plan["BASE"], None)
-    methods = methods_of(records, plan)
-    for name, (seeds, is_inside) in methods.items():
+    compared = {}
+    for name, (seeds, is_inside) in methods_of(records, plan).items():
         if len(seeds) < numbers.get(f"{name}.seeds", 0):
             continue  # the search is not over: the earlier program's numbers stay
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
+        compared[name] = seeds
     if base and "error" in base:
         rates.print_failures([base])
     elif base:
         numbers |= {"base.exact_match": base["numbers"], "base.test_loss": base["val_loss"],
                     "base.dev_loss": math.log(base["gsm8k_dev_ppl"])}
-    return numbers | compare(methods)
+    return numbers | compare(compared)
 
 
 def main():
