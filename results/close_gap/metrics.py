@@ -8,15 +8,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
-import rates  # noqa: E402
+from pretraining import read_runs  # noqa: E402
 
 
 def main():
     numbers = {}
-    for name, run in rates.read(FOLDER / "tiny" / "sweep.jsonl").items():
-        numbers[name.replace(" ", ".")] = round(run["val_ppl"], 4)
-    for name, run in rates.read(FOLDER / "sweep.jsonl").items():
-        key = f"60m.{name.replace(' ', '.')}"
+    for run in read_runs(FOLDER / "tiny" / "sweep.jsonl"):
+        numbers[run["name"].replace(" ", ".")] = round(run["val_ppl"], 4)
+    for run in read_runs(FOLDER / "sweep.jsonl"):
+        key = f"60m.{run['name'].replace(' ', '.')}"
         numbers |= {f"{key}.wiki_ppl": round(run["val_ppl"], 2),
                     f"{key}.c4_ppl": round(run["c4_sample_ppl"], 1)}
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")

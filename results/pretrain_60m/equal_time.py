@@ -36,8 +36,8 @@ def token_seconds(bench, method, every=0):
 
 
 def read_bench(name):
-    """Return the numbers of a file of results/fp8, {} if it does not exist."""
-    return json.loads((FP8 / name).read_text()) if (FP8 / name).exists() else {}
+    """Return the numbers of a file of results/fp8."""
+    return json.loads((FP8 / name).read_text())
 
 
 def at_ratio(by_tokens, ratio):
