@@ -50,6 +50,14 @@ def test_without_longer_runs_the_numbers_are_those_of_the_best_rates_of_the_grid
     assert numbers == {f"full.muon.{key}": value for key, value in expected.items()}
 
 
+@pytest.mark.parametrize("runs, place", [(CROSS, "inside"), (CROSS[:2], "at the edge of")])
+def test_a_grid_is_printed_from_its_best_pair_of_rates_on(metrics, runs, place, capsys):
+    metrics.summarize(runs)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"full muon best (0.002, 0.032) {place} its grid"
+    assert printed[1] == "    lr 0.002, rest_lr 0.032: 40.00" and len(printed) == 1 + len(runs)
+
+
 def test_one_longer_run_replaces_the_grid_but_not_the_numbers_about_it(metrics):
     numbers = metrics.summarize([*CROSS, longer("full", 30.0, lr=1e-3)])
     found = {key.removeprefix("full.muon."): value for key, value in numbers.items()}

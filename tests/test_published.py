@@ -160,6 +160,11 @@ def test_the_best_method_of_a_plan_is_that_of_the_published_config_file(folder, 
         assert cfg[key] == expected[key], key
 
 
+def searched_by(plan):
+    """{group: the rate in its middle} of the searches of a plan of fine-tuning."""
+    return plan.get("SEARCHED") or plan.get("FALLING") or plan["GROUPS"]
+
+
 def followed(folder, patch):
     """(values of a plan.py, its runs) once each run that it asked for has a record. The best rate
     of every search is the one in its middle."""
@@ -167,10 +172,9 @@ def followed(folder, patch):
     patch.setattr(rates, "read", lambda path: dict(records))
     while True:
         plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
-        searched = plan.get("SEARCHED") or plan.get("FALLING") or plan["GROUPS"]
-        missing = plan["RUNS"].keys() - records.keys()
+        searched, missing = searched_by(plan), plan["RUNS"].keys() - records.keys()
         if not missing:
-            return plan, searched, records.keys()
+            return plan, records.keys()
         for name in missing:
             loss = 1.0
             if not name.endswith("-base"):
@@ -186,7 +190,8 @@ def followed(folder, patch):
 @pytest.mark.parametrize("folder", ("continual", "gsm8k", "uuid"))
 def test_a_plan_of_fine_tuning_followed_to_its_end(folder, monkeypatch):
     """A rate to each side of the best, three seeds of it; and what the plan has besides."""
-    plan, searched, runs = followed(folder, monkeypatch)
+    plan, runs = followed(folder, monkeypatch)
+    searched = searched_by(plan)
     expected = {(group, rates.SEED, rates.beside(lr, side))
                 for group, lr in searched.items() for side in (-1, 1)}
     expected |= {(group, seed, lr) for group, lr in searched.items() for seed in rates.SEEDS}
@@ -242,3 +247,22 @@ def test_earlier_runs_of_uuids_count_if_they_went_to_the_end_or_reached_99_perce
         assert (task, optimizer, seed, lr) == ("uuid", "adamw", cfg["seed"], cfg["lr"])
         assert record["method"] == method
         assert record["steps_to_99"] == plan["steps_to_99"](record["curve"])
+
+
+@pytest.mark.parametrize("folder", ("continual", "gsm8k", "uuid"))
+def test_a_search_that_has_begun_has_a_run_in_its_middle(folder):
+    """A changed middle would make a plan ask for runs that its search does not need."""
+    plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
+    records = rates.read(RESULTS / folder / "sweep.jsonl")
+    begun = {rates.parts_of(name)[0] for name in records if not name.endswith("-base")}
+    for group, lr in searched_by(plan).items():
+        assert lr == rates.beside(lr, 0), group
+        assert group not in begun or rates.name_of(group, rates.SEED, lr) in records, group
+
+
+def test_a_grid_of_pretraining_that_has_begun_has_a_run_in_its_middle():
+    plan = runpy.run_path(str(RESULTS / "pretrain_60m" / "plan.py"))
+    records = rates.read(RESULTS / "pretrain_60m" / "sweep.jsonl")
+    begun = {tuple(name.split("-")[:2]) for name in records}
+    for group in plan["CENTRES"]:
+        assert group not in begun or plan["name_of"](group, (0, 0)) in records, group
