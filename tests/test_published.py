@@ -133,6 +133,7 @@ def test_a_name_of_fine_tuning_has_its_task_method_optimizer_seed_and_rate(folde
             assert cfg["method"] == ("lora" if re.match("lora|dora", method) else "mora")
         if folder == "uuid":
             assert cfg["min_lr_ratio"] == (task == "uuid") and cfg["save_every"] == cfg["steps"]
+            assert (cfg["schedule"], cfg["warmup"], cfg["seq_len"]) == ("linear", 20, 75)
             assert cfg["steps"] == (1000 if task == "uuid" or method.endswith("_r8") else 500)
 
 
@@ -232,6 +233,17 @@ def test_the_score_of_uuids_is_the_step_with_99_percent_then_the_last_digits():
     scores = [plan["score"]({"curve": curve}) for curve in (fast, better, worse, never)]
     assert scores == sorted(scores) and len(set(scores)) == 4
     assert plan["score"]({"curve": slow}) == scores[1]
+
+
+def test_uuids_run_r_8_with_muon_first_and_other_seeds_last():
+    plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
+    order = [("mora_r8", "muon", 1337), ("mora_r8", "adamw", 1337), ("fft", "muon", 1337),
+             ("share_gradient_r8", "muon", 1337), ("mora_r8", "muon", 1338)]
+    places = [plan["place"](rates.name_of(("falling", method, optimizer), seed, 1e-3))
+              for method, optimizer, seed in order]
+    assert places == sorted(places) and len(set(places)) == len(places)
+    falling = [name for name in plan["RUNS"] if name.startswith("falling-")]
+    assert falling == sorted(falling, key=plan["place"]) != []
 
 
 def test_earlier_runs_of_uuids_count_if_they_went_to_the_end_or_reached_99_percent():
