@@ -123,18 +123,29 @@ def own_runs(plan, records, method="full"):
     return [name for name in runs if name.startswith(f"{method}-muon-")]
 
 
-def test_a_grid_grows_around_its_best_until_it_is_closed(plan):
+@pytest.mark.parametrize("method", ("full", "relora"))
+def test_a_grid_grows_around_its_best_until_it_is_closed(plan, method):
     """A loss with its least at lr 8e-3 and rest_lr 1.6e-2; one corner diverges."""
     records = []
-    while missing := [name for name in own_runs(plan, records) if "steps" not in name]:
+    while missing := [name for name in own_runs(plan, records, method) if "steps" not in name]:
+        assert len(missing) == len(own_runs(plan, records, method))  # no long run before the end
         lr, rest_lr = map(float, missing[0].split("-")[2:4])
-        record = made_up("full", 40 + abs(lr / 8e-3 - 1) + abs(rest_lr / 1.6e-2 - 1), lr, rest_lr)
+        record = made_up(method, 40 + abs(lr / 8e-3 - 1) + abs(rest_lr / 1.6e-2 - 1), lr, rest_lr)
         if lr > 1e-2:
             record = {"name": record["name"], "error": "UserError: step 7: the loss is nan"}
         assert record["name"] == missing[0] and len(records) < 20
         records.append(record)
-    longer_runs = ["s1337-steps2000", "s1337-steps4000", "s1-steps2000", "s2-steps2000"]
-    assert own_runs(plan, records) == [f"full-muon-0.008-0.016-{end}" for end in longer_runs]
+    longest = ["s1337-steps4000"] if method == "full" else []
+    longer_runs = ["s1337-steps2000", *longest, "s1-steps2000", "s2-steps2000"]
+    assert own_runs(plan, records, method) == [f"{method}-muon-0.008-0.016-{end}"
+                                               for end in longer_runs]
+
+
+def test_each_method_of_a_plan_starts_in_the_middle_of_its_grid(plan):
+    first = plan["plan"]({})
+    assert {method for method, _ in plan["CENTRES"]} == plan["METHODS"].keys()
+    assert {plan["name_of"](group, (0, 0)) for group in plan["CENTRES"]} <= first.keys()
+    assert not [name for name in first if "steps" in name]
 
 
 def test_a_grid_lacks_the_neighbours_of_its_best_on_both_axes(metrics):

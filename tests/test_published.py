@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import rates
@@ -233,6 +234,29 @@ def test_the_score_of_uuids_is_the_step_with_99_percent_then_the_last_digits():
     scores = [plan["score"]({"curve": curve}) for curve in (fast, better, worse, never)]
     assert scores == sorted(scores) and len(set(scores)) == 4
     assert plan["score"]({"curve": slow}) == scores[1]
+
+
+def test_numbers_of_uuids_are_means_over_seeds_and_the_step_of_the_slowest():
+    metrics, plan = load("uuid", "metrics"), runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
+    curves = {1337: [[100, 0.1, 1000], [200, 0.99, 1000], [300, 1.0, 10000]],
+              1338: [[100, 0.2, 1000], [200, 0.7, 1000], [500, 0.995, 10000]],
+              1339: [[100, 0.3, 1000], [200, 0.5, 1000], [500, 0.5, 10000]]}
+    group = ("falling", "lora_r8", "muon")
+    records = {rates.name_of(group, seed, 1e-2): {
+        "curve": curve, "config": {"lr": 1e-2}, "trainable_parameters": 7}
+        for seed, curve in curves.items()}
+    plan |= {"read": lambda: dict(records), "GROUPS": {group: 1e-2}}
+    name = "lora_r8.muon.falling"
+    numbers = metrics.summarize(plan)
+    assert all(key.startswith(f"{name}.") for key in numbers)
+    numbers = {key.removeprefix(f"{name}."): value for key, value in numbers.items()}
+    assert "steps_to_99" not in numbers and "accuracy_at_700" not in numbers
+    assert (numbers["seeds"], numbers["steps"], numbers["bracketed"]) == (3, 500, 0)
+    expected = {"accuracy_at_100": 0.2, "accuracy_at_300": 2.2 / 3, "accuracy_at_500": 2.495 / 3,
+                "accuracy_final": 2.495 / 3, "accuracy_final_std": stdev([1.0, 0.995, 0.5])}
+    assert {key: numbers[key] for key in expected} == pytest.approx(expected)
+    del records[rates.name_of(group, 1339, 1e-2)]
+    assert metrics.summarize(plan)[f"{name}.steps_to_99"] == 500
 
 
 def test_uuids_run_r_8_with_muon_first_and_other_seeds_last():
