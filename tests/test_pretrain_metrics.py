@@ -274,6 +274,7 @@ def test_short_checks_leave_the_headline_to_the_log(numbers_of):
     assert numbers["wiki_ppl"] == 7.3891 and numbers["val_loss_7"] == 2.0
     assert (numbers["short.wiki_ppl"], numbers["short.lr"]) == (39.0, 6.25e-5)
     assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (2, 0)
+    assert "short.wiki_loss" not in numbers
 
 
 def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
@@ -281,6 +282,7 @@ def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
     assert (numbers["wiki_ppl"], numbers["c4_ppl"], numbers["lr"]) == (50.0, 250.0, 2e-3)
     assert (numbers["best_step"], numbers["wiki_loss"], numbers["tokens_m"]) == (1000, 3.5, 66)
     assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
+    assert numbers["rates_tried"] == 1 and "bracketed" not in numbers  # one pair is no grid
 
 
 def test_rates_that_diverged_close_a_grid_and_other_failures_do_not(numbers_of):
@@ -292,3 +294,4 @@ def test_rates_that_diverged_close_a_grid_and_other_failures_do_not(numbers_of):
     numbers = numbers_of([*cross, {**failed, "error": "OutOfMemoryError"}])
     assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (4, 0)
     assert numbers["wiki_ppl"] == 7.3891
+    assert numbers_of([failed]) == numbers_of([])  # all diverged: no numbers

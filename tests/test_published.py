@@ -302,3 +302,29 @@ def test_a_grid_of_pretraining_that_has_begun_has_a_run_in_its_middle():
     begun = {tuple(name.split("-")[:2]) for name in records}
     for group in plan["CENTRES"]:
         assert group not in begun or plan["name_of"](group, (0, 0)) in records, group
+
+
+def test_at_250m_all_is_in_fp8_at_a_tenth_of_the_blocks_from_the_best_rates_of_60m():
+    plan = runpy.run_path(str(RESULTS / "pretrain_250m" / "plan.py"))
+    best = json.loads((RESULTS / "pretrain_60m" / "metrics.json").read_text())
+    for group, centre in plan["CENTRES"].items():
+        name = ".".join(plan["GRID_OF"].get(group, group))
+        assert centre == (best[f"{name}.lr"], best[f"{name}.rest_lr"]), group
+        for steps, warmup in ((250, 50), (2000, 200)):
+            (file, words), = plan["run"](group, (0, 0), steps).values()
+            cfg = config.load([str(RESULTS.parent / file), *words], None)
+            assert (cfg.matmul, cfg.warmup, cfg.eval_every) == ("fp8", warmup, 250)
+            assert cfg.method == "full" or cfg.rank == 128, group
+            restarts = {"best": (10, 0), "remora_alternate": (400, 10)}.get(group[0], (0, 50))
+            assert (cfg.restart_every, cfg.restart_warmup) == restarts
+
+
+def test_equal_time_has_the_ranks_and_restarts_of_the_runs_at_60m(monkeypatch, planned):
+    monkeypatch.syspath_prepend(str(RESULTS / "pretrain_60m"))
+    for method, (rank, name, every) in load("pretrain_60m", "equal_time").SPEEDS.items():
+        cfg = next(cfg for run, cfg in planned("pretrain_60m").items()
+                   if run.startswith(f"{method}-muon-"))
+        assert cfg["restart_every"] == every
+        assert cfg["method"] == "full" or 4 * cfg["rank"] == rank  # width 2048 for 512
+        kind = "mixed" if cfg["lora_rank"] else cfg["method"]
+        assert name in (kind, f"re{kind}_{cfg['groups']}")
