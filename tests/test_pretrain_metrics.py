@@ -282,7 +282,17 @@ def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
     assert (numbers["wiki_ppl"], numbers["c4_ppl"], numbers["lr"]) == (50.0, 250.0, 2e-3)
     assert (numbers["best_step"], numbers["wiki_loss"], numbers["tokens_m"]) == (1000, 3.5, 66)
     assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
+    assert numbers["trainable_block_fraction"] == 1.0
     assert numbers["rates_tried"] == 1 and "bracketed" not in numbers  # one pair is no grid
+
+
+def test_losses_of_long_runs_are_means_over_seeds(numbers_of):
+    runs = [made_up("full", 50.0, rest_lr=1.6e-2, seed=seed, steps=2000, options="-steps2000",
+                    val_losses=[[0, 11.0], [1000, loss], [2000, 3.0]])
+            for seed, loss in ((1337, 3.5), (1, 2.0), (2, 2.3))]
+    numbers = numbers_of(runs)
+    assert (numbers["val_loss_1000"], numbers["best_step"], numbers["seeds"]) == (2.6, 1000, 3)
+    assert "trainable_block_fraction" not in numbers
 
 
 def test_rates_that_diverged_close_a_grid_and_other_failures_do_not(numbers_of):

@@ -156,6 +156,16 @@ def test_the_paired_test(a, b, low, high, monkeypatch):
     assert result["low"] <= result["difference"] <= result["high"]
 
 
+def test_the_bounds_of_a_difference_hold_95_percent(monkeypatch):
+    """Of 400 questions each program answers another half: the mean's deviation is 1 / 20."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    paired = runpy.run_path(str(RESULTS / "gsm8k" / "metrics.py"))["paired"]
+    a = np.array([1.0, 0.0] * 200)
+    result = paired(a, 1 - a, np.random.default_rng(0))
+    assert result["high"] == pytest.approx(1.96 / 20, abs=0.006)
+    assert result["low"] == pytest.approx(-1.96 / 20, abs=0.006)
+
+
 def test_a_variant_that_starts_at_full_rank_still_runs(run):
     variants = runpy.run_path(str(RESULTS / "close_gap" / "variants.py"))
     with variants["applied"]("warm=3"):
