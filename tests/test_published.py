@@ -12,6 +12,7 @@ from statistics import stdev
 
 import pytest
 import rates
+import tables
 
 import config
 
@@ -328,3 +329,22 @@ def test_equal_time_has_the_ranks_and_restarts_of_the_runs_at_60m(monkeypatch, p
         assert cfg["method"] == "full" or 4 * cfg["rank"] == rank  # width 2048 for 512
         kind = "mixed" if cfg["lora_rank"] else cfg["method"]
         assert name in (kind, f"re{kind}_{cfg['groups']}")
+
+
+@pytest.mark.parametrize("folder, names, end", [
+    ("uuid", ("uuid",), ".falling"), ("gsm8k", ("gsm8k",), ""),
+    ("continual", ("continual", "continual/groups"), "")])
+def test_a_search_has_a_row_in_a_table_and_a_row_its_search(folder, names, end):
+    plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
+    found = {rates.name_in_metrics(*group[1:]) + end for group in searched_by(plan)}
+    rows = {row for name in names for row in tables.TABLES[name][0].values()}
+    earlier = {row for row in rows if row.startswith("operator_")} | {"base"}
+    assert found == rows - earlier
+
+
+def test_uuids_with_constant_rates_and_muon_are_done():
+    plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
+    records = rates.read(RESULTS / "uuid" / "sweep.jsonl")
+    assert {rates.name_of(("uuid", method, "muon"), rates.SEED, lr)
+            for method, lr in plan["CONSTANT_RUNS"]} == {
+        name for name in records if name.startswith("uuid-")}
