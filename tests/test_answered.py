@@ -1,4 +1,5 @@
 """results/answered.py: which answers are right, and where a run of UUIDs ends; nothing trains."""
+import copy
 import json
 import lzma
 import signal
@@ -6,9 +7,11 @@ from types import SimpleNamespace
 
 import answered
 import pytest
+import torch
 
 import checkpoint
 import evaluate
+import mora
 import train
 
 
@@ -55,6 +58,21 @@ def test_an_answer_is_right_if_its_number_is_the_references(stubs, tmp_path, mon
     lines = lzma.open(tmp_path / "answers-name.jsonl.xz", "rt").read().splitlines()
     assert [json.loads(line) for line in lines] == records
     assert train.train(cfg) == "model" and checkpoint.save is not answered.save_nothing
+
+
+def test_a_model_in_training_is_not_changed_by_its_answers(monkeypatch):
+    model = mora.adapt(torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4, bias=False)}), rank=1,
+                       targets=("layer",))
+    model.compute_dtype = torch.float32  # as a Llama on a CPU has
+    torch.nn.init.ones_(model["layer"].update.M)
+    before, layer, seen = copy.deepcopy(dict(model.named_parameters())), model["layer"], []
+    monkeypatch.setattr(answered.tokenizer, "load", lambda *names: None)
+    monkeypatch.setattr(evaluate, "answers", lambda model, *settings: seen.append(model))
+    answered.answers(model, SimpleNamespace(tokenizer="bytes", folder="data"))
+    after = dict(model.named_parameters())
+    assert model["layer"] is layer and model.training and after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert seen[0]["layer"] is not layer and not hasattr(seen[0]["layer"], "update")
 
 
 def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, monkeypatch):

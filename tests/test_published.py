@@ -120,6 +120,14 @@ def test_a_recorded_run_had_the_settings_that_its_plan_gives_to_its_name(folder,
             assert recorded == {key: cfg[key] for key in recorded}, name
 
 
+@pytest.mark.parametrize("folder", SWEPT)
+def test_a_recorded_run_has_scores_on_the_data_of_its_plan(folder):
+    plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
+    for name, record in rates.read(RESULTS / folder / "sweep.jsonl").items():
+        if name in plan["RUNS"] and "error" not in record:
+            assert {f"{Path(data).name}_ppl" for data in plan["EVALUATE"]} <= record.keys(), name
+
+
 @pytest.mark.parametrize("folder", ("continual", "gsm8k", "uuid"))
 def test_a_name_of_fine_tuning_has_its_task_method_optimizer_seed_and_rate(folder, planned):
     for name, cfg in planned(folder).items():
@@ -316,6 +324,7 @@ def test_at_250m_all_is_in_fp8_at_a_tenth_of_the_blocks_from_the_best_rates_of_6
             cfg = config.load([str(RESULTS.parent / file), *words], None)
             assert (cfg.matmul, cfg.warmup, cfg.eval_every) == ("fp8", warmup, 250)
             assert cfg.method == "full" or cfg.rank == 128, group
+            assert cfg.steps * cfg.batch_size * cfg.seq_len == steps * 65536
             restarts = {"best": (10, 0), "remora_alternate": (400, 10)}.get(group[0], (0, 50))
             assert (cfg.restart_every, cfg.restart_warmup) == restarts
 

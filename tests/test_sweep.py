@@ -17,8 +17,10 @@ from conftest import stopped_copy
 
 import analyze
 import checkpoint
+import data
 import mora
 import sft
+import tokenizer
 import train
 
 
@@ -109,8 +111,11 @@ def test_a_stopped_run_continues_from_its_checkpoint(run, swept, tmp_path, capsy
 @pytest.mark.parametrize("tokens", (0, 64))
 def test_another_evaluation_on_the_same_data_gives_the_same_scores(config, corpus, tmp_path, tokens,
                                                                    handlers):
-    words = [str(config), "--steps=2", f"--eval_tokens={tokens}"]
-    record = sweep.run_one("name", words, [corpus], tmp_path, spectra=False)
+    words, other = [str(config), "--steps=2", f"--eval_tokens={tokens}"], tmp_path / "other"
+    data.prepare(other, tokenizer.load("bytes"), {"source": "test"},
+                 [(lambda: ["another text"] * 200, [])])
+    record = sweep.run_one("name", words, [corpus, other], tmp_path, spectra=False)
+    assert record["other_ppl"] != pytest.approx(record["val_ppl"], rel=1e-3)
     assert record["small_ppl"] == pytest.approx(record["val_ppl"], rel=1e-5)
     assert record["small_bits_per_byte"] == pytest.approx(record["bits_per_byte"], rel=1e-5)
     assert record["config"]["out"] == record["name"] == "name" and record["peak_gib"] == 0
