@@ -106,7 +106,9 @@ def rope_config(config, where):
 
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
-    every directory written from the model: (special tokens, generation_config.json or None)."""
+    every directory written from the model: (special tokens, generation_config.json or None).
+    model.trained_seq_len: tokens per sequence in training, or None where the directory names none;
+    after --init_from they can be fewer than max_position_embeddings."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -119,6 +121,8 @@ def read_hugging_face(folder):
     must_be_finite(copies, lambda reason: UserError(f"{folder}: {reason}"))
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
                        read_json(generation) if generation.exists() else None)
+    seq_len = config.get("seq_len")
+    model.trained_seq_len = seq_len and number(f"{file}: seq_len", seq_len, int, 1)
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
@@ -355,19 +359,8 @@ def load(path, base=None, best=False):
         need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
              "adapter_config.json, or config.json and model.safetensors")
     model, tok = read_hugging_face(folder)
+    if (folder.parent / "state.json").exists():  # base/ may be a link to init_from: see save
+        model.trained_seq_len = read_state(folder.parent)["config"]["seq_len"]
     if adapter.is_dir():
         model = adapters.load(model, adapter, freeze=False, exclude=("lm_head",))
     return model, tok, path
-
-
-def trained_seq_len(folder):
-    """The tokens per sequence that a model was trained on, or None; they can be fewer than
-    max_position_embeddings, after --init_from. folder: as load returns it."""
-    step = folder.parent if folder.name in ("base", "adapter") else folder
-    file, values = folder / "config.json", {}
-    if (step / "state.json").exists():
-        file, values = step / "state.json", read_state(step)["config"]
-    elif file.exists():
-        values = read_json(file)
-    seq_len = values.get("seq_len")
-    return seq_len and number(f"{file}: seq_len", seq_len, int, 1)

@@ -147,7 +147,7 @@ def main(argv):
     merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
     # those of the base model, after --init_from; a run on longer sequences has more
-    trained = max(model.cfg.max_position_embeddings, checkpoint.trained_seq_len(folder) or 0)
+    trained = max(model.cfg.max_position_embeddings, model.trained_seq_len or 0)
     notes = [f"note: the model was trained on {trained} positions: text beyond them may be worse"]
 
     def write(ids):
