@@ -32,27 +32,24 @@ def learning_rate(step, cfg):
 
 
 def build_optimizer(cfg, model, device):
-    """Return the optimizer of all parameters that require a gradient; see parameter_groups."""
-    return AdamWMuon(parameter_groups(cfg, model), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                     fused=device.type == "cuda")
-
-
-def parameter_groups(cfg, model):
-    """Return torch's parameter groups with keys of ours: "ratio" to the schedule's rate, "muon"."""
+    """Return the optimizer of all parameters that require a gradient. Its parameter groups have two
+    keys that torch does not know: "ratio", to the schedule's rate, and "muon"."""
     groups, uses_muon = {}, cfg.optimizer == "muon"
-    rest_ratio = cfg.rest_lr / cfg.lr if cfg.rest_lr else 1.0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_vector, is_update = parameter.ndim < 2, ".update." in name
         is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
-        ratio = cfg.lora_plus_ratio if is_b else rest_ratio if is_rest else 1.0
+        ratio = cfg.lora_plus_ratio if is_b else 1.0
+        if is_rest and cfg.rest_lr:
+            ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
                     "muon": uses_muon and not is_rest and not is_vector}
         key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+    return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,
+                     betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
 
 
 class AdamWMuon(torch.optim.AdamW):
