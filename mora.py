@@ -642,9 +642,8 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
             raise ValueError(f"{name}: {layer.weight.dtype} rounds small updates away: use float32")
         if layer.get_extra_state().get("cycle") == cycle:  # of MoRA, whose groups would not move
             raise ValueError(f"{name} is in cycle {cycle} already: a restart begins another one")
-    kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
-            for p in layer.update.low_rank.parameters()}
-    parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
+    parameters = [p for name, p in adapter_parameters(model)
+                  if p.requires_grad and ".update.low_rank." not in name]  # Mixed keeps its LoRA
     held, kind = [optimizer.state.get(p, {}) for p in parameters], "Adam" if keep else "optimizer"
     states = sum("exp_avg" in state if keep else bool(state) for state in held)
     if states != len(parameters) or not parameters:
