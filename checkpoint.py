@@ -280,8 +280,9 @@ def damage(step, resuming):
 
 
 def verify(step, resuming=True):
-    """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
-    None is taken by itself: steps would be lost without a decision, a damaged disk stay unseen."""
+    """Raise UserError if a checkpoint is damaged. It names the newest older one that is whole.
+    No older one is taken automatically: steps would be lost without a decision, a damaged disk
+    would stay unseen, and the damaged folder would be in the way when the run saves this step."""
     reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return
@@ -354,10 +355,10 @@ def load(path, base=None, best=False):
         if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
             return *read_hugging_face(path), path
         need(path.exists(), f"{path} does not exist")
-        if folder.is_dir() or (path / "state.json").exists():
-            verify(path, resuming=False)
-        need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
-             "adapter_config.json, or config.json and model.safetensors")
+        need(folder.is_dir() or (path / "state.json").exists(), f"{path} holds no checkpoint: "
+             "expected step-00000000/, base/, adapter_config.json, or config.json and "
+             "model.safetensors")
+        verify(path, resuming=False)
     model, tok = read_hugging_face(folder)
     if (folder.parent / "state.json").exists():  # base/ may be a link to init_from: see save
         model.trained_seq_len = read_state(folder.parent)["config"]["seq_len"]

@@ -287,8 +287,10 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        dx = (dy @ weight if products is None
-              else products.dx(dy, weight + delta_of(update, dy.device, dy.dtype)))
+        if products is None:
+            dx = dy @ weight
+        else:
+            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -678,7 +680,9 @@ def gather(values):
     if isinstance(values, dict):
         return {key: gather(value) for key, value in values.items()}
     full = whole(values)
-    return full if full is values else full.cpu() if torch.distributed.get_rank() == 0 else None
+    if full is values:
+        return values
+    return full.cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def as_sharded(tensor, other):

@@ -53,10 +53,11 @@ def build_optimizer(cfg, model, device):
 
 
 class AdamWMuon(torch.optim.AdamW):
-    """AdamW, but groups with muon = True take Muon's step (Keller Jordan, 2024): Nesterov momentum,
-    then orthogonalization. The update of a (rows, columns) matrix is scaled by 0.2 sqrt(max(rows,
-    columns)): its root mean square is AdamW's (Moonlight, arXiv 2502.16982), and so are its rates.
-    As torch.optim.Muon with match_rms_adamw, but matrices of one shape are one batch: fast."""
+    """AdamW, but the groups with muon = True take Muon's step: momentum, then orthogonalization.
+    Muon (Keller Jordan, 2024) has Nesterov momentum. The update of a (rows, columns) matrix is
+    scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
+    arXiv 2502.16982) and both take the same rates. This is torch.optim.Muon with match_rms_adamw,
+    except that matrices of one shape are orthogonalized in one batch: far fewer kernels."""
 
     @torch.no_grad()
     def step(self):
@@ -130,8 +131,9 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 
 
 def accumulate_gradients(model, batch):
-    """Run forward and backward of every micro-batch; return the mean loss, a tensor. DDP reduces
-    the gradients in the last one, FSDP in each: their sum would be whole on every rank."""
+    """Run forward and backward of every micro-batch; return the mean loss, a tensor.
+    batch: see batches.py. DDP all-reduces the gradients once, in the last micro-batch. FSDP
+    scatters those of each: their sum would be whole on every rank."""
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1
