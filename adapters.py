@@ -121,11 +121,11 @@ def config_of(model, base=None):
             own |= {"peft_type": "LORA", "use_rslora": update.rslora}
             alpha = update.alpha or update.rank  # alpha 0 is scale 1
             alphas[name] = int(alpha) if alpha == int(alpha) else alpha
+        need(base or not layer.restarted, "restarts added updates to the weights, which the base "
+             "model lacks: save the merged model, or name the folder of these weights with base=")
         ranks[name], config = update.rank, config or own
         need(own == config, f"one adapter folder cannot hold layers with {config} and {own}")
     need(config, "the model has no adapted layers to save")
-    need(base or not layer.restarted, "restarts added updates to the weights, which the base model "
-         "lacks: save the merged model, or name the folder of these weights with base=")
     for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
             config[key] = most = max(values.values())

@@ -107,8 +107,7 @@ def rope_config(config, where):
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
     every directory written from the model: (special tokens, generation_config.json or None).
-    model.trained_seq_len: tokens per sequence in training, or None where the directory names none;
-    after --init_from they can be fewer than max_position_embeddings."""
+    model.trained_seq_len: tokens per sequence in training, or None. --init_from can change it."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -252,7 +251,7 @@ def best_of(run):
 
 
 def read_state(step):
-    """The state.json of a checkpoint with the keys of Config: those that it lacks, by default."""
+    """The state.json of a checkpoint. Keys of Config that its config lacks have their defaults."""
     state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json")
     for key in ("step", "cycle", "config", "files", "fp8_scales"):
         need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),

@@ -53,11 +53,10 @@ def build_optimizer(cfg, model, device):
 
 
 class AdamWMuon(torch.optim.AdamW):
-    """AdamW, but the groups with muon = True take Muon's step: momentum, then orthogonalization.
-    Muon (Keller Jordan, 2024) has Nesterov momentum. The update of a (rows, columns) matrix is
-    scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's (Moonlight,
-    arXiv 2502.16982) and both take the same rates. This is torch.optim.Muon with match_rms_adamw,
-    except that matrices of one shape are orthogonalized in one batch: far fewer kernels."""
+    """AdamW, but groups with muon = True take Muon's step (Keller Jordan, 2024): Nesterov momentum,
+    then orthogonalization. An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root
+    mean square is AdamW's (Moonlight, arXiv 2502.16982) and both take the same rates: this is
+    torch.optim.Muon with match_rms_adamw, but a batch of matrices of one shape: fewer kernels."""
 
     @torch.no_grad()
     def step(self):
