@@ -375,9 +375,9 @@ class AdaptedLinear(nn.Module):
 
 
 def unwrapped(model):
-    """The model inside torch.compile and DDP, which put prefixes before its names."""
-    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    inner = model.module if is_ddp else getattr(model, "_orig_mod", None)
+    """The model inside torch.compile, DDP and DataParallel, which put prefixes before its names."""
+    is_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if is_parallel else getattr(model, "_orig_mod", None)
     return model if inner is None else unwrapped(inner)
 
 
