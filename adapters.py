@@ -121,11 +121,11 @@ def config_of(model, base=None):
             own |= {"peft_type": "LORA", "use_rslora": update.rslora}
             alpha = update.alpha or update.rank  # alpha 0 is scale 1
             alphas[name] = int(alpha) if alpha == int(alpha) else alpha
+        need(base or not layer.restarted, "restarts added updates to the weights, which the base "
+             "model lacks: save the merged model, or name the folder of these weights with base=")
         ranks[name], config = update.rank, config or own
         need(own == config, f"one adapter folder cannot hold layers with {config} and {own}")
     need(config, "the model has no adapted layers to save")
-    need(base or not layer.restarted, "restarts added updates to the weights, which the base model "
-         "lacks: save the merged model, or name the folder of these weights with base=")
     for key, values in {"r": ranks, "lora_alpha": alphas}.items():
         if values:
             config[key] = most = max(values.values())
@@ -234,13 +234,16 @@ def update_of(config, name, linear):
     if config.get("use_mora"):
         return AuthorsSquare(*shape, config.get("mora_type") or 1)
     if config["peft_type"] == "MORA":
-        options = [config[key] for key in ("operator", "groups", "lora_rank") if config.get(key)]
-        return (mora.Square if len(options) == 2 else mora.Mixed)(*shape, *options)
+        options = config["operator"], config["groups"]
+        if config.get("lora_rank"):
+            return mora.Mixed(*shape, *options, config["lora_rank"])
+        return mora.Square(*shape, *options)
     return LowRank(*shape, value_of("lora_alpha"), bool(config.get("use_rslora")))
 
 
 # ---- MoRA as LoRA
-# With one block (share, truncate) dW is a LoRA of rank r^: A = F_in, zeros and ones; B = F_out^T M.
+# With one block (share, truncate) dW = (F_out^T M) F_in is a LoRA of rank r^: A = F_in is a matrix
+# of zeros and ones, B = F_out^T M. With m blocks (decouple, rotate) the rank is up to m r^.
 
 @torch.no_grad()
 def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):

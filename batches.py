@@ -15,7 +15,7 @@ SORTED_STEPS = 32  # the samples of this many steps are sorted by length togethe
 
 
 class Prefetcher:
-    """batches(step) returns this process's self.load(step); a thread loads the next step then."""
+    """batches(step) returns self.load(step), this process's part; a thread loads the next step."""
 
     def __init__(self, data, seed, seq_len, batch_size, micro_batch, device="cpu", rank=0, world=1):
         self.data, self.seed, self.seq_len, self.batch_size = data, seed, seq_len, batch_size
@@ -125,7 +125,7 @@ class SampleBatches(Prefetcher):
 def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split in order, each (batch, seq_len) int64.
     Every token but the first is a target once. Shapes never change: what lies past the end has the
-    target -100. Processes take turns, with equally many. limit: of tokens; 0: no limit."""
+    target -100. Processes take turns and get equally many. limit: of tokens; 0: no limit."""
     total = min(len(tokens) - 1, limit or len(tokens))
     windows = range(0, total, seq_len)
     for index in range(rank * batch, len(windows) + rank * batch, world * batch):
@@ -138,7 +138,7 @@ def every_token_once(tokens, seq_len, batch, rank=0, world=1, limit=0):
 
 def every_sample_once(samples, seq_len, batch, rank=0, world=1, limit=0):
     """Yield (inputs, targets) of a whole split, each (batch, padded length) int64, shortest first.
-    Processes take turns, with equally many. limit: of the tokens of the first samples; 0: none."""
+    Processes take turns and get equally many. limit: of the first samples' tokens; 0: no limit."""
     samples.must_fit(seq_len)
     count = max(1, int(np.searchsorted(samples.sample_starts[1:], limit or len(samples), "right")))
     order = np.argsort(samples.lengths[:count], kind="stable")

@@ -100,7 +100,7 @@ def measure(args):
     optimizer, layers = prepare_model(cfg, model, device, cycle=1), mora.adapted_layers(model)
     for _, layer in layers:
         layer.merges = not args.child.startswith("mora_two_paths")
-    parallel = data_parallel(model, device) if world > 1 else model
+    parallel = data_parallel(model) if world > 1 else model
     batch = torch.randint(vocab_size, (2, args.accumulate, cfg.batch_size, cfg.seq_len),
                           device=device, generator=torch.Generator(device).manual_seed(rank))
 

@@ -106,7 +106,8 @@ def rope_config(config, where):
 
 def read_hugging_face(folder):
     """(Llama in float32, tokenizer or None) of a Hugging Face directory. model.inherited goes into
-    every directory written from the model: (special tokens, generation_config.json or None)."""
+    every directory written from the model: (special tokens, generation_config.json or None).
+    model.trained_seq_len: tokens per sequence in training, or None. --init_from can change it."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     config = read_json(file)
     cfg, weights = llama_config(config, file), base_weights(folder)
@@ -119,6 +120,8 @@ def read_hugging_face(folder):
     must_be_finite(copies, lambda reason: UserError(f"{folder}: {reason}"))
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},
                        read_json(generation) if generation.exists() else None)
+    seq_len = config.get("seq_len")
+    model.trained_seq_len = seq_len and number(f"{file}: seq_len", seq_len, int, 1)
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
@@ -248,7 +251,7 @@ def best_of(run):
 
 
 def read_state(step):
-    """The state.json of a checkpoint with the keys of Config: those that it lacks, by default."""
+    """The state.json of a checkpoint. Keys of Config that its config lacks have their defaults."""
     state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json")
     for key in ("step", "cycle", "config", "files", "fp8_scales"):
         need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
@@ -276,8 +279,9 @@ def damage(step, resuming):
 
 
 def verify(step, resuming=True):
-    """Raise UserError if a checkpoint is damaged. It names the older one that is whole.
-    None is taken by itself: steps would be lost without a decision, a damaged disk stay unseen."""
+    """Raise UserError if a checkpoint is damaged. It names the newest older one that is whole.
+    No older one is taken automatically: steps would be lost without a decision, a damaged disk
+    would stay unseen, and the damaged folder would be in the way when the run saves this step."""
     reason, steps = damage(step, resuming), steps_of(step.parent)
     if not reason:
         return
@@ -350,24 +354,13 @@ def load(path, base=None, best=False):
         if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
             return *read_hugging_face(path), path
         need(path.exists(), f"{path} does not exist")
-        if folder.is_dir() or (path / "state.json").exists():
-            verify(path, resuming=False)
-        need(folder.is_dir(), f"{path} holds no checkpoint: expected step-00000000/, base/, "
-             "adapter_config.json, or config.json and model.safetensors")
+        need(folder.is_dir() or (path / "state.json").exists(), f"{path} holds no checkpoint: "
+             "expected step-00000000/, base/, adapter_config.json, or config.json and "
+             "model.safetensors")
+        verify(path, resuming=False)
     model, tok = read_hugging_face(folder)
+    if (folder.parent / "state.json").exists():  # base/ may be a link to init_from: see save
+        model.trained_seq_len = read_state(folder.parent)["config"]["seq_len"]
     if adapter.is_dir():
         model = adapters.load(model, adapter, freeze=False, exclude=("lm_head",))
     return model, tok, path
-
-
-def trained_seq_len(folder):
-    """The tokens per sequence that a model was trained on, or None; they can be fewer than
-    max_position_embeddings, after --init_from. folder: as load returns it."""
-    step = folder.parent if folder.name in ("base", "adapter") else folder
-    file, values = folder / "config.json", {}
-    if (step / "state.json").exists():
-        file, values = step / "state.json", read_state(step)["config"]
-    elif file.exists():
-        values = read_json(file)
-    seq_len = values.get("seq_len")
-    return seq_len and number(f"{file}: seq_len", seq_len, int, 1)

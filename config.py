@@ -503,7 +503,8 @@ def write_json(path, value):
 @contextlib.contextmanager
 def lock(folder, doing):
     """Hold the lock of a folder, the file .lock in it, or raise UserError: it names the process and
-    the host that hold it, and `doing`, what needs it. A process that has ended does not block."""
+    the host that hold it, and `doing`, what needs it. A process that has ended does not block.
+    A missing folder is made; an empty one is removed in the end."""
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

@@ -36,7 +36,8 @@ CHECKED_ROWS = 10_000     # from this number on, the share of unusable rows is c
 # ---- rows of a source, as they are written: dicts, or LeftOut for a row that cannot be read
 
 def json_rows(path):
-    """The rows of JSON lines, a blank one as None, or of one JSON array, which is read at once."""
+    """The rows of JSON lines, or of one JSON array, which is read at once; None for a blank line.
+    Python's own parser reads each row by itself, so that no row changes how another one is read."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
             yield from (None if line.isspace() else parsed(line) for line in file)

@@ -125,7 +125,7 @@ def main(argv):
             file.writelines(json.dumps(row) + "\n" for row in rows)
         result = scores(rows, tokens.format)
     else:
-        trained = checkpoint.trained_seq_len(folder) or model.cfg.max_position_embeddings
+        trained = model.trained_seq_len or model.cfg.max_position_embeddings
         window = int(tokens.lengths.max()) if is_samples else trained
         seq_len = min(args.seq_len or window, len(tokens))
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)

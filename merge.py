@@ -79,14 +79,14 @@ def main(argv):
     base = (folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:
-            named = args.base or (str(base) if base.is_dir() else None)
+            named = args.base or (base if base.is_dir() else None)
             made = adapters.as_lora(model, new, dtype, args.rank, named)
             text = (f"a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, relative error of an "
                     f"update at most {made['error']:.2g}")
         else:
             merged, difference = merged_model(model, folder)
-            weights, seq_len = merged.to(dtype).state_dict(), checkpoint.trained_seq_len(folder)
-            checkpoint.write_hugging_face(new, weights, merged, tok, seq_len)
+            weights = merged.to(dtype).state_dict()
+            checkpoint.write_hugging_face(new, weights, merged, tok, model.trained_seq_len)
             if tok:
                 tok.export_files(new)
             text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"

@@ -137,7 +137,7 @@ class Fold(nn.Module):
             self.set_order(self.order)
 
     def _apply(self, fn, recurse=True):
-        """Fill the buffers again: the meta device has none, and casts round. No state dict does."""
+        """Fill the buffers again: `meta` empties them, casts round them, no state dict has them."""
         super()._apply(fn, recurse)
         if self.turns is not None:
             self.turns.copy_(rotations(self.width, self.pieces))
@@ -287,8 +287,10 @@ class MergedLinear(torch.autograd.Function):
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, weight = ctx.saved_tensors
         products, update = ctx.products, ctx.update
-        dx = (dy @ weight if products is None
-              else products.dx(dy, weight + delta_of(update, dy.device, dy.dtype)))
+        if products is None:
+            dx = dy @ weight
+        else:
+            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -321,9 +323,9 @@ class AdaptedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         W, products, parameters = self.matrix, self.products, [*self.update.parameters()]
         in_transform = torch._C._are_functorch_transforms_active()  # of torch.func
-        # a merged product trains no W, and none of the tensors of DataParallel and FSDP 1
-        is_other = torch.is_grad_enabled() and (W.requires_grad or not parameters)
-        if not self.merges or W.dtype.itemsize < 4 or self.dropout or in_transform or is_other:
+        # MergedLinear gives W no gradient; in DataParallel and FSDP 1 parameters() is empty
+        needs_paths = torch.is_grad_enabled() and (W.requires_grad or not parameters)
+        if not self.merges or W.dtype.itemsize < 4 or self.dropout or in_transform or needs_paths:
             y = F.linear(x, W.to(x.dtype)) if products is None else products(x, W)
             y = y + self.update(F.dropout(x, self.dropout, self.training))
         elif torch.is_grad_enabled():
@@ -363,7 +365,7 @@ class AdaptedLinear(nn.Module):
                                f"{self.get_extra_state()}: adapt the model as the saved one was")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Refuse another W without its update: what dW is added to would change unnoticed."""
+        """Refuse a W that comes without its update: dW would be added to another W unnoticed."""
         has_update = any(key.startswith(f"{prefix}update.") for key in state_dict)
         if f"{prefix}weight" in state_dict and not has_update and list(self.update.parameters()):
             raise RuntimeError(f"{prefix}weight but no update of it: load it, then adapt the model")
@@ -373,9 +375,9 @@ class AdaptedLinear(nn.Module):
 
 
 def unwrapped(model):
-    """The model inside torch.compile and DDP, which put prefixes before its names."""
-    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    inner = model.module if is_ddp else getattr(model, "_orig_mod", None)
+    """The model inside torch.compile, DDP and DataParallel, which put prefixes before its names."""
+    is_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if is_parallel else getattr(model, "_orig_mod", None)
     return model if inner is None else unwrapped(inner)
 
 
@@ -421,8 +423,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     if unfit or (groups == "gradient") != (gradients is not None):
         raise ValueError("groups gradient, and no others, take gradients of every target: see "
                          "mora.gradient_norms")
-    for parameter in model.parameters():
-        parameter.requires_grad_(train_rest and parameter.requires_grad)
+    if not train_rest:
+        model.requires_grad_(False)
     oversized, input_folds = [], {}
     for name, linear in linears.items():
         linear.requires_grad_(False)
@@ -517,7 +519,7 @@ def find_targets(model, targets):
         if hasattr(module, "adapter_layer_names"):
             raise ValueError(f"{name} has an adapter of peft: merge it first (merge_and_unload)")
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError("DDP averages no gradients of later updates: adapt the model before")
+            raise ValueError("DDP ignores parameters that are added later: adapt the model before")
     linears, chosen = find_linears(model), set()
     if targets == "all-linear":
         head = getattr(model, "lm_head", None)
@@ -635,16 +637,16 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     The function is the same to rounding. The optimizer forgets the adapters' states alone, step
     counts too; keep > 0: only this part of Adam's first moments, the largest, is left instead.
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
-    was merged}. RuntimeError: an adapter has no state to forget. ValueError: 16 bits, old cycle."""
+    was merged}. Raises RuntimeError if an adapter has no state to forget, ValueError for weights of
+    16 bits and for the cycle that a MoRA is in already."""
     layers = adapted_layers(model)
     for name, layer in layers:
         if layer.weight.dtype.itemsize < 4:
             raise ValueError(f"{name}: {layer.weight.dtype} rounds small updates away: use float32")
         if layer.get_extra_state().get("cycle") == cycle:  # of MoRA, whose groups would not move
             raise ValueError(f"{name} is in cycle {cycle} already: a restart begins another one")
-    kept = {p for _, layer in layers if isinstance(layer.update, Mixed)
-            for p in layer.update.low_rank.parameters()}
-    parameters = [p for _, p in adapter_parameters(model) if p.requires_grad and p not in kept]
+    parameters = [p for name, p in adapter_parameters(model)
+                  if p.requires_grad and ".update.low_rank." not in name]  # Mixed keeps its LoRA
     held, kind = [optimizer.state.get(p, {}) for p in parameters], "Adam" if keep else "optimizer"
     states = sum("exp_avg" in state if keep else bool(state) for state in held)
     if states != len(parameters) or not parameters:
@@ -675,11 +677,13 @@ def whole(tensor):
 
 
 def gather(values):
-    """Nested dicts of tensors with sharded ones whole: on rank 0's CPU, None elsewhere."""
+    """Nested dicts of tensors; sharded ones become whole on rank 0's CPU, None on other ranks."""
     if isinstance(values, dict):
         return {key: gather(value) for key, value in values.items()}
     full = whole(values)
-    return full if full is values else full.cpu() if torch.distributed.get_rank() == 0 else None
+    if full is values:
+        return values
+    return full.cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def as_sharded(tensor, other):

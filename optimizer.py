@@ -32,34 +32,31 @@ def learning_rate(step, cfg):
 
 
 def build_optimizer(cfg, model, device):
-    """Return the optimizer of all parameters that require a gradient; see parameter_groups."""
-    return AdamWMuon(parameter_groups(cfg, model), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                     fused=device.type == "cuda")
-
-
-def parameter_groups(cfg, model):
-    """Return torch's parameter groups with keys of ours: "ratio" to the schedule's rate, "muon"."""
+    """Return the optimizer of all parameters that require a gradient. Its parameter groups have two
+    keys that torch does not know: "ratio", to the schedule's rate, and "muon"."""
     groups, uses_muon = {}, cfg.optimizer == "muon"
-    rest_ratio = cfg.rest_lr / cfg.lr if cfg.rest_lr else 1.0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_vector, is_update = parameter.ndim < 2, ".update." in name
         is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
-        ratio = cfg.lora_plus_ratio if is_b else rest_ratio if is_rest else 1.0
+        ratio = cfg.lora_plus_ratio if is_b else 1.0
+        if is_rest and cfg.rest_lr:
+            ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
                     "muon": uses_muon and not is_rest and not is_vector}
         key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+    return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,
+                     betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
 
 
 class AdamWMuon(torch.optim.AdamW):
     """AdamW, but groups with muon = True take Muon's step (Keller Jordan, 2024): Nesterov momentum,
-    then orthogonalization. The update of a (rows, columns) matrix is scaled by 0.2 sqrt(max(rows,
-    columns)): its root mean square is AdamW's (Moonlight, arXiv 2502.16982), and so are its rates.
-    As torch.optim.Muon with match_rms_adamw, but matrices of one shape are one batch: fast."""
+    then orthogonalization. An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root
+    mean square is AdamW's (Moonlight, arXiv 2502.16982) and both take the same rates: this is
+    torch.optim.Muon with match_rms_adamw, but a batch of matrices of one shape: fewer kernels."""
 
     @torch.no_grad()
     def step(self):
@@ -133,8 +130,9 @@ def optimizer_step(model, optimizer, batch, rate, grad_clip=0.0):
 
 
 def accumulate_gradients(model, batch):
-    """Run forward and backward of every micro-batch; return the mean loss, a tensor. DDP reduces
-    the gradients in the last one, FSDP in each: their sum would be whole on every rank."""
+    """Run forward and backward of every micro-batch; return the mean loss, a tensor.
+    batch: see batches.py. DDP all-reduces the gradients once, in the last micro-batch. FSDP
+    scatters those of each: their sum would be whole on every rank."""
     count, loss = len(batch[0]), 0.0
     for i, (inputs, targets, *weight) in enumerate(zip(*batch, strict=True)):
         model.require_backward_grad_sync = i == count - 1

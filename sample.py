@@ -69,7 +69,8 @@ def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
 @torch.no_grad()
 def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     """greedy() of one batch, without padding and without a mask: all rows advance in lockstep.
-    At a position inside its prompt a row takes the prompt's token, after it the likeliest."""
+    The first forward pass reads as many tokens as the shortest prompt has, each later pass one. At
+    a position inside its prompt a row takes the prompt's token, after it the likeliest."""
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths) + max_new_tokens
     ids = torch.tensor([[*prompt] + [stop] * (end - len(prompt)) for prompt in prompts],
@@ -147,7 +148,7 @@ def main(argv):
     merge_for_reading(model)
     generator = torch.Generator().manual_seed(args.seed)
     # those of the base model, after --init_from; a run on longer sequences has more
-    trained = max(model.cfg.max_position_embeddings, checkpoint.trained_seq_len(folder) or 0)
+    trained = max(model.cfg.max_position_embeddings, model.trained_seq_len or 0)
     notes = [f"note: the model was trained on {trained} positions: text beyond them may be worse"]
 
     def write(ids):

@@ -56,7 +56,7 @@ def train(cfg):
     losses = None if newest else first_losses(model, batches)
     optimizer = prepare_model(cfg, model, device, cycle, losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
-    parallel = data_parallel(model, device) if world > 1 and not cfg.shard else model
+    parallel = data_parallel(model) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
     signals, stopping = stop_on_signal(), False
     numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
@@ -177,7 +177,7 @@ def check_run_folder(cfg, rank):
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
     before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    fixed = {*FIXED, *cfg.model(), *cfg.adapter()} - {"max_position_embeddings"}
+    fixed = {*FIXED, *cfg.model(), *cfg.adapter()}
     changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
                if now[key] != before[key] and key not in ("out", "resume")}
     changed = [change for key, change in changes.items() if key in fixed]
@@ -236,12 +236,11 @@ def prepare_model(cfg, model, device, cycle, losses=None):
     return build_optimizer(cfg, model, device)
 
 
-def data_parallel(model, device):
+def data_parallel(model):
     """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang."""
     buffers = [name for name, _ in model.named_buffers()]  # they are equal on all ranks
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids)
+    return DistributedDataParallel(model)
 
 
 def agree(numbers, stop_requested, world, step, cfg):

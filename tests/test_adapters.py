@@ -451,6 +451,7 @@ def one_process():
 
 
 WRAPPERS = {"compile": partial(torch.compile, backend="eager"), "DDP": DistributedDataParallel,
+            "DataParallel": torch.nn.DataParallel,
             "both": lambda model: torch.compile(DistributedDataParallel(model), backend="eager")}
 
 

@@ -105,7 +105,7 @@ def test_evaluate_prints_the_log_s_figure_after_init_from(run, corpus, capsys, s
         evaluate.main([str(path), str(corpus)])
         loss = json.loads(capsys.readouterr().out)["loss"]
         assert loss == pytest.approx(expected, rel=1e-5), path
-    assert checkpoint.trained_seq_len(step / "base") == seq_len
+    assert checkpoint.load(step / "base")[0].trained_seq_len == seq_len
     evaluate.main([str(out), str(corpus), "--seq_len=16"])
     assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(expected, rel=1e-4)
 
@@ -126,15 +126,16 @@ def test_a_link_is_the_directory_that_it_names(run, tmp_path):
     out, link = run("--steps=2", "--seq_len=8"), tmp_path / "base"
     merge.main([str(out)])
     link.symlink_to(out / "merged")
-    assert checkpoint.trained_seq_len(checkpoint.load(link)[2]) == 8
+    assert checkpoint.load(link)[0].trained_seq_len == 8
 
 
 def test_a_state_without_the_key_in_config_json_tells_the_length(run):
     """As checkpoints of 2026-11-24 and before."""
     step = checkpoint.steps_of(run("--steps=2", "--seq_len=8"))[-1]
-    file = step / "base" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "seq_len": None}))
-    assert checkpoint.trained_seq_len(step) == 8
+    for file, old in ((step / "base" / "config.json", {"seq_len": None}),
+                      (step / "state.json", {"files": {}})):  # no checksum of config.json
+        file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    assert checkpoint.load(step)[0].trained_seq_len == 8
 
 
 def test_merge_refuses(run, tmp_path):

@@ -150,8 +150,8 @@ METHODS = {"full": {"method": "full", "operator": ""}, "mora": {},
 def settings_by_name(cfg, model):
     """{name of a parameter: its group}."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[p]: group for group in optimizer.parameter_groups(cfg, model)
-            for p in group["params"]}
+    steps = optimizer.build_optimizer(cfg, model, torch.device("cpu"))
+    return {names[p]: group for group in steps.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("kind", ("adamw", "muon"))
@@ -229,7 +229,7 @@ def test_the_groups_of_old_checkpoints(method):
             kind = "B"
         expected[kind].append(name)
     names = {p: name for name, p in trained}
-    groups = optimizer.parameter_groups(cfg, model)
+    groups = optimizer.build_optimizer(cfg, model, torch.device("cpu")).param_groups
     found = [[names[p] for p in group["params"]] for group in groups]
     assert found == [kind for kind in expected.values() if kind]
     assert len(found) == (3 if method == "lora+" else 2)

@@ -193,7 +193,8 @@ def warm(patches, steps):
             optimizer_.state.pop(weight, None)
         mora.adapt(model, **cfg.adapter(), cycle=cfg.cycle(step)[0])
         optimizer_.param_groups.clear()
-        for group in optimizer.parameter_groups(cfg, model):
+        device = next(model.parameters()).device
+        for group in optimizer.build_optimizer(cfg, model, device).param_groups:
             optimizer_.add_param_group(group)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         report(f"step {step}: {count:,} parameters train from here on")

@@ -46,7 +46,7 @@ def measure(shape, keys, rank, world, device):
     with device:  # the weights are drawn on the GPU, equal on all
         model = Llama(LlamaConfig(vocab_size=vocab_size, **cfg.model()))
     optimizer = prepare_model(cfg, model, device, cycle=1)
-    parallel = model if cfg.shard else data_parallel(model, device)
+    parallel = model if cfg.shard else data_parallel(model)
     torch.manual_seed(rank)
     ids = torch.randint(vocab_size, (2, 1, sequences, 512), device=device)
     times = []
