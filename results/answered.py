@@ -5,12 +5,14 @@ run happens and that yields a dict for the run's line. Answers come from a merge
 matrices on a GPU, as those of evaluate.py. Losses are computed without torch.compile, which would
 compile for every number of rows and every length. No checkpoints are written, which saves up to six
 seconds per run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
+With during() a stopped run writes one and goes on from there.
 """
 import contextlib
 import copy
 import functools
 import json
 import lzma
+import math
 import os
 import signal
 import sys
@@ -93,8 +95,9 @@ def losses():
 @contextlib.contextmanager
 def during(name):
     """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: at its last step, or
-    where nearly all digits are right. Yields {"curve": [[step, share of right digits, pairs]]}."""
-    original_train, loss = train.train, eager(evaluate.perplexity)
+    where nearly all digits are right. Yields {"curve": [[step, share of right digits, pairs]]}.
+    The run's folder has the curve too, in curve.json, for a run that is stopped and goes on."""
+    original_train, loss, save = train.train, eager(evaluate.perplexity), checkpoint.save
     run, curve = SimpleNamespace(cfg=None, evaluations=0, model=None), []
 
     def answer(model, samples, *settings):
@@ -109,6 +112,7 @@ def during(name):
         if digits >= ALL_RIGHT or step == run.cfg.steps:
             digits, pairs = share(model, samples, ALL), ALL
         curve.append([step, digits, pairs])
+        (Path(run.cfg.out) / "curve.json").write_text(json.dumps(curve))
         print(f"digits {digits:.4f} of {pairs}", flush=True)
         if digits >= ALL_RIGHT and step < run.cfg.steps:
             run.model = model
@@ -116,7 +120,7 @@ def during(name):
         return scores
 
     def train_until_right(cfg):
-        run.cfg, run.evaluations = cfg, 0
+        run.cfg, (run.evaluations, curve[:]) = cfg, evaluated(cfg)
         try:
             return original_train(cfg)
         except SystemExit:
@@ -124,10 +128,29 @@ def during(name):
                 raise
             return run.model
 
+    def save_if_stopped(cfg, step, *state):
+        """Save a run that another process stops; one that has ended is not needed any more."""
+        if step < cfg.steps and run.model is None:
+            save(cfg, step, *state)
+
     with (patch.object(train, "train", train_until_right),
           patch.object(train, "perplexity", answer),
-          patch.object(checkpoint, "save", save_nothing)):
+          patch.object(checkpoint, "save", save_if_stopped)):
         yield {"curve": curve}
+
+
+during.resumes = True  # sweep.py continues its runs from their checkpoints
+
+
+def evaluated(cfg):
+    """Return (how many evaluations a run has behind it, their curve), from its newest checkpoint;
+    the first is that of step 0. One at the checkpoint's own step comes again."""
+    steps = checkpoint.steps_of(cfg.out)
+    if not steps:
+        return 0, []
+    evaluations = math.ceil(int(steps[-1].name.removeprefix("step-")) / cfg.eval_every)
+    curve = json.loads((Path(cfg.out) / "curve.json").read_text()) if evaluations > 1 else []
+    return evaluations, [line for line in curve if line[0] < evaluations * cfg.eval_every]
 
 
 def share(model, samples, pairs):

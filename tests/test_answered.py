@@ -32,15 +32,18 @@ def stubs(monkeypatch):
     return found
 
 
-def run_of(stubs, steps=35, every=10):
+@pytest.fixture
+def run_of(stubs, tmp_path):
     """What train.train(cfg) does for during(): losses at step 0, each `every` and the last."""
+    steps, every = 35, 10
+
     def trained(cfg):
         for _ in [*range(0, cfg.steps, cfg.eval_every), cfg.steps]:
             assert train.perplexity("the model", "samples") == {"loss": 2.0}
             if stubs.sent:
                 raise SystemExit(128 + stubs.sent[0])
         return "model"
-    return trained, SimpleNamespace(steps=steps, eval_every=every)
+    return trained, SimpleNamespace(steps=steps, eval_every=every, out=str(tmp_path))
 
 
 def test_an_answer_is_right_if_its_number_is_the_references(stubs, tmp_path, monkeypatch):
@@ -75,8 +78,8 @@ def test_a_model_in_training_is_not_changed_by_its_answers(monkeypatch):
     assert seen[0]["layer"] is not layer and not hasattr(seen[0]["layer"], "update")
 
 
-def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, monkeypatch):
-    trained, cfg = run_of(stubs)
+def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, run_of, monkeypatch):
+    trained, cfg = run_of
     monkeypatch.setattr(train, "train", trained)
     stubs.shares = [0.1, 0.2, 0.3, 0.4, 0.45]
     with answered.during("name") as found:
@@ -88,8 +91,8 @@ def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, monkeypat
 
 @pytest.mark.parametrize("of_all", (0.999, 0.9985))
 def test_a_run_ends_once_all_pairs_are_right_and_goes_on_if_only_some_are(
-        stubs, monkeypatch, of_all):
-    trained, cfg = run_of(stubs)
+        stubs, run_of, monkeypatch, of_all):
+    trained, cfg = run_of
     monkeypatch.setattr(train, "train", trained)
     stubs.shares = [0.998, 0.999, of_all, 0.5, 0.6, 0.7]
     with answered.during("name") as found:
@@ -101,13 +104,25 @@ def test_a_run_ends_once_all_pairs_are_right_and_goes_on_if_only_some_are(
         assert (model, stubs.sent, len(found["curve"])) == ("model", [], 4)
 
 
-def test_a_stop_from_outside_ends_the_sweep(stubs, monkeypatch):
+def test_a_stop_from_outside_ends_the_sweep(stubs, tmp_path, monkeypatch):
     def trained(cfg):
         raise SystemExit(143)
 
     monkeypatch.setattr(train, "train", trained)
     with answered.during("name"), pytest.raises(SystemExit):
-        train.train(SimpleNamespace(steps=35, eval_every=10))
+        train.train(SimpleNamespace(steps=35, eval_every=10, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("step, evaluations, kept", [
+    (1, 1, []), (9, 1, []), (10, 1, []), (11, 2, [10]), (20, 2, [10]), (29, 3, [10, 20])])
+def test_a_run_that_goes_on_evaluates_next_at_or_after_its_checkpoint(tmp_path, step, evaluations,
+                                                                      kept):
+    cfg = SimpleNamespace(out=tmp_path, eval_every=10)
+    assert answered.evaluated(cfg) == (0, [])
+    (tmp_path / f"step-{step:08d}").mkdir()
+    curve = [[at, 0.5, 1000] for at in (10, 20) if at <= step]
+    (tmp_path / "curve.json").write_text(json.dumps(curve))
+    assert answered.evaluated(cfg) == (evaluations, [line for line in curve if line[0] in kept])
 
 
 def test_the_share_of_right_digits_of_the_first_pairs(monkeypatch):

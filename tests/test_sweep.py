@@ -174,6 +174,36 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
         assert (tmp_path / "answers-name.jsonl.xz").exists()
 
 
+@pytest.mark.parametrize("stopped_in", (3, 10, 13))
+def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(config, tmp_path, monkeypatch,
+                                                               handlers, stopped_in):
+    folder, step_of = tmp_path / "pairs", train.optimizer_step
+    sft.prepare(folder, "bytes", {"source": "test", "format": "uuid"},
+                [(lambda: [{"prompt": "0" * 8, "response": "12345678"}] * 8, ["train", "val"])],
+                "prompt")
+    words = [f"--data={folder}", "--seq_len=64", "--eval_every=5", "--save_every=20", "--keep=1"]
+    plan = {"EVALUATE": [], "PREPARE": answered.during, "SPECTRA": False,
+            "RUNS": {"name": (str(config), words)}}
+    monkeypatch.setattr(answered, "ALL_RIGHT", 2)  # the run goes to its last step
+    whole, calls = sweep.attempt("name", plan, tmp_path), []
+
+    def step_and_stop(*arguments):
+        calls.append(0)
+        if len(calls) == stopped_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(*arguments)
+
+    monkeypatch.setattr(train, "optimizer_step", step_and_stop)
+    with pytest.raises(SystemExit):
+        sweep.attempt("name", plan, tmp_path)
+    assert [step.name for step in checkpoint.steps_of(tmp_path / "runs" / "name")] == [
+        f"step-{stopped_in:08d}"]
+    again = sweep.attempt("name", plan, tmp_path)
+    assert len(calls) == 20 and [step for step, _, _ in whole["curve"]] == [5, 10, 15, 20]
+    assert again["curve"] == whole["curve"] and again["losses"] == whole["losses"]
+    assert not (tmp_path / "runs" / "name").exists()
+
+
 def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):
     name = rates.name_of(("task", "lora", "muon"), 1337, 1e9)
     plan = {"EVALUATE": [], "RUNS": {name: (str(config), ["--lr=1e9", "--warmup=0"])}}
