@@ -3,9 +3,8 @@
 A plan's PREPARE returns at_the_end(name), during(name) or losses(): a context manager in which the
 run happens and that yields a dict for the run's line. Answers come from a merged copy with bfloat16
 matrices on a GPU, as those of evaluate.py. Losses are computed without torch.compile, which would
-compile for every number of rows and every length. No checkpoints are written, which saves up to six
-seconds per run: a sweep starts such runs anew, since a checkpoint lacks what the context collects.
-With during() a stopped run writes one and goes on from there.
+compile for every number of rows and every length. The last step writes no checkpoint, which saves
+up to six seconds per run: with save_every = steps a run does only if it is stopped.
 """
 import contextlib
 import copy
@@ -44,8 +43,12 @@ def eager(function):
     return call
 
 
-def save_nothing(*arguments):
-    """Take the place of checkpoint.save."""
+def unless_last(save):
+    """Return a function that calls checkpoint.save at every step but the last one."""
+    def call(cfg, step, *state):
+        if step < cfg.steps:
+            save(cfg, step, *state)
+    return call
 
 
 def answers(model, samples, limit=0, batch=512):
@@ -88,7 +91,7 @@ def losses():
     """Give no answers; compute losses without torch.compile."""
     loss = eager(evaluate.perplexity)
     with (patch.object(train, "perplexity", loss), patch.object(evaluate, "perplexity", loss),
-          patch.object(checkpoint, "save", save_nothing)):
+          patch.object(checkpoint, "save", unless_last(checkpoint.save))):
         yield
 
 
@@ -97,7 +100,8 @@ def during(name):
     """Answer SOME of the UUIDs at each evaluation, and ALL where the run ends: at its last step, or
     where nearly all digits are right. Yields {"curve": [[step, share of right digits, pairs]]}.
     The run's folder has the curve too, in curve.json, for a run that is stopped and goes on."""
-    original_train, loss, save = train.train, eager(evaluate.perplexity), checkpoint.save
+    original_train, loss = train.train, eager(evaluate.perplexity)
+    save = unless_last(checkpoint.save)
     run, curve = SimpleNamespace(cfg=None, evaluations=0, model=None), []
 
     def answer(model, samples, *settings):
@@ -129,8 +133,8 @@ def during(name):
             return run.model
 
     def save_if_stopped(cfg, step, *state):
-        """Save a run that another process stops; one that has ended is not needed any more."""
-        if step < cfg.steps and run.model is None:
+        """Save a run that another process stops, not one whose digits are right."""
+        if run.model is None:
             save(cfg, step, *state)
 
     with (patch.object(train, "train", train_until_right),
@@ -139,7 +143,7 @@ def during(name):
         yield {"curve": curve}
 
 
-during.resumes = True  # sweep.py continues its runs from their checkpoints
+at_the_end.resumes = losses.resumes = during.resumes = True  # from checkpoints, see sweep.py
 
 
 def evaluated(cfg):

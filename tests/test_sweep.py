@@ -161,7 +161,8 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
     sft.prepare(folder, "bytes", {"source": "test", "format": style},
                 [(lambda: [row] * 8, ["train", "val"])], "prompt")
     plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
-            "RUNS": {"name": (str(config), [f"--data={folder}", "--seq_len=64"])}}
+            "RUNS": {"name": (str(config), [f"--data={folder}", "--seq_len=64",
+                                            "--save_every=20"])}}
     monkeypatch.setattr(checkpoint, "write_hugging_face", None)  # a save would call it and fail
     record = sweep.attempt("name", plan, tmp_path)
     assert "spectrum" not in record and "spectrum_error" not in record
@@ -175,14 +176,15 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
 
 
 @pytest.mark.parametrize("stopped_in", (3, 10, 13))
-def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(config, tmp_path, monkeypatch,
-                                                               handlers, stopped_in):
+@pytest.mark.parametrize("prepare, style", [("during", "uuid"), ("at_the_end", "prompt")])
+def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(
+        config, tmp_path, monkeypatch, handlers, prepare, style, stopped_in):
     folder, step_of = tmp_path / "pairs", train.optimizer_step
-    sft.prepare(folder, "bytes", {"source": "test", "format": "uuid"},
-                [(lambda: [{"prompt": "0" * 8, "response": "12345678"}] * 8, ["train", "val"])],
+    sft.prepare(folder, "bytes", {"source": "test", "format": style},
+                [(lambda: [{"prompt": "0" * 8, "response": "#### 123"}] * 8, ["train", "val"])],
                 "prompt")
     words = [f"--data={folder}", "--seq_len=64", "--eval_every=5", "--save_every=20", "--keep=1"]
-    plan = {"EVALUATE": [], "PREPARE": answered.during, "SPECTRA": False,
+    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
             "RUNS": {"name": (str(config), words)}}
     monkeypatch.setattr(answered, "ALL_RIGHT", 2)  # the run goes to its last step
     whole, calls = sweep.attempt("name", plan, tmp_path), []
@@ -199,8 +201,9 @@ def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(config, tmp_path,
     assert [step.name for step in checkpoint.steps_of(tmp_path / "runs" / "name")] == [
         f"step-{stopped_in:08d}"]
     again = sweep.attempt("name", plan, tmp_path)
-    assert len(calls) == 20 and [step for step, _, _ in whole["curve"]] == [5, 10, 15, 20]
-    assert again["curve"] == whole["curve"] and again["losses"] == whole["losses"]
+    key = "curve" if prepare == "during" else "answers"
+    assert len(calls) == 20 and again[key] == whole[key] and again["losses"] == whole["losses"]
+    assert [step for step, *_ in whole.get("curve", [])] in ([], [5, 10, 15, 20])
     assert not (tmp_path / "runs" / "name").exists()
 
 

@@ -50,6 +50,9 @@ def PREPARE(name):
     return answered.losses()
 
 
+PREPARE.resumes = True
+
+
 def score(record):
     """Return what chooses a rate: the loss on the domain's validation text."""
     return (record["val_loss"],)

@@ -54,6 +54,9 @@ def PREPARE(name):
     return answered.losses() if group in BASES else answered.at_the_end(name)
 
 
+PREPARE.resumes = True
+
+
 def at_known_rates(groups):
     """Return {name: run} of {group: rate}, seed by seed."""
     return {rates.name_of(group, seed, lr): make(group, lr, seed)
