@@ -175,8 +175,8 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
         assert (tmp_path / "answers-name.jsonl.xz").exists()
 
 
-@pytest.mark.parametrize("stopped_in", (3, 10, 13))
-@pytest.mark.parametrize("prepare, style", [("during", "uuid"), ("at_the_end", "prompt")])
+@pytest.mark.parametrize("prepare, style, stopped_in", [
+    ("during", "uuid", 10), ("during", "uuid", 13), ("at_the_end", "prompt", 3)])
 def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(
         config, tmp_path, monkeypatch, handlers, prepare, style, stopped_in):
     folder, step_of = tmp_path / "pairs", train.optimizer_step
