@@ -30,6 +30,11 @@ def texts(count=200):
     return [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
 
 
+def pytest_collection_modifyitems(items):
+    """The slowest file first, so that no worker of pytest -n is left alone with it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers whatever ran before it."""

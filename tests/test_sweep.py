@@ -176,7 +176,7 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
 
 
 @pytest.mark.parametrize("prepare, style, stopped_in", [
-    ("during", "uuid", 10), ("during", "uuid", 13), ("at_the_end", "prompt", 3)])
+    ("during", "uuid", 13), ("at_the_end", "prompt", 3)])
 def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(
         config, tmp_path, monkeypatch, handlers, prepare, style, stopped_in):
     folder, step_of = tmp_path / "pairs", train.optimizer_step
