@@ -55,8 +55,8 @@ def build_optimizer(cfg, model, device):
 class AdamWMuon(torch.optim.AdamW):
     """AdamW, but groups with muon = True take Muon's step (Keller Jordan, 2024): Nesterov momentum,
     then orthogonalization. An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root
-    mean square is AdamW's (Moonlight, arXiv 2502.16982) and both take the same rates: this is
-    torch.optim.Muon with match_rms_adamw, but a batch of matrices of one shape: fewer kernels."""
+    mean square is AdamW's (Moonlight, arXiv 2502.16982) and both take the same rates. The step is
+    torch.optim.Muon's with match_rms_adamw; matrices of one shape are one batch, for speed."""
 
     @torch.no_grad()
     def step(self):

@@ -4,7 +4,8 @@ A plan's PREPARE returns at_the_end(name), during(name) or losses(): a context m
 run happens and that yields a dict for the run's line. Answers come from a merged copy with bfloat16
 matrices on a GPU, as those of evaluate.py. Losses are computed without torch.compile, which would
 compile for every number of rows and every length. The last step writes no checkpoint, which saves
-up to six seconds per run: with save_every = steps a run does only if it is stopped.
+up to six seconds per run: with save_every = steps a run does only if it is stopped. Such a run goes
+on with its answers if the plan says RESUMES = True.
 """
 import contextlib
 import copy
@@ -143,16 +144,13 @@ def during(name):
         yield {"curve": curve}
 
 
-at_the_end.resumes = losses.resumes = during.resumes = True  # from checkpoints, see sweep.py
-
-
 def evaluated(cfg):
     """Return (how many evaluations a run has behind it, their curve), from its newest checkpoint;
     the first is that of step 0. One at the checkpoint's own step comes again."""
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
         return 0, []
-    evaluations = math.ceil(int(steps[-1].name.removeprefix("step-")) / cfg.eval_every)
+    evaluations = math.ceil(checkpoint.read_state(steps[-1])["step"] / cfg.eval_every)
     curve = json.loads((Path(cfg.out) / "curve.json").read_text()) if evaluations > 1 else []
     return evaluations, [line for line in curve if line[0] < evaluations * cfg.eval_every]
 

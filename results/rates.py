@@ -122,6 +122,12 @@ def halves(records, group, score):
     return [float(f"{math.sqrt(lr * beside(lr, side)):.2g}") for side in sides]
 
 
+def half_way(groups, records, score, make):
+    """Return {name: make(group, lr, seed)} of the halves of groups."""
+    return {name_of(group, SEED, lr): make(group, lr, SEED)
+            for group in groups for lr in halves(records, group, score)}
+
+
 def runs(groups, records, score, make):
     """Return {name: make(group, lr, seed)}: the runs of a plan, the most informative first.
 

@@ -12,8 +12,9 @@ remove its line and start the sweep again.
 A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
 while other workers' runs may make the plan grow. No run starts that would end after --seconds, by
 the times of earlier runs; one that is longer than all of them may end later. A stopped sweep can be
-started again. It continues runs from their checkpoints in OUT/runs, those with PREPARE only if that
-has an attribute `resumes`; the "seconds" of such a run are those of its last part. Logs: OUT/*.log.
+started again. It continues runs from their checkpoints in OUT/runs, those of a plan with PREPARE
+only if it says RESUMES = True; the "seconds" of such a run are those of its last part. Logs:
+OUT/*.log.
 """
 import contextlib
 import json
@@ -152,7 +153,7 @@ def attempt(name, plan, out):
     """Return the record of a run, or of its error; plan: the values of the plan's file."""
     config, words = plan["RUNS"][name]
     prepare = plan.get("PREPARE", contextlib.nullcontext)
-    if "PREPARE" in plan and not getattr(prepare, "resumes", False):
+    if "PREPARE" in plan and not plan.get("RESUMES"):
         # no checkpoint has what the context collects: start anew
         shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:

@@ -119,6 +119,8 @@ def test_a_run_that_goes_on_evaluates_next_at_or_after_its_checkpoint(tmp_path, 
     cfg = SimpleNamespace(out=tmp_path, eval_every=10)
     assert answered.evaluated(cfg) == (0, [])
     (tmp_path / f"step-{step:08d}").mkdir()
+    state = {"step": step, "cycle": 0, "config": {}}
+    (tmp_path / f"step-{step:08d}" / "state.json").write_text(json.dumps(state))
     curve = [[at, 0.5, 1000] for at in (10, 20) if at <= step]
     (tmp_path / "curve.json").write_text(json.dumps(curve))
     assert answered.evaluated(cfg) == (evaluations, [line for line in curve if line[0] in kept])

@@ -218,8 +218,7 @@ def test_a_plan_of_fine_tuning_followed_to_its_end(folder, monkeypatch):
         expected |= {((base, "mora_rotate_r8", "adamw"), seed, 1e-2)
                      for base in ("bfloat16", "float8") for seed in rates.SEEDS}
     else:
-        expected |= {(("uuid", method, "muon"), rates.SEED, lr)
-                     for method, lr in plan["CONSTANT_RUNS"]}
+        expected |= {(group, rates.SEED, lr) for group, lr in plan["CONSTANT"].items()}
     expected |= {(group, rates.SEED, float(f"{math.sqrt(lr * rates.beside(lr, side)):.2g}"))
                  for group in refined for lr in [searched[group]] for side in (-1, 1)}
     assert runs == {rates.name_of(*run) for run in expected} | untrained
@@ -354,6 +353,5 @@ def test_a_search_has_a_row_in_a_table_and_a_row_its_search(folder, names, end):
 def test_uuids_with_constant_rates_and_muon_are_done():
     plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
     records = rates.read(RESULTS / "uuid" / "sweep.jsonl")
-    assert {rates.name_of(("uuid", method, "muon"), rates.SEED, lr)
-            for method, lr in plan["CONSTANT_RUNS"]} == {
+    assert {rates.name_of(group, rates.SEED, lr) for group, lr in plan["CONSTANT"].items()} == {
         name for name in records if name.startswith("uuid-")}

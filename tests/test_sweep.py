@@ -185,7 +185,7 @@ def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(
                 "prompt")
     words = [f"--data={folder}", "--seq_len=64", "--eval_every=5", "--save_every=20", "--keep=1"]
     plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
-            "RUNS": {"name": (str(config), words)}}
+            "RESUMES": True, "RUNS": {"name": (str(config), words)}}
     monkeypatch.setattr(answered, "ALL_RIGHT", 2)  # the run goes to its last step
     whole, calls = sweep.attempt("name", plan, tmp_path), []
 

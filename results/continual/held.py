@@ -1,17 +1,18 @@
-"""What part of full fine-tuning an update can hold: its first gradient, and what it changed.
+"""Which part of full fine-tuning's first gradient, and of what it changes, an update can hold.
 
-    python results/continual/held.py held.json --out=OUT [--steps=212 ...]    keys are train.py's
+    python results/continual/held.py held.json --out=OUT [--key=value ...]    train.py's keys
 
 Trains the full model on biomedical text at its best rate. G is the gradient on four validation
 batches before training, dW what training changed. For each way to choose the groups the numbers are
 the squared norm of the part of G, or of dW, that lies in the update's space, over that of the
-whole: the mean over all layers. LoRA: of the best matrix of its rank. The groups chosen by the
-gradient see four training batches, as in a run.
+whole: the mean over all layers. LoRA's are those of the best matrix of its rank. Groups chosen by
+the gradient come from four training batches, as in a run.
 """
 import copy
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
@@ -37,8 +38,6 @@ def targets(model):
 
 def gradients(model, batches):
     """Return {name: gradient of a block's weight, (out, in)} on the batches of a few steps."""
-    model = copy.deepcopy(model).to(batches.device)
-    model.checkpoint_blocks = True  # not compiled: its activations would take much memory
     for loss in train.first_losses(model, batches):
         loss.backward()
     return {name: linear.weight.grad.cpu() for name, linear in targets(model).items()}
@@ -54,28 +53,23 @@ def held(update, matrix):
     return (inside.square() / sizes).sum() / matrix.square().sum()
 
 
-def of_best_rank(rank, matrix):
-    """Return the part of a matrix's squared norm in its first singular values."""
-    squares = torch.linalg.svdvals(matrix).square()
-    return squares[:rank].sum() / squares.sum()
-
-
 def measure(model, norms, matrices):
     """Return {"KIND_rRANK.WHAT": mean over layers}; matrices: {WHAT: {name: matrix}}."""
     numbers = {}
+    for what, by_name in matrices.items():
+        squares = [torch.linalg.svdvals(matrix).square() for matrix in by_name.values()]
+        for rank in RANKS:
+            numbers[f"lora_best_r{rank}.{what}"] = fmean(s[:rank].sum() / s.sum() for s in squares)
     for rank in RANKS:
-        for what, by_name in matrices.items():
-            parts = [of_best_rank(rank, matrix) for matrix in by_name.values()]
-            numbers[f"lora_best_r{rank}.{what}"] = sum(parts) / len(parts)
         for operator, groups in KINDS:
             adapted = copy.deepcopy(model)
             mora.adapt(adapted, rank=rank, operator=operator, groups=groups,
                        gradients=norms if groups == "gradient" else None)
             updates = {name: layer.update for name, layer in mora.adapted_layers(adapted)}
             for what, by_name in matrices.items():
-                parts = [held(updates[name], matrix) for name, matrix in by_name.items()]
-                numbers[f"{operator}_{groups}_r{rank}.{what}"] = sum(parts) / len(parts)
-    return {name: round(float(number), 4) for name, number in numbers.items()}
+                numbers[f"{operator}_{groups}_r{rank}.{what}"] = fmean(
+                    held(updates[name], matrix) for name, matrix in by_name.items())
+    return {name: round(number, 4) for name, number in numbers.items()}
 
 
 def main(file, *words):
@@ -84,13 +78,13 @@ def main(file, *words):
     cfg, model = train.build_model(cfg, splits[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen, held_out = (train.make_batches(cfg, tokens, device, 0, 1)[1] for tokens in splits)
-    before = {name: linear.weight.detach().clone() for name, linear in targets(model).items()}
-    matrices = {"gradient": gradients(model, held_out)}
-    norms = {name: (gradient.norm(dim=0), gradient.norm(dim=1))  # as mora.gradient_norms
-             for name, gradient in gradients(model, seen).items()}
-    after = {name: linear.weight.cpu().float()
-             for name, linear in targets(train.train(cfg)).items()}
-    matrices["change"] = {name: (after[name] - before[name]).detach() for name in before}
+    first = copy.deepcopy(model).to(device)
+    first.checkpoint_blocks = True  # not compiled: its activations would take much memory
+    matrices = {"gradient": gradients(first, held_out)}
+    norms = mora.gradient_norms(first, train.first_losses(first, seen))
+    before, after = targets(model), targets(train.train(cfg))
+    matrices["change"] = {name: (after[name].weight.cpu() - before[name].weight).detach()
+                          for name in before}
     numbers = measure(model, norms, matrices)
     Path(file).write_text(json.dumps(numbers, indent=1) + "\n")
     print("\n".join(f"{name}: {number}" for name, number in numbers.items()))

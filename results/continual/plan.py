@@ -18,7 +18,7 @@ DOMAINS = {"biomed": {"steps": 212, "batch_size": 32, "tokens": 6_965_399},
            "finance": {"steps": 209, "batch_size": 16, "tokens": 1_143_453}}
 WARMUP, SEQ_LEN = 20, 1024
 MICRO_BATCH = 16  # so that three runs of full fine-tuning have room on a GPU of 80 GB
-SPECTRA = False
+SPECTRA, RESUMES = False, True
 # {method: rate in the middle}: the best of results/gsm8k where it has one
 ADAMW = {"mora_r8": 1e-2, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4,
          "dora_r8": 1e-2}
@@ -50,9 +50,6 @@ def PREPARE(name):
     return answered.losses()
 
 
-PREPARE.resumes = True
-
-
 def score(record):
     """Return what chooses a rate: the loss on the domain's validation text."""
     return (record["val_loss"],)
@@ -78,6 +75,4 @@ RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").i
            if name not in RUNS}
 for tier in TIERS:
     RUNS |= rates.runs(tier, RECORDS, score, make)
-for group in REFINED:
-    RUNS |= {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
-             for lr in rates.halves(RECORDS, group, score)}
+RUNS |= rates.half_way(REFINED, RECORDS, score, make)

@@ -17,7 +17,7 @@ CONFIG = "configs/gsm8k.py"
 EVALUATE = ["data/gsm8k_dev"]  # chooses rates; the validation split of data/gsm8k_fit is the test
 COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64", "--eval_every=1000", "--save_every=1000",
           "--keep=1"]
-SPECTRA = False
+SPECTRA, RESUMES = False, True
 METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
            "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
 # {method: the middle of its rates}: those of the same operator in runs.jsonl, or of rotate at r = 8
@@ -54,9 +54,6 @@ def PREPARE(name):
     return answered.losses() if group in BASES else answered.at_the_end(name)
 
 
-PREPARE.resumes = True
-
-
 def at_known_rates(groups):
     """Return {name: run} of {group: rate}, seed by seed."""
     return {rates.name_of(group, seed, lr): make(group, lr, seed)
@@ -79,6 +76,4 @@ RECORDS = rates.read(FOLDER / "sweep.jsonl")
 ABOVE = above(RECORDS)
 RUNS |= rates.runs(ADAMW | MUON, RECORDS, score, make) | at_known_rates(ABOVE)
 RUNS |= rates.runs(GRADIENT, RECORDS, score, make) | at_known_rates(BASES)
-for searched in ADAMW:
-    RUNS |= {rates.name_of(searched, rates.SEED, lr): make(searched, lr, rates.SEED)
-             for lr in rates.halves(RECORDS, searched, score)}
+RUNS |= rates.half_way(ADAMW, RECORDS, score, make)

@@ -1,11 +1,10 @@
 """The sweep of results/uuid: 10,000 pairs of UUIDs, AdamW and Muon, rates that fall to 0.
 
-Rates are searched and seeds follow for linear schedules to 0 after a warm-up of 20 steps, over
-1,000 steps at r = 8 and over 500 for the rest: with constant rates (task "uuid": runs.jsonl, of an
-earlier program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends
-when 99.9 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others, groups
-chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
-follows.
+The search of rates, and the seeds after it, have linear schedules to 0 after a warm-up of 20 steps:
+1,000 steps at r = 8, 500 for the rest. With constant rates (task "uuid": runs.jsonl, of an earlier
+program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends when 99.9
+% of all digits are right. Order: r = 8 with Muon, then with AdamW, the others, groups chosen by the
+gradient. The runs that are done, in sweep.jsonl beside this file, decide what follows.
 """
 import json
 from pathlib import Path
@@ -17,7 +16,7 @@ FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
 PREPARE = answered.during
-SPECTRA = False
+SPECTRA, RESUMES = False, True
 STEPS = 1000  # of constant rates, and at r = 8
 COMMON = ["--seq_len=75", "--micro_batch=500", "--eval_every=100", "--eval_tokens=70000",
           "--keep=1", "--schedule=linear"]
@@ -27,10 +26,8 @@ ADAMW = {"mora_r8": 3e-3, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 3e-3,
 GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
 FALLING = {("falling", method, "muon"): lr for method, lr in (MUON | GRADIENT).items()}
 FALLING |= {("falling", method, "adamw"): lr for method, lr in ADAMW.items()}
-CONSTANT = {("uuid", method, "adamw"): lr for method, lr in ADAMW.items()}
-CONSTANT |= {("uuid", method, "muon"): lr for method, lr in MUON.items()}
-GROUPS = FALLING | CONSTANT
-CONSTANT_RUNS = [("mora_r8", 3e-3), ("lora_r8", 3e-3), ("mora_r256", 1e-3), ("lora_r256", 1e-3)]
+CONSTANT = {("uuid", method, "muon"): lr for method, lr in MUON.items() if method != "fft"}
+GROUPS = [*FALLING, *(("uuid", method, "adamw") for method in ADAMW), *CONSTANT]
 
 
 def steps_to_99(curve):
@@ -80,14 +77,17 @@ def read():
 def place(name):
     """Return the place of a run in the order, for sorting: (is another seed, tier)."""
     (_, method, optimizer), seed, _ = rates.parts_of(name)
-    tier = 3 if method in GRADIENT else 2 if not method.endswith("_r8") else optimizer == "adamw"
+    if method in GRADIENT:
+        tier = 3
+    elif method.endswith("_r8"):
+        tier = 1 if optimizer == "adamw" else 0
+    else:
+        tier = 2
     return seed != rates.SEED, tier
 
 
 RECORDS = read()
-RUNS = {}
-for method, lr in CONSTANT_RUNS:
-    group = "uuid", method, "muon"
-    RUNS[rates.name_of(group, rates.SEED, lr)] = make(group, lr, rates.SEED)
-found = rates.runs(FALLING, RECORDS, score, make)
-RUNS |= {name: found[name] for name in sorted(found, key=place)}
+RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
+        for group, lr in CONSTANT.items()}
+SEARCH = rates.runs(FALLING, RECORDS, score, make)
+RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=place)}
