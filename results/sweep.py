@@ -4,10 +4,10 @@
 
 A plan is a Python file with RUNS = {name: (config file, ["--key=value", ...])} and EVALUATE, more
 data folders on which every model is evaluated. PREPARE(name), if a plan has it, returns a context
-manager in which the run happens; a dict that it yields is added to the run's line. SPECTRA = False
-leaves out the singular values of the blocks' changes, which take seconds per run. A run with a line
-in sweep.jsonl, beside the plan, is done; one that failed has a line with "error". To run it again,
-remove its line and start the sweep again.
+manager in which the run happens; a dict that it yields is added to the run's line. SPECTRA, if a
+plan has it, names the runs whose changes of the blocks get their singular values, which take
+seconds per run. A run with a line in sweep.jsonl, beside the plan, is done; one that failed has a
+line with "error". To run it again, remove its line and start the sweep again.
 
 A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
 while other workers' runs may make the plan grow. No run starts that would end after --seconds, by
@@ -33,7 +33,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import rates  # noqa: E402
 
 LOOK_EVERY = 5  # seconds after which a worker that waits reads the plan again
-SAVE_WITHIN = 15  # seconds that workers have to save their runs after SIGTERM
+SAVE_WITHIN = 30  # seconds that workers have to save their runs after SIGTERM
 
 
 def claim(path):
@@ -159,7 +159,7 @@ def attempt(name, plan, out):
     try:
         with prepare(name) as more:
             line = run_one(name, [config, *words], plan["EVALUATE"], out,
-                           plan.get("SPECTRA", True))
+                           name in plan.get("SPECTRA", plan["RUNS"]))
         return line | more if isinstance(more, dict) else line
     except Exception as error:  # one run that fails must not end the sweep
         if "CUDA error" in str(error):  # but after a failed kernel, this process can run none

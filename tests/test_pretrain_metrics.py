@@ -192,7 +192,7 @@ def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
         assert plan["CENTRES"][group] == plan["CENTRES"][other]  # a point means the same rates
     records = {}
     while missing := [name for name in plan["plan"](records)
-                      if name.startswith("mora_share-muon") and name.endswith("steps250")]:
+                      if name.startswith("mora_share-muon") and name.endswith("steps200")]:
         assert not [name for name in plan["plan"](records) if name.startswith("remora")]
         lr, rest_lr = map(float, missing[0].split("-muon-")[1].split("-s1337")[0].split("-"))
         records[missing[0]] = {"val_ppl": 40 + abs(lr / 4e-3 - 1) + abs(rest_lr / 1.6e-2 - 1)}
@@ -270,7 +270,7 @@ def numbers_of(tmp_path):
 
 
 def test_short_checks_leave_the_headline_to_the_log(numbers_of):
-    numbers = numbers_of([swept(40.0, 250), swept(39.0, 250, lr=6.25e-5)])
+    numbers = numbers_of([swept(40.0, 200), swept(39.0, 200, lr=6.25e-5)])
     assert numbers["wiki_ppl"] == 7.3891 and numbers["val_loss_7"] == 2.0
     assert (numbers["short.wiki_ppl"], numbers["short.lr"]) == (39.0, 6.25e-5)
     assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (2, 0)
@@ -278,7 +278,7 @@ def test_short_checks_leave_the_headline_to_the_log(numbers_of):
 
 
 def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
-    numbers = numbers_of([swept(40.0, 250), swept(50.0, 2000)])
+    numbers = numbers_of([swept(40.0, 200), swept(50.0, 2000)])
     assert (numbers["wiki_ppl"], numbers["c4_ppl"], numbers["lr"]) == (50.0, 250.0, 2e-3)
     assert (numbers["best_step"], numbers["wiki_loss"], numbers["tokens_m"]) == (1000, 3.5, 66)
     assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
@@ -296,9 +296,9 @@ def test_losses_of_long_runs_are_means_over_seeds(numbers_of):
 
 
 def test_rates_that_diverged_close_a_grid_and_other_failures_do_not(numbers_of):
-    cross = [swept(40.0, 250), swept(41.0, 250, 1e-3), swept(41.0, 250, rest_lr=8e-3),
-             swept(41.0, 250, rest_lr=3.2e-2)]
-    failed = {"name": "full-muon-0.004-0.016-s1337-steps250", "error": "UserError: step 9: nan"}
+    cross = [swept(40.0, 200), swept(41.0, 200, 1e-3), swept(41.0, 200, rest_lr=8e-3),
+             swept(41.0, 200, rest_lr=3.2e-2)]
+    failed = {"name": "full-muon-0.004-0.016-s1337-steps200", "error": "UserError: step 9: nan"}
     numbers = numbers_of([*cross, failed])
     assert (numbers["short.rates_tried"], numbers["short.bracketed"]) == (5, 1)
     numbers = numbers_of([*cross, {**failed, "error": "OutOfMemoryError"}])

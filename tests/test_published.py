@@ -318,7 +318,7 @@ def test_at_250m_all_is_in_fp8_at_a_tenth_of_the_blocks_from_the_best_rates_of_6
     for group, centre in plan["CENTRES"].items():
         name = ".".join(plan["GRID_OF"].get(group, group))
         assert centre == (best[f"{name}.lr"], best[f"{name}.rest_lr"]), group
-        for steps, warmup in ((250, 50), (2000, 200)):
+        for steps, warmup in ((200, 40), (2000, 200)):
             (file, words), = plan["run"](group, (0, 0), steps).values()
             cfg = config.load([str(RESULTS.parent / file), *words], None)
             assert (cfg.matmul, cfg.warmup, cfg.eval_every) == ("fp8", warmup, 250)

@@ -160,7 +160,7 @@ def test_answers_are_in_the_record(config, tmp_path, monkeypatch, handlers, prep
     folder = tmp_path / "answers"
     sft.prepare(folder, "bytes", {"source": "test", "format": style},
                 [(lambda: [row] * 8, ["train", "val"])], "prompt")
-    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
+    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": (),
             "RUNS": {"name": (str(config), [f"--data={folder}", "--seq_len=64",
                                             "--save_every=20"])}}
     monkeypatch.setattr(checkpoint, "write_hugging_face", None)  # a save would call it and fail
@@ -184,7 +184,7 @@ def test_answers_of_a_stopped_run_are_those_of_an_unbroken_one(
                 [(lambda: [{"prompt": "0" * 8, "response": "#### 123"}] * 8, ["train", "val"])],
                 "prompt")
     words = [f"--data={folder}", "--seq_len=64", "--eval_every=5", "--save_every=20", "--keep=1"]
-    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": False,
+    plan = {"EVALUATE": [], "PREPARE": getattr(answered, prepare), "SPECTRA": (),
             "RESUMES": True, "RUNS": {"name": (str(config), words)}}
     monkeypatch.setattr(answered, "ALL_RIGHT", 2)  # the run goes to its last step
     whole, calls = sweep.attempt("name", plan, tmp_path), []

@@ -18,7 +18,7 @@ DOMAINS = {"biomed": {"steps": 212, "batch_size": 32, "tokens": 6_965_399},
            "finance": {"steps": 209, "batch_size": 16, "tokens": 1_143_453}}
 WARMUP, SEQ_LEN = 20, 1024
 MICRO_BATCH = 16  # so that three runs of full fine-tuning have room on a GPU of 80 GB
-SPECTRA, RESUMES = False, True
+SPECTRA, RESUMES = (), True
 # {method: rate in the middle}: the best of results/gsm8k where it has one
 ADAMW = {"mora_r8": 1e-2, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 1e-3, "fft": 3e-4,
          "dora_r8": 1e-2}

@@ -17,7 +17,7 @@ CONFIG = "configs/gsm8k.py"
 EVALUATE = ["data/gsm8k_dev"]  # chooses rates; the validation split of data/gsm8k_fit is the test
 COMMON = ["--data=data/gsm8k_fit", "--micro_batch=64", "--eval_every=1000", "--save_every=1000",
           "--keep=1"]
-SPECTRA, RESUMES = False, True
+SPECTRA, RESUMES = (), True
 METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
            "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
 # {method: the middle of its rates}: those of the same operator in runs.jsonl, or of rotate at r = 8

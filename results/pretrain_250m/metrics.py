@@ -3,7 +3,7 @@
     python results/pretrain_250m/metrics.py
 
 METHOD.OPTIMIZER.wiki_ppl and the numbers beside it are those of runs of 2,000 steps (131 M tokens),
-METHOD.OPTIMIZER.short.wiki_ppl those of the best rates on 250 steps; of several seeds, means.
+METHOD.OPTIMIZER.short.wiki_ppl those of the best rates on 200 steps; of several seeds, means.
 rates_tried counts the pairs of rates of that length, with those that diverged; bracketed is 1 if
 the best of several has worse ones on both sides of both rates. wiki_ppl is the last validation,
 .best_ppl the lowest of all, at .best_step.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(FOLDER.parent))
 import pretraining  # noqa: E402
 import rates  # noqa: E402
 
-LONG, SHORT = 2000, 250  # steps
+LONG, SHORT = 2000, 200  # steps
 PREFIXES = {LONG: "", SHORT: "short."}  # what a name has before its last part
 RATE = r"([\d.]+(?:e-\d+)?)"
 NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py writes it

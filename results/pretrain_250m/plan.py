@@ -1,6 +1,6 @@
 """The sweep of results/pretrain_250m: rates on short runs, then 131 M tokens at the best of them.
 
-The rates are those of results/pretrain_60m; on 250 steps of 65,536 tokens (16 M) each is checked by
+The rates are those of results/pretrain_60m; on 200 steps of 65,536 tokens (13 M) each is checked by
 a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
 this file, decide what is missing. A long run takes about nine minutes of one H100 alone, one run
 per GPU.
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 CONFIG = "configs/60m_mora.py"
 EVALUATE = ["data/c4_sample"]
 COMMON = ["--hidden_size=768", "--intermediate_size=2560", "--num_hidden_layers=24",
-          "--num_attention_heads=16", "--batch_size=128", "--micro_batch=128", "--log_every=20",
+          "--num_attention_heads=16", "--batch_size=128", "--micro_batch=64", "--log_every=20",
           "--keep=1", "--residual_init=true", "--matmul=fp8"]
 PERMUTE = ["--method=mora", "--rank=128", "--groups=permute", "--restart_every=10",
            "--restart_warmup=0"]
@@ -37,8 +37,10 @@ CENTRES = {("full", "muon"): (4e-3, 6.4e-2), ("mora_share", "muon"): (2e-3, 3.2e
 # a short run ends before the first restart, so that its grid would be the other method's again
 GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
            for optimizer in ("muon", "adamw")}
-SHORT, LONG = 250, 2000  # steps
-WARMUP = {SHORT: 50, LONG: 200}
+# their grids and long runs come after all others'
+LAST = [("lora", "adamw"), ("mora_share", "adamw")]
+SHORT, LONG = 200, 2000  # steps
+WARMUP = {SHORT: 40, LONG: 200}
 SEED = 1337
 
 
@@ -57,10 +59,10 @@ def run(group, point, steps):
     return {name_of(group, point, steps): (CONFIG, words)}
 
 
-def plan(records):
-    """Return RUNS: what the grids lack, then the long runs of the groups whose grid is closed."""
+def of_groups(groups, records):
+    """Return {name: (config, words)}: what the grids lack, then the long runs of the closed ones."""
     short_runs, long_runs = {}, {}
-    for group in CENTRES:
+    for group in groups:
         grid_group = GRID_OF.get(group, group)
         point, missing = grid.search(partial(name_of, grid_group, steps=SHORT), records)
         for neighbour in missing:
@@ -70,4 +72,11 @@ def plan(records):
     return short_runs | long_runs
 
 
+def plan(records):
+    """Return RUNS: everything of the first groups, then that of LAST."""
+    first = [group for group in CENTRES if group not in LAST]
+    return of_groups(first, records) | of_groups(LAST, records)
+
+
 RUNS = plan(rates.read(FOLDER / "sweep.jsonl"))
+SPECTRA = {name for name in RUNS if name.endswith(f"-steps{LONG}")}

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 CONFIG = "configs/uuid.py"
 EVALUATE = []
 PREPARE = answered.during
-SPECTRA, RESUMES = False, True
+SPECTRA, RESUMES = (), True
 STEPS = 1000  # of constant rates, and at r = 8
 COMMON = ["--seq_len=75", "--micro_batch=500", "--eval_every=100", "--eval_tokens=70000",
           "--keep=1", "--schedule=linear"]
