@@ -60,7 +60,7 @@ def run(group, point, steps):
 
 
 def of_groups(groups, records):
-    """Return {name: (config, words)}: what the grids lack, then the long runs of the closed ones."""
+    """Return {name: (config, words)}: what the grids lack, then the long runs of closed ones."""
     short_runs, long_runs = {}, {}
     for group in groups:
         grid_group = GRID_OF.get(group, group)
