@@ -30,8 +30,11 @@ def tried(name_of, records):
 
 
 def search(name_of, records, has_lr=True):
-    """Return (the best point, those of it and its neighbours that have not been tried)."""
+    """Return (the best point, those of it and its neighbours that have not been tried); before the
+    centre has been tried, only the centre."""
     perplexities = tried(name_of, records)
+    if perplexities and (0, 0) not in perplexities:  # the centre was moved
+        return (0, 0), [(0, 0)]
     best = min(perplexities, key=perplexities.get, default=(0, 0))
     i, j = best
     cross = [best, (i, j + 1), (i, j - 1)]

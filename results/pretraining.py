@@ -60,6 +60,19 @@ def of_grid(runs):
     return ordered[0], {"rates_tried": len(set(pairs)), "bracketed": int(is_inside)}
 
 
+def token_seconds(bench, name, every=0):
+    """Return the seconds per token of SHAPE.METHOD in the numbers of bench.py, or None without it;
+    every: steps between two restarts, 0 without them."""
+    speed = bench.get(f"{name}.tokens_per_s")
+    restart_ms = bench.get(f"{name}.restart_ms") if every else 0.0
+    if not speed or restart_ms is None:  # bench.py --quick times no restarts
+        return None
+    seconds = 1 / speed
+    if every:
+        seconds += restart_ms / 1000 / every / bench[f"{name}.tokens_per_step"]
+    return seconds
+
+
 def of_seeds(runs, suffix=""):
     """Return the numbers of runs that differ in their seeds; suffix: of the names of scores. The
     speed is the slowest seed's: others had fewer processes beside them."""

@@ -160,6 +160,8 @@ def test_a_grid_lacks_the_neighbours_of_its_best_on_both_axes(metrics):
     best, missing = grid.search(name_of, records, has_lr=False)
     assert best == (1, -1) and sorted(missing) == [(1, -2), (1, 0)]
     assert grid.rates_at((3.0, 5.0), (2, -1)) == (12.0, 2.5)
+    del records[name_of((0, 0))]  # the centre was moved after runs elsewhere
+    assert grid.search(name_of, records) == ((0, 0), [(0, 0)])
 
 
 def test_a_grid_is_closed_by_a_rate_on_each_side_with_the_other_rate_fixed(metrics):
@@ -199,7 +201,8 @@ def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
     runs = [name for name in plan["plan"](records)
             if name.startswith(("remora", "mora")) and "-muon-" in name]
     assert runs == [f"{method}-muon-0.004-0.016-s1337-steps2000"
-                    for method in ("mora_share", "remora_alternate")]
+                    for method in ("mora_share", "remora_alternate")
+                    ] + ["mora_share-muon-0.002-0.032-s1337-steps2000"]  # at 60m's rates
 
 
 def test_the_fraction_of_one_block_is_of_all_blocks(metrics):
@@ -234,13 +237,13 @@ def test_equal_time_reads_perplexity_between_the_two_lengths(metrics):
 def test_a_token_of_equal_time_has_its_share_of_a_restart(metrics):
     bench = {"1.3b.mora_muon_fp8.tokens_per_s": 1000, "1.3b.mora_muon_fp8.tokens_per_step": 2000,
              "1.3b.mora_muon_fp8.restart_ms": 500.0}
-    seconds = metrics.equal_time.token_seconds
-    assert seconds(bench, "mora_muon_fp8") == 1e-3
-    assert seconds(bench, "mora_muon_fp8", every=10) == pytest.approx((2 + 0.5 / 10) / 2000)
-    assert seconds(bench, "mora_muon") is None
+    seconds = metrics.equal_time.pretraining.token_seconds
+    assert seconds(bench, "1.3b.mora_muon_fp8") == 1e-3
+    assert seconds(bench, "1.3b.mora_muon_fp8", every=10) == pytest.approx((2 + 0.5 / 10) / 2000)
+    assert seconds(bench, "1.3b.mora_muon") is None
     del bench["1.3b.mora_muon_fp8.restart_ms"]  # bench.py --quick
-    assert seconds(bench, "mora_muon_fp8") == 1e-3
-    assert seconds(bench, "mora_muon_fp8", every=10) is None
+    assert seconds(bench, "1.3b.mora_muon_fp8") == 1e-3
+    assert seconds(bench, "1.3b.mora_muon_fp8", every=10) is None
 
 
 # ------------------------------------------------------------
@@ -284,6 +287,18 @@ def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
     assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
     assert numbers["trainable_block_fraction"] == 1.0
     assert numbers["rates_tried"] == 1 and "bracketed" not in numbers  # one pair is no grid
+
+
+def test_a_long_run_has_the_speed_of_the_bench_with_its_restarts(tmp_path, numbers_of):
+    runs = [swept(40.0, 200), swept(50.0, 2000)]
+    assert "tokens_per_s" not in numbers_of(runs)  # two runs shared a GPU
+    bench = {"250m.full_muon_fp8.tokens_per_s": 1e6, "250m.mixed_muon_fp8.tokens_per_s": 2000,
+             "250m.mixed_muon_fp8.tokens_per_step": 2000, "250m.mixed_muon_fp8.restart_ms": 1e3}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    assert numbers_of(runs)["tokens_per_s"] == 1e6
+    module = load(FILE.parent.parent / "pretrain_250m" / "metrics.py")
+    assert module.speed_of(bench, "best", "muon") == round(2000 / 1.1)
+    assert module.speed_of(bench, "full", "adamw") is None
 
 
 def test_losses_of_long_runs_are_means_over_seeds(numbers_of):

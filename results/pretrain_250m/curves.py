@@ -7,29 +7,31 @@ how many singular values of a run's whole change dW are above 0.1, by kind of pr
 """
 import sys
 
-from metrics import FOLDER, LONG, best_seeds, by_length
+from metrics import FOLDER, LONG, best_seeds, by_length, read_bench, speed_of
 from pictures import OPTIMIZERS, draw_curves
 from rates import read
 
 sys.path.append(str(FOLDER.parents[1]))
 from docs.figures import draw_spectra  # noqa: E402
 
-PER_GPU = 1  # processes that shared a GPU
 LABELS = {"full": "full rank", "best": "MoRA and LoRA (250m_best)", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
 
 
 def main():
     lengths = by_length(read(FOLDER / "sweep.jsonl").values())
-    runs = {}
+    runs, bench = {}, read_bench(FOLDER)
     for optimizer in OPTIMIZERS:
         for method in LABELS:
             seeds = best_seeds(lengths.get((method, optimizer, LONG), []))
             if seeds:
-                runs[method, optimizer] = seeds
+                speed = speed_of(bench, method, optimizer)
+                if not speed:
+                    raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
+                runs[method, optimizer] = [run | {"tokens_per_s": speed} for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
-    draw_curves(FOLDER / "curves.png", runs, LABELS, PER_GPU, "r = 128, FP8")
+    draw_curves(FOLDER / "curves.png", runs, LABELS, 1, "r = 128, FP8")
     spectra = {f"{LABELS[method]}, {optimizer}": seeds[0]["spectra"]
                for (method, optimizer), seeds in runs.items() if "spectra" in seeds[0]}
     if spectra:

@@ -8,6 +8,12 @@ rates_tried counts the pairs of rates of that length, with those that diverged; 
 the best of several has worse ones on both sides of both rates. wiki_ppl is the last validation,
 .best_ppl the lowest of all, at .best_step.
 
+tokens_per_s of the long runs is that of a GPU without another run, from bench.json, restarts with
+it; two runs shared a GPU in the sweep:
+
+    python bench.py --shape=250m --accumulate=2 --json=results/pretrain_250m/bench.json \
+        --methods=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
+
 The logs are older: one run each, at the rates of 60m. METHOD_fp8 trained with --matmul=fp8;
 .loss_difference_STEP is its validation loss minus bf16's. The sweep's runs are all in FP8, and its
 full.muon takes the place of the log's.
@@ -28,6 +34,9 @@ import rates  # noqa: E402
 LONG, SHORT = 2000, 200  # steps
 PREFIXES = {LONG: "", SHORT: "short."}  # what a name has before its last part
 RATE = r"([\d.]+(?:e-\d+)?)"
+# {method: (its name in bench.py, steps between restarts or 0)}
+BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
+           "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
 NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py writes it
 
 
@@ -93,7 +102,21 @@ def best_seeds(runs):
     return pretraining.with_most_seeds(ended) if ended else []
 
 
-def of_sweep(records):
+def speed_of(bench, method, optimizer):
+    """Return the tokens/s of a long run alone on a GPU, None if bench, of bench.json, lacks it."""
+    name, every = BENCHED[method]
+    words = [name, "muon", "fp8"] if optimizer == "muon" else [name, "fp8"]
+    seconds = pretraining.token_seconds(bench, "250m." + "_".join(words), every)
+    return round(1 / seconds) if seconds else None
+
+
+def read_bench(folder):
+    """Return the numbers of bench.json, {} without it."""
+    path = folder / "bench.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def of_sweep(records, bench):
     """Return {METHOD.OPTIMIZER: its numbers}; prints the rates of every length."""
     numbers = {}
     for (method, optimizer, steps), runs in sorted(by_length(records).items()):
@@ -103,8 +126,10 @@ def of_sweep(records):
         if not seeds:
             continue
         found = pretraining.of_seeds(seeds) | about
-        if about["rates_tried"] == 1:
-            del found["bracketed"]
+        if steps == LONG:
+            del found["bracketed"], found["tokens_per_s"]  # no grid; two runs shared a GPU
+            speed = speed_of(bench, method, optimizer)
+            found |= {"tokens_per_s": speed} if speed else {}
         if "trainable_block_fraction" in seeds[0]:
             found["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
         if steps > SHORT:
@@ -118,7 +143,7 @@ def of_sweep(records):
 
 def summarize(folder):
     """Return the flat numbers. A log's numbers stay until the sweep has a long run of that name."""
-    swept = of_sweep(rates.read(folder / "sweep.jsonl").values())
+    swept = of_sweep(rates.read(folder / "sweep.jsonl").values(), read_bench(folder))
     flat = {}
     for name, numbers in of_logs(folder).items():
         if "wiki_ppl" not in swept.get(name, {}):

@@ -1,9 +1,9 @@
 """The sweep of results/pretrain_250m: rates on short runs, then 131 M tokens at the best of them.
 
 The rates are those of results/pretrain_60m; on 200 steps of 65,536 tokens (13 M) each is checked by
-a factor of 2 to each side, see results/grid.py. The runs of earlier sweeps, in sweep.jsonl beside
-this file, decide what is missing. A long run takes about nine minutes of one H100 alone, one run
-per GPU.
+a factor of 2 to each side, see results/grid.py. Short runs preferred lower rates than 60m's, so two
+methods have a long run at 60m's rates too. The runs of earlier sweeps, in sweep.jsonl beside this
+file, decide what is missing. A long run takes 15 minutes of an H100 that two runs share.
 """
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,12 @@ CENTRES = {("full", "muon"): (4e-3, 6.4e-2), ("mora_share", "muon"): (2e-3, 3.2e
            ("remora_alternate", "muon"): (2e-3, 3.2e-2),
            # restarts every ten steps are worse with AdamW (results/pretrain_60m): no "best"
            ("full", "adamw"): (1e-3, 1.6e-2), ("remora_alternate", "adamw"): (1e-3, 1.6e-2),
-           ("lora", "adamw"): (4e-3, 3.2e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2)}
+           # full rank and MoRA with AdamW had their best lr at a quarter of 60m's
+           ("lora", "adamw"): (1e-3, 3.2e-2), ("mora_share", "adamw"): (1e-3, 1.6e-2)}
 # a short run ends before the first restart, so that its grid would be the other method's again
 GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
            for optimizer in ("muon", "adamw")}
+LONG_AT_60M = [("full", "muon"), ("mora_share", "muon")]
 # their grids and long runs come after all others'
 LAST = [("lora", "adamw"), ("mora_share", "adamw")]
 SHORT, LONG = 200, 2000  # steps
@@ -73,9 +75,11 @@ def of_groups(groups, records):
 
 
 def plan(records):
-    """Return RUNS: everything of the first groups, then that of LAST."""
-    first = [group for group in CENTRES if group not in LAST]
-    return of_groups(first, records) | of_groups(LAST, records)
+    """Return RUNS: everything of the first groups, the long runs at 60m's rates, that of LAST."""
+    runs = of_groups([group for group in CENTRES if group not in LAST], records)
+    for group in LONG_AT_60M:
+        runs |= run(group, (0, 0), LONG)
+    return runs | of_groups(LAST, records)
 
 
 RUNS = plan(rates.read(FOLDER / "sweep.jsonl"))

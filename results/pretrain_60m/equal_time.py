@@ -22,19 +22,6 @@ SPEEDS = {"full": (128, "full", 0), "mora_share": (128, "mora", 0), "lora": (128
           "best_r80": (320, "mixed", 10)}
 
 
-def token_seconds(bench, method, every=0):
-    """Return the seconds per token of a method of bench.py, or None if bench lacks it; every:
-    steps between two restarts, 0 without them."""
-    speed = bench.get(f"1.3b.{method}.tokens_per_s")
-    restart_ms = bench.get(f"1.3b.{method}.restart_ms") if every else 0.0
-    if not speed or restart_ms is None:  # bench.py --quick times no restarts
-        return None
-    seconds = 1 / speed
-    if every:
-        seconds += restart_ms / 1000 / every / bench[f"1.3b.{method}.tokens_per_step"]
-    return seconds
-
-
 def read_bench(name):
     """Return the numbers of a file of results/fp8."""
     return json.loads((FP8 / name).read_text())
@@ -58,10 +45,10 @@ def at_ratio(by_tokens, ratio):
 def numbers(groups):
     """Return the flat numbers of the model; groups: {(method, optimizer): {M tokens: [runs]}}."""
     found = {}
-    full = token_seconds(read_bench("bench_65k_r128.json"), "full_muon")
+    full = pretraining.token_seconds(read_bench("bench_65k_r128.json"), "1.3b.full_muon")
     for method, (rank, name, every) in SPEEDS.items():
         bench = read_bench(f"bench_65k_r{rank}.json")
-        seconds = token_seconds(bench, f"{name}_muon_fp8", every)
+        seconds = pretraining.token_seconds(bench, f"1.3b.{name}_muon_fp8", every)
         if not (full and seconds):
             continue
         ratio = full / seconds
