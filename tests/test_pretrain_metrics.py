@@ -286,7 +286,17 @@ def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
     assert (numbers["best_step"], numbers["wiki_loss"], numbers["tokens_m"]) == (1000, 3.5, 66)
     assert "val_loss_7" not in numbers and numbers["short.wiki_ppl"] == 40.0
     assert numbers["trainable_block_fraction"] == 1.0
-    assert numbers["rates_tried"] == 1 and "bracketed" not in numbers  # one pair is no grid
+    assert "rates_tried" not in numbers and "bracketed" not in numbers  # one pair is no grid
+
+
+def test_a_long_run_at_other_rates_than_the_short_ones_chose_is_that_at_60m(numbers_of):
+    short = [swept(40.0, 200), swept(41.0, 200, rest_lr=6.4e-2)]
+    numbers = numbers_of([*short, swept(30.0, 2000), swept(29.0, 2000, rest_lr=6.4e-2)])
+    assert (numbers["wiki_ppl"], numbers["rest_lr"]) == (30.0, 1.6e-2)
+    assert (numbers["at_60m.wiki_ppl"], numbers["at_60m.rest_lr"]) == (29.0, 6.4e-2)
+    assert numbers["at_60m.best_step"] == 1000
+    numbers = numbers_of([*short, swept(29.0, 2000, rest_lr=6.4e-2)])
+    assert numbers["wiki_ppl"] == 7.3891 and numbers["at_60m.wiki_ppl"] == 29.0
 
 
 def test_a_long_run_has_the_speed_of_the_bench_with_its_restarts(tmp_path, numbers_of):

@@ -7,7 +7,7 @@ how many singular values of a run's whole change dW are above 0.1, by kind of pr
 """
 import sys
 
-from metrics import FOLDER, LONG, best_seeds, by_length, read_bench, speed_of
+from metrics import FOLDER, by_length, long_runs, read_bench, speed_of
 from pictures import OPTIMIZERS, draw_curves
 from rates import read
 
@@ -23,7 +23,7 @@ def main():
     runs, bench = {}, read_bench(FOLDER)
     for optimizer in OPTIMIZERS:
         for method in LABELS:
-            seeds = best_seeds(lengths.get((method, optimizer, LONG), []))
+            seeds, _ = long_runs(lengths, method, optimizer)
             if seeds:
                 speed = speed_of(bench, method, optimizer)
                 if not speed:

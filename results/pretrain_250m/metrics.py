@@ -2,11 +2,11 @@
 
     python results/pretrain_250m/metrics.py
 
-METHOD.OPTIMIZER.wiki_ppl and the numbers beside it are those of runs of 2,000 steps (131 M tokens),
-METHOD.OPTIMIZER.short.wiki_ppl those of the best rates on 200 steps; of several seeds, means.
-rates_tried counts the pairs of rates of that length, with those that diverged; bracketed is 1 if
-the best of several has worse ones on both sides of both rates. wiki_ppl is the last validation,
-.best_ppl the lowest of all, at .best_step.
+METHOD.OPTIMIZER.short.wiki_ppl and the numbers beside it are those of the best pair of rates on 200
+steps. rates_tried counts the pairs, with those that diverged; bracketed is 1 if the best has worse
+ones on both sides of both rates. METHOD.OPTIMIZER.wiki_ppl and the numbers beside it are those of
+2,000 steps (131 M tokens) at these rates, METHOD.OPTIMIZER.at_60m.wiki_ppl at the best rates of
+60m; of several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
 
 tokens_per_s of the long runs is that of a GPU without another run, from bench.json, restarts with
 it; two runs shared a GPU in the sweep:
@@ -32,7 +32,6 @@ import pretraining  # noqa: E402
 import rates  # noqa: E402
 
 LONG, SHORT = 2000, 200  # steps
-PREFIXES = {LONG: "", SHORT: "short."}  # what a name has before its last part
 RATE = r"([\d.]+(?:e-\d+)?)"
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
@@ -102,6 +101,16 @@ def best_seeds(runs):
     return pretraining.with_most_seeds(ended) if ended else []
 
 
+def long_runs(lengths, method, optimizer):
+    """Return (the seeds at the rates that short runs chose, those at 60m's rates); all are the
+    former for a method without short runs."""
+    ended = [run for run in lengths.get((method, optimizer, LONG), []) if "error" not in run]
+    short = best_seeds(lengths.get((method, optimizer, SHORT), []))
+    chosen = [run for run in ended
+              if not short or pretraining.rates_of(run) == pretraining.rates_of(short[0])]
+    return chosen, [run for run in ended if run not in chosen]
+
+
 def speed_of(bench, method, optimizer):
     """Return the tokens/s of a long run alone on a GPU, None if bench, of bench.json, lacks it."""
     name, every = BENCHED[method]
@@ -116,28 +125,40 @@ def read_bench(folder):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def of_short(runs):
+    """Return the numbers of a grid of short runs; prints it."""
+    _, about = pretraining.of_grid(runs)
+    seeds = best_seeds(runs)
+    return pretraining.of_seeds(seeds) | about if seeds else {}
+
+
+def of_long(seeds, speed):
+    """Return the numbers of long runs at one pair of rates; speed: tokens/s alone on a GPU."""
+    if not seeds:
+        return {}
+    numbers = pretraining.of_seeds(seeds)
+    del numbers["tokens_per_s"]  # two runs shared a GPU
+    numbers |= {"tokens_per_s": speed} if speed else {}
+    if "trainable_block_fraction" in seeds[0]:
+        numbers["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
+    losses = [dict(run["val_losses"]) for run in seeds]
+    means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
+    return numbers | {key: round(value, 4) for key, value in of_losses(means).items()}
+
+
 def of_sweep(records, bench):
-    """Return {METHOD.OPTIMIZER: its numbers}; prints the rates of every length."""
-    numbers = {}
-    for (method, optimizer, steps), runs in sorted(by_length(records).items()):
-        print(f"{method}.{optimizer}, {steps} steps:", end=" ")
-        _, about = pretraining.of_grid(runs)
-        seeds = best_seeds(runs)
-        if not seeds:
-            continue
-        found = pretraining.of_seeds(seeds) | about
-        if steps == LONG:
-            del found["bracketed"], found["tokens_per_s"]  # no grid; two runs shared a GPU
-            speed = speed_of(bench, method, optimizer)
-            found |= {"tokens_per_s": speed} if speed else {}
-        if "trainable_block_fraction" in seeds[0]:
-            found["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
-        if steps > SHORT:
-            losses = [dict(run["val_losses"]) for run in seeds]
-            means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
-            found |= {key: round(value, 4) for key, value in of_losses(means).items()}
-        named = {PREFIXES[steps] + key: value for key, value in found.items()}
-        numbers.setdefault(f"{method}.{optimizer}", {}).update(named)
+    """Return {METHOD.OPTIMIZER: its numbers}; prints the grids of short runs."""
+    lengths, numbers = by_length(records), {}
+    for method, optimizer in sorted({name[:2] for name in lengths}):
+        own = numbers[f"{method}.{optimizer}"] = {}
+        short = lengths.get((method, optimizer, SHORT))
+        if short:
+            print(f"{method}.{optimizer}, {SHORT} steps:", end=" ")
+            own |= {f"short.{key}": value for key, value in of_short(short).items()}
+        chosen, at_60m = long_runs(lengths, method, optimizer)
+        speed = speed_of(bench, method, optimizer)
+        own |= of_long(chosen, speed)
+        own |= {f"at_60m.{key}": value for key, value in of_long(at_60m, speed).items()}
     return numbers
 
 
