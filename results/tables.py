@@ -94,6 +94,17 @@ TABLES = {
         "MoRA and LoRA, r = 80": "best_r80", "LoRA, r = 80": "lora_r80",
         "ReMoRA, alternate, r = 80": "remora_alternate_r80",
     }, (*grid_columns("Muon"), *grid_columns("AdamW"))),
+    "pretrain_250m/rates": ({
+        "full rank, Muon": "full.muon", "MoRA and LoRA (250m_best), Muon": "best.muon",
+        "MoRA, share, Muon": "mora_share.muon", "LoRA, Muon": "lora.muon",
+        "full rank, AdamW": "full.adamw", "MoRA, share, AdamW": "mora_share.adamw",
+        "LoRA, AdamW": "lora.adamw",
+    }, (
+        Column("wiki", "{}.short.wiki_ppl", "{:.2f}"), Column("c4", "{}.short.c4_ppl", "{:.0f}"),
+        Column("lr", "{}.short.lr", "rate"), Column("rest_lr", "{}.short.rest_lr", "rate"),
+        Column("rates", "{}.short.rates_tried", "{}"),
+        Column("closed", "{}.short.bracketed", "yes/no"),
+    )),
     "fp8/65k": ({
         "full rank, bf16": "full_muon", "full rank, FP8": "full_muon_fp8",
         "LoRA, FP8": "lora_muon_fp8", "**MoRA, FP8**": "mora_muon_fp8",
