@@ -136,7 +136,7 @@ TABLES = {
     }, (
         Column("1.3b tokens/s", "1.3b.{}.tokens_per_s", "{:,.0f}"),
         Column("/ full, bf16", "1.3b.{}.over_full", "{:.2f}"),
-        Column("peak GiB", "1.3b.{}.peak_gib", "{:.1f}"),
+        Column("peak GiB", "1.3b.{}.peak_gib", "{:.2f}"),
         Column("/ full, bf16", "1.3b.{}.peak_over_full", "{:.2f}"),
         Column("250m tokens/s", "250m.{}.tokens_per_s", "{:,.0f}"),
         Column("/ full, bf16", "250m.{}.over_full", "{:.2f}"),

@@ -41,7 +41,7 @@ def of_shape(shape, file):
     for (method, key), value in table.items():
         ratio = "over_full" if key == "tokens_per_s" else "peak_over_full"
         numbers |= {f"{shape}.{method}.{key}": value,
-                    f"{shape}.{method}.{ratio}": round(value / table["full", key], 3)}
+                    f"{shape}.{method}.{ratio}": round(value / table["full", key], 4)}
     for method, other in (("mora_fp8", "full_fp8"), ("remora_permute_fp8", "mora_fp8")):
         ratio = table[method, "tokens_per_s"] / table[other, "tokens_per_s"]
         numbers[f"{shape}.{method}.over_{other}"] = round(ratio, 3)
@@ -60,7 +60,7 @@ def of_65k():
                 numbers[f"65k_{name}.{method}.{kind}"] = round(value, 2)
             elif kind == "tokens_per_s":
                 numbers |= {f"65k_{name}.{method}.tokens_per_s": round(value),
-                            f"65k_{name}.{method}.over_full": round(value / full, 3)}
+                            f"65k_{name}.{method}.over_full": round(value / full, 4)}
     return numbers
 
 

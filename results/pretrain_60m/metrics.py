@@ -59,7 +59,7 @@ def of_group(title, by_tokens):
     if grid:
         print(title, end=" ")
         best, about = pretraining.of_grid(grid)
-        about = {"grid_ppl": round(best["val_ppl"], 2)} | about
+        about = {"grid_ppl": round(best["val_ppl"], 4)} | about
         headline = [run for run in short
                     if pretraining.rates_of(run) == pretraining.rates_of(best)]
     if HEADLINE in by_tokens:
