@@ -4,7 +4,7 @@
     torchrun train.py configs/uuid.py mora_r8 --init_from=PATH
     python evaluate.py out/uuid_mora_r8 data/uuid --answers
 
-100 epochs x 10,000 / 1,000 = 1,000 steps. A pair has about 70 tokens: 70 M tokens in all, 180-230 s
+100 epochs x 10,000 / 1,000 = 1,000 steps. A pair has about 70 tokens: 70 M tokens in all, 174-230 s
 on one H200 with a model of 135 M parameters (results/uuid; the rates of that model stand there).
 PATH is the base model, any directory of the LLaMA architecture; the paper's is LLaMA-2 7B.
 The table gives the paper's character accuracy in % at steps 300, 500, 700 and 900 (Table 2) and
