@@ -14,7 +14,7 @@ it; two runs shared a GPU in the sweep:
     python bench.py --shape=250m --accumulate=2 --json=results/pretrain_250m/bench.json \
         --methods=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
 
-The logs are older: one run each, at the rates of 60m. METHOD_fp8 trained with --matmul=fp8;
+The logs are older: one run each, at rates 2e-3 and 1.6e-2. METHOD_fp8 trained with --matmul=fp8;
 .loss_difference_STEP is its validation loss minus bf16's. The sweep's runs are all in FP8, and its
 full.muon takes the place of the log's.
 """
