@@ -2,10 +2,10 @@
 
     python results/continual/held.py held.json --out=OUT [--key=value ...]    train.py's keys
 
-Trains the full model on biomedical text at its best rate. G is the gradient on four validation
-batches before training, dW what training changed. For each way to choose the groups the numbers are
-the squared norm of the part of G, or of dW, that lies in the update's space, over that of the
-whole: the mean over all layers. LoRA's are those of the best matrix of its rank. Groups chosen by
+Trains the full model on biomedical text, at its best rate unless keys say otherwise (those of
+held.json: 60 steps at 3e-4). G is the gradient on four validation batches before training, dW what
+training changed. For each way to choose the groups the numbers are the squared norm of the part of
+G, or of dW, that lies in the update's space, over that of the whole: the mean over all layers. LoRA's are those of the best matrix of its rank. Groups chosen by
 the gradient come from four training batches, as in a run.
 """
 import copy
