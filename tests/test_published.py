@@ -312,7 +312,7 @@ def test_a_grid_of_pretraining_that_has_begun_has_a_run_in_its_middle():
         assert group not in begun or plan["name_of"](group, (0, 0)) in records, group
 
 
-def test_at_250m_all_is_in_fp8_at_a_tenth_of_the_blocks_from_the_best_rates_of_60m():
+def test_at_250m_all_is_in_fp8_at_a_quarter_of_the_blocks_from_the_best_rates_of_60m():
     plan = runpy.run_path(str(RESULTS / "pretrain_250m" / "plan.py"))
     best = json.loads((RESULTS / "pretrain_60m" / "metrics.json").read_text())
     for group, centre in plan["CENTRES"].items():

@@ -5,8 +5,9 @@
 Trains the full model on biomedical text, at its best rate unless keys say otherwise (those of
 held.json: 60 steps at 3e-4). G is the gradient on four validation batches before training, dW what
 training changed. For each way to choose the groups the numbers are the squared norm of the part of
-G, or of dW, that lies in the update's space, over that of the whole: the mean over all layers. LoRA's are those of the best matrix of its rank. Groups chosen by
-the gradient come from four training batches, as in a run.
+G, or of dW, that lies in the update's space, over that of the whole: the mean over all layers.
+LoRA's are those of the best matrix of its rank. Groups chosen by the gradient come from four
+training batches, as in a run.
 """
 import copy
 import json
