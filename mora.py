@@ -275,8 +275,8 @@ class MergedLinear(torch.autograd.Function):
         compressed = update.compress(x)
         merged = weight + delta_of(update, x.device, x.dtype)
         if products is None:
-            weight = merged = merged.to(x.dtype)
-        ctx.save_for_backward(compressed, weight)
+            merged = merged.to(x.dtype)
+        ctx.save_for_backward(compressed, merged if products is None else weight)
         return F.linear(x, merged) if products is None else products.y(x, merged)
 
     @staticmethod
@@ -285,12 +285,12 @@ class MergedLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or any(now is not before for now, before in own):
             raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
                                "create_graph=True or functional_call set layer.merges = False")
-        compressed, weight = ctx.saved_tensors
+        compressed, matrix = ctx.saved_tensors  # matrix: W + dW, or W for FP8
         products, update = ctx.products, ctx.update
         if products is None:
-            dx = dy @ weight
+            dx = dy @ matrix
         else:
-            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
+            dx = products.dx(dy, matrix + delta_of(update, dy.device, dy.dtype))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
