@@ -53,8 +53,8 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest, cycle = check_run_folder(cfg, rank)
-    losses = None if newest else first_losses(model, batches)
-    optimizer = prepare_model(cfg, model, device, cycle, losses)
+    group_losses = None if newest else first_losses(model, batches)
+    optimizer = prepare_model(cfg, model, device, cycle, group_losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
@@ -243,16 +243,16 @@ def data_parallel(model):
     return DistributedDataParallel(model)
 
 
-def agree(numbers, stop_requested, world, step, cfg):
-    """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to `step`: means of
-    all ranks, equal on all. Raises UserError for a number that is not finite."""
+def agree(numbers, stop_requested, world, done, cfg):
+    """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to number `done`:
+    means of all ranks, equal on all. Raises UserError for a number that is not finite."""
     rows = torch.stack([*numbers, torch.full_like(numbers[0], float(stop_requested))])
     if world > 1:
         dist.all_reduce(rows)
     *pairs, (stopping, _) = (rows / world).tolist()
-    for i, (loss, norm) in enumerate(pairs, step - len(pairs) + 1):
+    for step, (loss, norm) in enumerate(pairs, done - len(pairs) + 1):
         if not math.isfinite(loss + norm):
-            raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
+            raise checkpoint.diverged(cfg, step, f"loss {loss}, gradient norm {norm}")
     return *zip(*pairs, strict=True), stopping > 0
 
 
@@ -329,7 +329,7 @@ class Log:
 
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
-        speed = sum(batches.count_tokens(done - 1 - i) for i in range(len(losses))) / seconds
+        speed = sum(map(batches.count_tokens, range(done - len(losses), done))) / seconds
         left = datetime.timedelta(seconds=int((self.cfg.steps - done) * seconds / len(losses)))
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
@@ -346,7 +346,7 @@ class Log:
             raise SystemExit(130)
         print("\ndone; next:")
         model = self.cfg.out
-        if self.cfg.method in ("lora", "mora"):
+        if self.cfg.method in config.ADAPTERS:
             print(f"  python merge.py {model}")
             model += "/merged"
         if data_kind == "samples":
