@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
-LARGEST = 448.0  # number of e4m3
-ROOM = 32.0      # LARGEST * scale over the largest weight, at least, when an FP8 scale is set
-TIGHT = 4.0      # a scale is renewed when less room than this is left
+E4M3_MAX = 448.0  # the largest number of e4m3
+ROOM = 32.0       # E4M3_MAX * scale over the largest weight, at least, when an FP8 scale is set
+TIGHT = 4.0       # a scale is renewed when less room than this is left
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class Float8Products(nn.Module):
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
         scaled = weight / self.scale
-        scaled = torch.where(scaled.abs() <= LARGEST, scaled, torch.nan)
+        scaled = torch.where(scaled.abs() <= E4M3_MAX, scaled, torch.nan)
         return multiply_fp8(x, scaled.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
 
     def dx(self, dy, weight):
@@ -333,7 +333,7 @@ class Float8Base(Float8Products):
 def quantize_rows(x):
     """(x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
     x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -400,9 +400,9 @@ def fit_scales(model, only_if_tight=False):
         largest.append(weight.abs().max())
     numbers = torch.stack([*scales.values(), *largest]).view(2, -1).T.tolist() if scales else []
     for scale, (before, entry) in zip(scales.values(), numbers, strict=True):  # synchronized once
-        is_tight = entry * TIGHT > LARGEST * before
+        is_tight = entry * TIGHT > E4M3_MAX * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
-            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / LARGEST)))
+            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / E4M3_MAX)))
 
 
 def kernel_choices():
