@@ -70,12 +70,12 @@ class Linear(nn.Linear):
 def rope(first, length, cfg, device):
     """Cosines and sines, (length, Dh), float32, of the angles of positions first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
-    frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
-    if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
-        low, high = (cfg.rope_scaling[f"{end}_freq_factor"] for end in ("low", "high"))
-        turns = frequencies * cfg.rope_scaling["original_max_position_embeddings"] / (2 * torch.pi)
+    frequencies, scaling = cfg.rope_theta ** (-even / cfg.head_dim), cfg.rope_scaling
+    if scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * torch.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (share + (1 - share) / cfg.rope_scaling["factor"])
+        frequencies = frequencies * (share + (1 - share) / scaling["factor"])
     positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angles = (positions[:, None] * frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
