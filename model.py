@@ -297,7 +297,6 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # Gradients of weights and evaluation use the computation's dtype; checkpoints hold float32.
 # A weight that outgrows its scale is not clipped but becomes NaN: train.py renews scales earlier.
 
-
 class Float8Products(nn.Module):
     """The two large products of one layer. Compiled code keeps W in e4m3 between them."""
 
