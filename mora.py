@@ -526,10 +526,12 @@ def find_targets(model, targets):
         if hasattr(model, "get_output_embeddings"):
             head = model.get_output_embeddings()
         linears = {name: m for name, m in linears.items() if m is not head}
-    for target in [targets] if isinstance(targets, str) else targets or [""]:  # none: an error
-        pattern = rf"(.*\.)?{re.escape(target)}"
-        if isinstance(targets, str):
-            pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"
+        patterns = {targets: ".*"}
+    elif isinstance(targets, str):
+        patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
+    else:  # no target is an error, as one that matches nothing
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or [""]}
+    for target, pattern in patterns.items():
         try:
             matched = {name for name in linears if re.fullmatch(pattern, name)}
         except (re.error, OverflowError, RecursionError) as error:
