@@ -625,7 +625,7 @@ def merged_weights(model):
 def save_pretrained_merged(model):
     """Let `save_pretrained` write merged weights: from_pretrained would ignore the updates."""
     if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_merged, model)
+        model.save_pretrained = functools.partial(_save_merged, model)  # a deepcopy gets its own
 
 
 def _save_merged(model, folder, *, state_dict=None, **options):
