@@ -376,7 +376,7 @@ def schedule_warnings(cfg):
                "followed by warm-up alone")
 
 
-def accumulation(cfg, processes):
+def micro_batch_size(cfg, processes):
     """Sequences per forward pass of each process; the global batch is the same for any number."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")

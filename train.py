@@ -129,7 +129,7 @@ def open_data(cfg, rank, world):
 
 def make_batches(cfg, tokens, device, rank, world):
     """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
-    micro_batch = config.accumulation(cfg, world)
+    micro_batch = config.micro_batch_size(cfg, world)
     kind = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
