@@ -78,7 +78,8 @@ def scores(records, format_name):
         digits = [(a.replace("-", ""), b.replace("-", "")) for a, b in pairs]
         result["digits"] = fmean(sum(map(str.__eq__, a, b)) / len(b) for a, b in digits)
     elif all("####" in b for _, b in pairs):
-        result["numbers"] = fmean(number(a) == number(b) is not None for a, b in pairs)
+        numbers = [(number(a), number(b)) for a, b in pairs]
+        result["numbers"] = fmean(a is not None and a == b for a, b in numbers)
     return result
 
 
