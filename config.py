@@ -134,10 +134,9 @@ class Config:
 
     def cycle(self, step):
         """(number of restarts up to and including this step, step of the latest one or 0)."""
-        if self.restart_every:
-            return step // self.restart_every, step - step % self.restart_every
-        done = [restart for restart in self.restart_steps if restart <= step]
-        return len(done), max(done, default=0)
+        every, steps = self.restart_every, self.restart_steps
+        done = range(every, step + 1, every) if every else [s for s in steps if s <= step]
+        return len(done), done[-1] if done else 0
 
     def model(self):
         """The shape of the model, under Hugging Face's names."""
