@@ -250,8 +250,7 @@ class Mixed(Square):
         return self.low_rank.compress(x)  # x itself: A's gradient needs it
 
     def gradients(self, x, dy):
-        square = super().gradients(super().compress(x), dy)
-        return [*square, *self.low_rank.gradients(x, dy)]
+        return super().gradients(super().compress(x), dy) + self.low_rank.gradients(x, dy)
 
     def delta(self):
         return super().delta() + self.low_rank.delta()
