@@ -44,7 +44,7 @@ def first_weights(step):
 
 def spectra(after, before):
     """{name: singular values of dW, descending} of the projections' dW = after - before."""
-    device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
+    values, device = {}, ("cuda" if torch.cuda.is_available() else "cpu")
     for name, weight in after.items():
         if name.split(".")[-2] not in mora.PROJECTIONS:
             continue

@@ -125,7 +125,7 @@ def read_hugging_face(folder):
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
-    return model, tokenizer.load(name, folder) if name else None
+    return model, (tokenizer.load(name, folder) if name else None)
 
 
 def base_weights(folder):

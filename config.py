@@ -136,7 +136,7 @@ class Config:
         """(number of restarts up to and including this step, step of the latest one or 0)."""
         every, steps = self.restart_every, self.restart_steps
         done = range(every, step + 1, every) if every else [s for s in steps if s <= step]
-        return len(done), done[-1] if done else 0
+        return len(done), (done[-1] if done else 0)
 
     def model(self):
         """The shape of the model, under Hugging Face's names."""
@@ -192,7 +192,7 @@ def load(argv, default):
 def read_override(word):
     """(key, value) of a word `--key=value`; `--key` alone sets a switch."""
     name, equals, text = word.lstrip("-").partition("=")
-    kind, value = FIELDS[name].type if name in FIELDS else str, text
+    kind, value = (FIELDS[name].type if name in FIELDS else str), text
     if kind is bool:
         value = {"": True, "true": True, "false": False}.get(text.lower(), text)
     elif kind in (int, float):
@@ -443,7 +443,7 @@ def command_line(main):
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
-        where, text = "" if rank == "0" else f" on rank {rank}", one_line(error)
+        where, text = ("" if rank == "0" else f" on rank {rank}"), one_line(error)
         if isinstance(error, OSError):
             text = error.strerror or text or type(error).__name__
             text += f": {error.filename}" if error.filename is not None else ""

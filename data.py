@@ -92,7 +92,7 @@ def documents(sources, make, skip_bad=None):
     """Yield make(row), or LeftOut, of sources [(name, advice on errors, function to yield rows)].
     skip_bad: the percentage of rows that may be unusable; UserError if more are. None: 1 % may lack
     the key, and a row that holds something else than text raises UserError at once."""
-    percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
+    percent, count, unusable, first = (1 if skip_bad is None else skip_bad), 0, 0, ""
 
     def check_share():
         need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, "

@@ -265,7 +265,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
             elif dw is not None:
                 dw += gradient.T @ rows
-        ctx.gradients = dx, None if dw is None else dw[:len(weight)]
+        ctx.gradients = dx, (None if dw is None else dw[:len(weight)])
         return loss * scale
 
     @staticmethod

@@ -69,7 +69,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     stages: [(read, into)]: read() yields documents, always in the same order, into the splits of
     these names; no name: every 100th is validation. limits: {split: tokens}, 0: none. encode(tok,
     document): (words uint32, counters), words None: left out. facts: more keys of the manifest."""
-    folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
+    folder, dtype = Path(folder), ("uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16")
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
     with lock(folder, "data preparation"):
@@ -238,7 +238,7 @@ def intact(condition, path, reason):
 
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
-    documents, clauses = "documents" if manifest["kind"] == "text" else "samples", []
+    clauses, documents = [], ("documents" if manifest["kind"] == "text" else "samples")
     for split, totals in manifest["splits"].items():
         if any(totals.values()):
             counts = "".join(f", {totals[counter]:,} {name}" for counter, name in COUNTERS.items()
