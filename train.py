@@ -59,11 +59,11 @@ def train(cfg):
     parallel = data_parallel(model) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
     signals, stopping = stop_on_signal(), False
-    numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
+    numbers, started = [], time.time()  # (loss, gradient norm) of the steps since the last log line
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
-        last, pause, scores = step == cfg.steps, time.time(), {}
+        last, paused, scores = step == cfg.steps, time.time(), {}
         if last or step % cfg.eval_every == 0 and (cfg.keep_best or not stopping):
             checkpoint.must_be_finite(model.state_dict(), checkpoint.diverged, cfg, step)
             scores = perplexity(model, val_tokens, cfg.seq_len, batches.micro_batch, rank, world,
@@ -80,7 +80,7 @@ def train(cfg):
             report = mora.restart(model, optimizer, cycle, cfg.seed, cfg.restart_keep)
             log.restart(step, cycle, report)
             fit_scales(model)
-        clock += time.time() - pause
+        started += time.time() - paused  # so that tokens/s are those of training alone
 
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
@@ -93,8 +93,8 @@ def train(cfg):
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
                 or world == 1 and signals):
             losses, norms, stopping = agree(numbers, bool(signals), world, done, cfg)
-            log.steps(done, losses, norms, rate, time.time() - clock, batches)
-            numbers, clock = [], time.time()
+            log.steps(done, losses, norms, rate, time.time() - started, batches)
+            numbers, started = [], time.time()
     log.close(step, stopping, tokens.manifest["kind"])
     return model
 
