@@ -170,11 +170,11 @@ class Llama(nn.Module):
         if seed is None:
             return
         generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
+        for name, parameter in self.named_parameters():
             is_residual = residual_init and ("o_proj" in name or "down_proj" in name)
             std = 0.02 / (2 * cfg.num_hidden_layers) ** 0.5 if is_residual else 0.02
-            if weight.ndim == 2:
-                nn.init.normal_(weight, 0.0, std, generator=generator)
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
         """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats of
@@ -195,7 +195,7 @@ class Llama(nn.Module):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache[i] if cache is not None else None)
+                x = block(x, cos, sin, cache[i] if cache else None)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -385,8 +385,8 @@ def keep_in_fp8(model):
     Layers whose sizes are no multiples of 16 keep their weights."""
     for layer in block_linears(model).values():
         if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
-            rounded, scale = quantize_rows(layer.weight)
-            layer.weight.data, layer.products = rounded, Float8Base(scale.T)
+            layer.weight.data, scale = quantize_rows(layer.weight)
+            layer.products = Float8Base(scale.T)
 
 
 @torch.no_grad()
