@@ -32,7 +32,7 @@ SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of on
 CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
-ALIGNED = 8             # rows of samples are padded to a multiple of it
+PAD_TO = 8              # rows of samples are padded to a multiple of it
 
 # counters of a split beside tokens, documents and bytes, and their names in a summary
 COUNTERS = {"learned": "learned tokens", "longest": "tokens in the longest", "dropped": "dropped",
@@ -347,7 +347,7 @@ class Samples(Tokens):
     def rows(self, which, seq_len, count=0):
         """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
         Targets are -100 where nothing is learned, in the padding, and in rows without a sample."""
-        length = self.padded(self.lengths[which].max(initial=2), seq_len)
+        length = self.padded_length(self.lengths[which].max(initial=2), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)
         for row, i in enumerate(which):
@@ -356,10 +356,10 @@ class Samples(Tokens):
             targets[row, :len(ids) - 1] = ids.where(learned, -100)[1:]
         return inputs, targets
 
-    def padded(self, longest, seq_len):
+    def padded_length(self, longest, seq_len):
         """The length of rows whose longest sample has so many tokens, for numbers and arrays."""
         # inputs lack a sample's last token
-        return np.minimum(-(-(longest - 1) // ALIGNED) * ALIGNED, seq_len)
+        return np.minimum(-(-(longest - 1) // PAD_TO) * PAD_TO, seq_len)
 
     def must_fit(self, seq_len):
         """Raise UserError if a sample is longer than seq_len."""
