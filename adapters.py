@@ -276,8 +276,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.B"] = F.pad(B, (0, common_rank - len(A)))
     text = json.dumps(config)
     # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
-    is_mora = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
-    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
+    restorable = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
+    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if restorable else {}
     config = {key: value for key, value in config.items()
               if key not in (*NEEDED["MORA"], "lora_rank")}
     config |= {"peft_type": "LORA", "r": common_rank, "lora_alpha": common_rank, "rank_pattern": {}}

@@ -162,7 +162,7 @@ def build_model(cfg, tokens):
 def check_run_folder(cfg, rank):
     """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
     for leftover in Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ():
-        shutil.rmtree(leftover)  # of a process that was killed while it saved
+        shutil.rmtree(leftover)  # .writing-, .removing-: of a process that was killed
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
         need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "
@@ -370,7 +370,7 @@ def tracker(cfg, settings):
 
 
 def main(argv):
-    cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    cfg = config.load(argv, default=config.ROOT / "configs" / "tiny_mora.py")
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         with config.lock(cfg.out, "the run") if is_first else contextlib.nullcontext():
