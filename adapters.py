@@ -164,7 +164,7 @@ def read(folder):
         part = "low_rank." if config.get("lora_rank") and key in "AB" else inner
         layers.setdefault(layer, {})[key if key == "magnitude" else part + key] = tensor
     need(layers, f"{file} holds no tensors, so it adapts nothing")
-    for name, matrices in layers.items() if config.get("use_mora") else ():
+    for name, matrices in (layers.items() if config.get("use_mora") else ()):
         B = matrices.pop("B", None)  # the fork saves lora_A there again
         need(B is None or torch.equal(B, matrices.get("A", B)),
              f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
@@ -186,7 +186,7 @@ def base_of(folder, base=None):
     from the folder or (but not BESIDE, which may be another model there) the working directory."""
     named = read_config(folder).get("base_model_name_or_path")
     places = [Path(base)] if base else [folder / named, Path(named)] if named else []
-    for place in places[:1] if named == BESIDE else places:
+    for place in (places[:1] if named == BESIDE else places):
         if os.path.isfile(place / "config.json"):  # Path.is_file raises for too long a name
             return place
     raise UserError(f"{folder}: its base model {base or named!r:.80} is no Hugging Face directory "

@@ -195,7 +195,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     best = best_of(out) if cfg.keep_best else None
-    for old in steps_of(out)[:-cfg.keep] if cfg.keep else []:
+    for old in (steps_of(out)[:-cfg.keep] if cfg.keep else []):
         if old != best:
             # renamed first, so that a kill leaves no half checkpoint behind
             shutil.rmtree(old.rename(out / f".removing-{old.name}"))

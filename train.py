@@ -134,7 +134,7 @@ def make_batches(cfg, tokens, device, rank, world):
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-    for note in config.schedule_warnings(cfg) if rank == 0 else ():
+    for note in (config.schedule_warnings(cfg) if rank == 0 else ()):
         print(f"note: {note}")
     return cfg, batches
 
@@ -161,7 +161,7 @@ def build_model(cfg, tokens):
 
 def check_run_folder(cfg, rank):
     """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
-    for leftover in Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ():
+    for leftover in (Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ()):
         shutil.rmtree(leftover)  # .writing-, .removing-: of a process that was killed
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
