@@ -249,7 +249,7 @@ def softmax_gradient(logits, targets, vocab_size, scale):
     return loss, gradient.to(logits.dtype)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):  # chunks: of the N positions, as indices
     @staticmethod
     def forward(ctx, x, weight, targets, chunks, kernel):
         w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))
@@ -325,8 +325,8 @@ class Float8Base(Float8Products):
         return multiply_fp8(x, weight, self.scale)
 
     def dx(self, dy, weight):
-        scale_of_1 = self.scale.new_ones(1, weight.shape[1])
-        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), scale_of_1)
+        ones = self.scale.new_ones(1, weight.shape[1])  # dy takes W's scales: they are per output
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
 
 
 def quantize_rows(x):
