@@ -185,7 +185,7 @@ def base_of(folder, base=None):
     """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names,
     from the folder or (but not BESIDE, which may be another model there) the working directory."""
     named = read_config(folder).get("base_model_name_or_path")
-    places = [Path(base)] if base else [folder / named, Path(named)] if named else []
+    places = [Path(base)] if base else ([folder / named, Path(named)] if named else [])
     for place in (places[:1] if named == BESIDE else places):
         if os.path.isfile(place / "config.json"):  # Path.is_file raises for too long a name
             return place

@@ -104,7 +104,7 @@ def join_processes(cfg):
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
-    kind = cfg.device.replace("auto", "cuda" if gpus else "mps" if mps else "cpu")
+    kind = cfg.device.replace("auto", "cuda" if gpus else ("mps" if mps else "cpu"))
     need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")
     device, gpu = torch.device(kind), None
     if kind == "cuda":
