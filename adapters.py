@@ -164,7 +164,7 @@ def read(folder):
         part = "low_rank." if config.get("lora_rank") and key in "AB" else inner
         layers.setdefault(layer, {})[key if key == "magnitude" else part + key] = tensor
     need(layers, f"{file} holds no tensors, so it adapts nothing")
-    for name, matrices in layers.items() if config.get("use_mora") else ():
+    for name, matrices in (layers.items() if config.get("use_mora") else ()):
         B = matrices.pop("B", None)  # the fork saves lora_A there again
         need(B is None or torch.equal(B, matrices.get("A", B)),
              f"{file}: {name} has a lora_B that is not its lora_A, as in use_mora")
@@ -185,8 +185,8 @@ def base_of(folder, base=None):
     """The Hugging Face directory that an adapter folder adapts: `base`, or the one that it names,
     from the folder or (but not BESIDE, which may be another model there) the working directory."""
     named = read_config(folder).get("base_model_name_or_path")
-    places = [Path(base)] if base else [folder / named, Path(named)] if named else []
-    for place in places[:1] if named == BESIDE else places:
+    places = [Path(base)] if base else ([folder / named, Path(named)] if named else [])
+    for place in (places[:1] if named == BESIDE else places):
         if os.path.isfile(place / "config.json"):  # Path.is_file raises for too long a name
             return place
     raise UserError(f"{folder}: its base model {base or named!r:.80} is no Hugging Face directory "
@@ -276,8 +276,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.B"] = F.pad(B, (0, common_rank - len(A)))
     text = json.dumps(config)
     # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
-    is_mora = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
-    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if is_mora else {}
+    restorable = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
+    metadata = {"mora": text, "crc32": checksum(text, updates.values())} if restorable else {}
     config = {key: value for key, value in config.items()
               if key not in (*NEEDED["MORA"], "lora_rank")}
     config |= {"peft_type": "LORA", "r": common_rank, "lora_alpha": common_rank, "rank_pattern": {}}

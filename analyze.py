@@ -44,7 +44,7 @@ def first_weights(step):
 
 def spectra(after, before):
     """{name: singular values of dW, descending} of the projections' dW = after - before."""
-    device, values = "cuda" if torch.cuda.is_available() else "cpu", {}
+    values, device = {}, ("cuda" if torch.cuda.is_available() else "cpu")
     for name, weight in after.items():
         if name.split(".")[-2] not in mora.PROJECTIONS:
             continue
@@ -92,7 +92,7 @@ def read_records(path):
     for number, line in enumerate(lines, 1):
         try:
             records.append({**json.loads(line)})
-        except (ValueError, TypeError):
+        except (ValueError, TypeError):  # no JSON, or JSON that is no object
             need(number == len(lines), f"{path}, line {number} is not a JSON object: "
                  f"{line[:40]!r}; repair or remove this line")
             print(f"note: {path}, line {number} is incomplete and was left out")

@@ -85,7 +85,7 @@ class SampleBatches(Prefetcher):
         first = self.epoch_order(0)
         self.tokens_per_step = float(samples.lengths[first].sum(1).mean()) - self.batch_size
         longest = samples.lengths[first].reshape(-1, self.micro_batch).max(1)
-        padded_tokens = float(samples.padded(longest, self.seq_len).sum() * self.micro_batch)
+        padded_tokens = float(samples.padded_length(longest, self.seq_len).sum() * self.micro_batch)
         self.padding = 1 - self.tokens_per_step * self.steps_per_epoch / padded_tokens
         self.description = (f"{self.batch_size} samples, {self.tokens_per_step:,.0f} tokens on "
                             f"average and {self.padding:.1%} of padding,")

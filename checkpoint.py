@@ -125,7 +125,7 @@ def read_hugging_face(folder):
     own = str(folder) if (folder / "tokenizer.json").exists() else None
     name = config.get("tokenizer") or own
     need(isinstance(name, str | None), f"{file}: tokenizer must be a name, got {name!r}")
-    return model, tokenizer.load(name, folder) if name else None
+    return model, (tokenizer.load(name, folder) if name else None)
 
 
 def base_weights(folder):
@@ -195,7 +195,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     best = best_of(out) if cfg.keep_best else None
-    for old in steps_of(out)[:-cfg.keep] if cfg.keep else []:
+    for old in (steps_of(out)[:-cfg.keep] if cfg.keep else []):
         if old != best:
             # renamed first, so that a kill leaves no half checkpoint behind
             shutil.rmtree(old.rename(out / f".removing-{old.name}"))
@@ -243,63 +243,63 @@ def steps_of(run):
 def best_of(run):
     """The checkpoint of a run with the lowest validation loss; damaged ones are left out."""
     losses = {}
-    for step in steps_of(run):
+    for path in steps_of(run):
         with contextlib.suppress(UserError):
-            losses[step] = read_state(step).get("val_loss")
-    scored = [step for step, loss in losses.items() if isinstance(loss, float)]
+            losses[path] = read_state(path).get("val_loss")
+    scored = [path for path, loss in losses.items() if isinstance(loss, float)]
     return min(scored, key=losses.get, default=None)
 
 
-def read_state(step):
+def read_state(path):
     """The state.json of a checkpoint. Keys of Config that its config lacks have their defaults."""
-    state = {"files": {}, "fp8_scales": {}} | read_json(step / "state.json")
+    state = {"files": {}, "fp8_scales": {}} | read_json(path / "state.json")
     for key in ("step", "cycle", "config", "files", "fp8_scales"):
         need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
-             f"{step / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
+             f"{path / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     return state | {"config": {key: state["config"].get(key, defaults[key]) for key in defaults}}
 
 
-def damage(step, resuming):
+def damage(path, resuming):
     """The first damage of a checkpoint in words, or None. resuming: optimizer.pt is needed too.
     Files are compared with state.json. Where an older version recorded nothing, they are read."""
     try:
-        records = read_state(step)["files"]
+        records = read_state(path)["files"]
         for name, record in records.items():
             if resuming or name != "optimizer.pt":
-                found = file_record(os.path.realpath(step / name))  # the error names the real one
-                need(found == record, f"{step / name} has changed since it was saved: it is "
+                found = file_record(os.path.realpath(path / name))  # the error names the real one
+                need(found == record, f"{path / name} has changed since it was saved: it is "
                      f"{found}, but state.json has in files {record}")
         if not records:
-            read_json(step / "base" / "config.json")
-            read_step(step, resuming)
+            read_json(path / "base" / "config.json")
+            read_step(path, resuming)
     except (UserError, OSError) as error:
         return str(error)
     return None
 
 
-def verify(step, resuming=True):
+def verify(path, resuming=True):
     """Raise UserError if a checkpoint is damaged. It names the newest older one that is whole.
     No older one is taken automatically: steps would be lost without a decision, a damaged disk
     would stay unseen, and the damaged folder would be in the way when the run saves this step."""
-    reason, steps = damage(step, resuming), steps_of(step.parent)
+    reason, steps = damage(path, resuming), steps_of(path.parent)
     if not reason:
         return
-    older = (other for other in reversed(steps) if other < step and not damage(other, resuming))
+    older = (other for other in reversed(steps) if other < path and not damage(other, resuming))
     whole = next(older, None)
-    need(whole, f"{reason}; no older checkpoint in {step.parent} is whole")
+    need(whole, f"{reason}; no older checkpoint in {path.parent} is whole")
     newer = " ".join(str(other) for other in steps if other > whole)
     advice = f"`rm -r {newer}`, and the same command continues from it"
     raise UserError(f"{reason}; {whole} is whole: {advice if resuming else 'name it instead'}")
 
 
-def read_step(step, optimizer=True):
+def read_step(path, resuming=True):
     """({name: weight}, state dict of the optimizer or None) of a checkpoint, on the CPU."""
-    weights, file = base_weights(step / "base"), step / "optimizer.pt"
-    layers = adapters.read(step / "adapter")[1] if (step / "adapter").is_dir() else {}
+    weights, file = base_weights(path / "base"), path / "optimizer.pt"
+    layers = adapters.read(path / "adapter")[1] if (path / "adapter").is_dir() else {}
     for layer, tensors in layers.items():
         weights |= {f"{layer}.update.{key}": tensor for key, tensor in tensors.items()}
-    if not optimizer:
+    if not resuming:
         return weights, None
     try:
         with warnings.catch_warnings():

@@ -134,10 +134,9 @@ class Config:
 
     def cycle(self, step):
         """(number of restarts up to and including this step, step of the latest one or 0)."""
-        if self.restart_every:
-            return step // self.restart_every, step - step % self.restart_every
-        done = [restart for restart in self.restart_steps if restart <= step]
-        return len(done), max(done, default=0)
+        every, steps = self.restart_every, self.restart_steps
+        done = range(every, step + 1, every) if every else [s for s in steps if s <= step]
+        return len(done), (done[-1] if done else 0)
 
     def model(self):
         """The shape of the model, under Hugging Face's names."""
@@ -193,7 +192,7 @@ def load(argv, default):
 def read_override(word):
     """(key, value) of a word `--key=value`; `--key` alone sets a switch."""
     name, equals, text = word.lstrip("-").partition("=")
-    kind, value = FIELDS[name].type if name in FIELDS else str, text
+    kind, value = (FIELDS[name].type if name in FIELDS else str), text
     if kind is bool:
         value = {"": True, "true": True, "false": False}.get(text.lower(), text)
     elif kind in (int, float):
@@ -323,7 +322,7 @@ def heads_fit(hidden_size, heads, kv_heads, where=""):
 def conflicts(cfg):
     """Yield (whether some keys contradict each other, the line that explains it)."""
     method, adapts, muon = cfg.method, cfg.method in ADAPTERS, cfg.optimizer == "muon"
-    base, half, fp8 = cfg.base_dtype, cfg.base_dtype != "float32", cfg.matmul == "fp8"
+    base, small, fp8 = cfg.base_dtype, cfg.base_dtype != "float32", cfg.matmul == "fp8"
     restarts, listed = cfg.restart_every or cfg.restart_steps, list(cfg.restart_steps)
     given = f"restart_every {cfg.restart_every}, restart_steps {cfg.restart_steps}"
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
@@ -336,15 +335,15 @@ def conflicts(cfg):
     yield cfg.restart_every and cfg.restart_steps, f"{given}: give one of them"
     yield (listed != sorted({step for step in listed if step > 0}),
            f"restart_steps must rise from 1, got {cfg.restart_steps}")
-    yield restarts and half, f"restarts merge small updates, which base_dtype {base} rounds away"
+    yield restarts and small, f"restarts merge small updates, which base_dtype {base} rounds away"
     yield (cfg.rest_lr and not cfg.train_rest and method != "full",
            f"rest_lr {cfg.rest_lr:g} has no effect with train_rest False: use rest_lr 0")
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
     yield method == "frozen" and not cfg.train_rest, "frozen without train_rest trains nothing"
     yield muon and cfg.restart_keep, f"restart_keep {cfg.restart_keep:g} needs optimizer adamw"
-    yield half and method == "full", "method full freezes nothing: use base_dtype float32"
-    yield half and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
-    yield half and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"
+    yield small and method == "full", "method full freezes nothing: use base_dtype float32"
+    yield small and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
+    yield small and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"
     yield (fp8 or base == "float8") and cfg.shard, "shard has no FP8 products: drop shard or FP8"
     yield (cfg.keep_best and cfg.eval_every % cfg.save_every, "keep_best needs a save at each "
            f"evaluation: eval_every {cfg.eval_every} is no multiple of save_every {cfg.save_every}")
@@ -376,7 +375,7 @@ def schedule_warnings(cfg):
                "followed by warm-up alone")
 
 
-def accumulation(cfg, processes):
+def micro_batch_size(cfg, processes):
     """Sequences per forward pass of each process; the global batch is the same for any number."""
     share, rest = divmod(cfg.batch_size, processes)
     need(not rest, f"batch_size {cfg.batch_size} does not divide among {processes} processes")
@@ -444,7 +443,7 @@ def command_line(main):
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
-        where, text = "" if rank == "0" else f" on rank {rank}", one_line(error)
+        where, text = ("" if rank == "0" else f" on rank {rank}"), one_line(error)
         if isinstance(error, OSError):
             text = error.strerror or text or type(error).__name__
             text += f": {error.filename}" if error.filename is not None else ""

@@ -92,7 +92,7 @@ def documents(sources, make, skip_bad=None):
     """Yield make(row), or LeftOut, of sources [(name, advice on errors, function to yield rows)].
     skip_bad: the percentage of rows that may be unusable; UserError if more are. None: 1 % may lack
     the key, and a row that holds something else than text raises UserError at once."""
-    percent, count, unusable, first = 1 if skip_bad is None else skip_bad, 0, 0, ""
+    percent, count, unusable, first = (1 if skip_bad is None else skip_bad), 0, 0, ""
 
     def check_share():
         need(unusable <= count * percent / 100, f"{unusable:,} of {count:,} rows cannot be used, "
@@ -134,15 +134,15 @@ def text_of(row, key="text"):
 
 # ---- stages: (a function that yields documents, the splits that hold them; see shards.prepare)
 
-def hub_stage(name, words, make, splits, skip_bad=None, config=None, split="train"):
-    """The stage of a dataset on the hub, streamed. words: of a command that reads its files."""
+def hub_stage(name, local, make, splits, skip_bad=None, config=None, split="train"):
+    """The stage of a dataset on the hub, streamed. local: the arguments to read it from files."""
     def rows():
         from datasets import load_dataset  # slow to import, and only preparing needs it
         stream = load_dataset(name, config, split=split, streaming=True)
         for table in stream.with_format("arrow").iter(CHUNK_DOCUMENTS):
             yield from table.to_pylist()
 
-    advice = f"check the network, set HF_ENDPOINT to a mirror, or use files: python data.py {words}"
+    advice = f"check the network, set HF_ENDPOINT to a mirror, or use files: python data.py {local}"
     return partial(documents, [(name, advice, rows)], make, skip_bad), splits
 
 
@@ -182,8 +182,8 @@ def prepare_stdlib(folder="data/stdlib"):
 def prepare_c4(args):
     limits = {"train": args.train_tokens, "val": args.val_tokens}
     request = {"source": "allenai/c4 en"} | {f"{split}_tokens": n for split, n in limits.items()}
-    words = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
-    stages = [hub_stage("allenai/c4", words, text_of, [split], args.skip_bad, "en", hub_split)
+    local = "text c4 c4-train.*.json.gz --val c4-validation.*.json.gz"
+    stages = [hub_stage("allenai/c4", local, text_of, [split], args.skip_bad, "en", hub_split)
               for hub_split, split in (("validation", "val"), ("train", "train"))]
     return prepare("data/c4", tokenizer.load(args.tokenizer), request, stages, limits)
 

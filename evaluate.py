@@ -69,16 +69,17 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
             for prompt, answer, reference in zip(prompts, written, references, strict=True)]
 
 
-def scores(records, style):
+def scores(records, format_name):
     """{"answers": count, "exact", "digits" (format "uuid") or "numbers": shares} of answers()."""
     pairs = [(record["answer"].strip(), record["reference"].strip()) for record in records]
     result = {"answers": len(pairs), "exact": fmean(a == b for a, b in pairs)}
-    if style == "uuid":
+    if format_name == "uuid":
         # of 32 hex digits, at their position; at random 9.8 %: one is always 4, another one of four
         digits = [(a.replace("-", ""), b.replace("-", "")) for a, b in pairs]
         result["digits"] = fmean(sum(map(str.__eq__, a, b)) / len(b) for a, b in digits)
     elif all("####" in b for _, b in pairs):
-        result["numbers"] = fmean(number(a) == number(b) is not None for a, b in pairs)
+        numbers = [(number(a), number(b)) for a, b in pairs]
+        result["numbers"] = fmean(a is not None and a == b for a, b in numbers)
     return result
 
 

@@ -47,13 +47,13 @@ class LowRank(nn.Module):
 
     def compress(self, x):
         """What the gradients need of x: x, (tokens, in), or A x, (tokens, rank), of a frozen A."""
-        x = x[None].flatten(0, -2)  # one vector is an input, too
+        x = x.reshape(-1, x.shape[-1])
         return x if self.A.requires_grad else F.linear(x, self.A.to(x.dtype))
 
     def gradients(self, compressed, dy):
         """[dA, dB] = [scale B^T dy x^T, scale dy (A x)^T], of all tokens; None for a frozen A."""
-        dy, dA, Ax = dy[None].flatten(0, -2), None, compressed
-        if self.A.requires_grad:
+        dy, dA, Ax = dy.reshape(-1, dy.shape[-1]), None, compressed
+        if self.A.requires_grad:  # compressed is x
             Ax, dAx = compressed @ self.A.to(compressed.dtype).T, dy @ self.B.to(dy.dtype)
             dA = (dAx.T @ compressed).to(self.A.dtype) * self.scale
         return [dA, (dy.T @ Ax).to(self.B.dtype) * self.scale]
@@ -96,12 +96,12 @@ class Rescaled(nn.Module):
         return ((scale - 1) * y + scale * self.inner(x)).to(y.dtype)
 
     def compress(self, x):
-        return x[None].flatten(0, -2)  # the gradient of m needs all of it
+        return x.reshape(-1, x.shape[-1])  # the gradient of m needs all of it
 
     def gradients(self, x, dy):
         """[dm, then the inner update's]: dm = sum over tokens of dy (W + dW) x / ||W + dW||, which
         takes one more product of W's size, as in full rank."""
-        dy, merged = dy[None].flatten(0, -2), self.merged()
+        dy, merged = dy.reshape(-1, dy.shape[-1]), self.merged()
         norms = row_norms(merged)
         dm = (dy * F.linear(x, merged.to(x.dtype))).sum(0, dtype=norms.dtype) / norms
         scaled_dy = (dy * (self.magnitude / norms)).to(dy.dtype)

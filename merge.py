@@ -74,7 +74,7 @@ def main(argv):
     need(args.target or not args.as_lora, "--as_lora needs a TARGET folder: name one")
     model, tok, folder = checkpoint.load(args.checkpoint, args.base, args.best)
     run = folder.resolve().parent
-    run = run.parent if (run / "state.json").exists() else run  # a run removes its old steps
+    run = run.parent if (run / "state.json").exists() else run  # not in a step: it may be removed
     target, dtype = args.target or run / "merged", getattr(torch, args.dtype)
     base = (folder / "base").resolve()
     with written_whole(target) as new:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
-LARGEST = 448.0  # number of e4m3
-ROOM = 32.0      # LARGEST * scale over the largest weight, at least, when an FP8 scale is set
-TIGHT = 4.0      # a scale is renewed when less room than this is left
+E4M3_MAX = 448.0  # the largest number of e4m3
+ROOM = 32.0       # E4M3_MAX * scale over the largest weight, at least, when an FP8 scale is set
+TIGHT = 4.0       # a scale is renewed when less room than this is left
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Linear(nn.Linear):
 def rope(first, length, cfg, device):
     """Cosines and sines, (length, Dh), float32, of the angles of positions first, first + 1, ..."""
     even = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32)
-    frequencies = cfg.rope_theta ** (-even / cfg.head_dim)
-    if cfg.rope_scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
-        low, high = (cfg.rope_scaling[f"{end}_freq_factor"] for end in ("low", "high"))
-        turns = frequencies * cfg.rope_scaling["original_max_position_embeddings"] / (2 * torch.pi)
+    frequencies, scaling = cfg.rope_theta ** (-even / cfg.head_dim), cfg.rope_scaling
+    if scaling:  # LLaMA-3: slow frequencies are divided by `factor`, others less or not
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * torch.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (share + (1 - share) / cfg.rope_scaling["factor"])
+        frequencies = frequencies * (share + (1 - share) / scaling["factor"])
     positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angles = (positions[:, None] * frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -170,11 +170,11 @@ class Llama(nn.Module):
         if seed is None:
             return
         generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
+        for name, parameter in self.named_parameters():
             is_residual = residual_init and ("o_proj" in name or "down_proj" in name)
             std = 0.02 / (2 * cfg.num_hidden_layers) ** 0.5 if is_residual else 0.02
-            if weight.ndim == 2:
-                nn.init.normal_(weight, 0.0, std, generator=generator)
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
 
     def forward(self, ids, targets=None, cache=None):
         """Return logits (B, T, V) in float32 of ids (B, T), or the mean cross-entropy in nats of
@@ -195,7 +195,7 @@ class Llama(nn.Module):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache[i] if cache is not None else None)
+                x = block(x, cos, sin, cache[i] if cache else None)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -249,7 +249,7 @@ def softmax_gradient(logits, targets, vocab_size, scale):
     return loss, gradient.to(logits.dtype)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):  # chunks: of the N positions, as indices
     @staticmethod
     def forward(ctx, x, weight, targets, chunks, kernel):
         w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))
@@ -265,7 +265,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(dw, gradient.T, rows, out_dtype=dw.dtype, out=dw)
             elif dw is not None:
                 dw += gradient.T @ rows
-        ctx.gradients = dx, None if dw is None else dw[:len(weight)]
+        ctx.gradients = dx, (None if dw is None else dw[:len(weight)])
         return loss * scale
 
     @staticmethod
@@ -297,7 +297,6 @@ def cross_entropy(x, weight, targets, kernel=softmax_gradient):
 # Gradients of weights and evaluation use the computation's dtype; checkpoints hold float32.
 # A weight that outgrows its scale is not clipped but becomes NaN: train.py renews scales earlier.
 
-
 class Float8Products(nn.Module):
     """The two large products of one layer. Compiled code keeps W in e4m3 between them."""
 
@@ -312,7 +311,7 @@ class Float8Products(nn.Module):
     def y(self, x, weight):
         """x W^T in x's dtype, (..., m): x (..., n), W (m, n)."""
         scaled = weight / self.scale
-        scaled = torch.where(scaled.abs() <= LARGEST, scaled, torch.nan)
+        scaled = torch.where(scaled.abs() <= E4M3_MAX, scaled, torch.nan)
         return multiply_fp8(x, scaled.to(torch.float8_e4m3fn), self.scale.expand(1, len(weight)))
 
     def dx(self, dy, weight):
@@ -326,14 +325,14 @@ class Float8Base(Float8Products):
         return multiply_fp8(x, weight, self.scale)
 
     def dx(self, dy, weight):
-        scale_of_1 = self.scale.new_ones(1, weight.shape[1])
-        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), scale_of_1)
+        ones = self.scale.new_ones(1, weight.shape[1])  # dy takes W's scales: they are per output
+        return multiply_fp8(dy * self.scale.to(dy.dtype), weight.T.contiguous(), ones)
 
 
 def quantize_rows(x):
     """(x / scale in e4m3, scale (rows, 1) in float32) of x (rows, columns)."""
     x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -386,8 +385,8 @@ def keep_in_fp8(model):
     Layers whose sizes are no multiples of 16 keep their weights."""
     for layer in block_linears(model).values():
         if hasattr(layer, "merged") and all(size % 16 == 0 for size in layer.weight.shape):
-            rounded, scale = quantize_rows(layer.weight)
-            layer.weight.data, layer.products = rounded, Float8Base(scale.T)
+            layer.weight.data, scale = quantize_rows(layer.weight)
+            layer.products = Float8Base(scale.T)
 
 
 @torch.no_grad()
@@ -400,9 +399,9 @@ def fit_scales(model, only_if_tight=False):
         largest.append(weight.abs().max())
     numbers = torch.stack([*scales.values(), *largest]).view(2, -1).T.tolist() if scales else []
     for scale, (before, entry) in zip(scales.values(), numbers, strict=True):  # synchronized once
-        is_tight = entry * TIGHT > LARGEST * before
+        is_tight = entry * TIGHT > E4M3_MAX * before
         if math.isfinite(entry) and (is_tight or not only_if_tight):
-            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / LARGEST)))
+            scale.fill_(2.0 ** math.ceil(math.log2(max(entry, 1e-2) * ROOM / E4M3_MAX)))
 
 
 def kernel_choices():

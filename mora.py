@@ -250,8 +250,7 @@ class Mixed(Square):
         return self.low_rank.compress(x)  # x itself: A's gradient needs it
 
     def gradients(self, x, dy):
-        square = super().gradients(super().compress(x), dy)
-        return [*square, *self.low_rank.gradients(x, dy)]
+        return super().gradients(super().compress(x), dy) + self.low_rank.gradients(x, dy)
 
     def delta(self):
         return super().delta() + self.low_rank.delta()
@@ -275,8 +274,8 @@ class MergedLinear(torch.autograd.Function):
         compressed = update.compress(x)
         merged = weight + delta_of(update, x.device, x.dtype)
         if products is None:
-            weight = merged = merged.to(x.dtype)
-        ctx.save_for_backward(compressed, weight)
+            merged = merged.to(x.dtype)
+        ctx.save_for_backward(compressed, merged if products is None else weight)
         return F.linear(x, merged) if products is None else products.y(x, merged)
 
     @staticmethod
@@ -285,12 +284,12 @@ class MergedLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or any(now is not before for now, before in own):
             raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
                                "create_graph=True or functional_call set layer.merges = False")
-        compressed, weight = ctx.saved_tensors
+        compressed, matrix = ctx.saved_tensors  # matrix: W + dW, or W for FP8
         products, update = ctx.products, ctx.update
         if products is None:
-            dx = dy @ weight
+            dx = dy @ matrix
         else:
-            dx = products.dx(dy, weight + delta_of(update, dy.device, dy.dtype))
+            dx = products.dx(dy, matrix + delta_of(update, dy.device, dy.dtype))
         return dx, None, None, None, *update.gradients(compressed, dy)
 
 
@@ -526,10 +525,12 @@ def find_targets(model, targets):
         if hasattr(model, "get_output_embeddings"):
             head = model.get_output_embeddings()
         linears = {name: m for name, m in linears.items() if m is not head}
-    for target in [targets] if isinstance(targets, str) else targets or [""]:  # none: an error
-        pattern = rf"(.*\.)?{re.escape(target)}"
-        if isinstance(targets, str):
-            pattern = ".*" if targets == "all-linear" else f"{pattern}|{targets}"
+        patterns = {targets: ".*"}
+    elif isinstance(targets, str):
+        patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
+    else:  # no target is an error, as one that matches nothing
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or [""]}
+    for target, pattern in patterns.items():
         try:
             matched = {name for name in linears if re.fullmatch(pattern, name)}
         except (re.error, OverflowError, RecursionError) as error:
@@ -623,7 +624,7 @@ def merged_weights(model):
 def save_pretrained_merged(model):
     """Let `save_pretrained` write merged weights: from_pretrained would ignore the updates."""
     if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_merged, model)
+        model.save_pretrained = functools.partial(_save_merged, model)  # a deepcopy gets its own
 
 
 def _save_merged(model, folder, *, state_dict=None, **options):

@@ -20,12 +20,12 @@ BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at 
 def learning_rate(step, cfg):
     """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr;
     after a restart a short linear warm-up from near 0 back to that curve (ReLoRA's schedule)."""
-    (_, restarted), rise = cfg.cycle(step), 1.0
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
+    rise, restarted = 1.0, cfg.cycle(step)[1]
     if restarted and step - restarted < cfg.restart_warmup:
         rise = (step - restarted + 1) / cfg.restart_warmup
-        step = restarted + cfg.restart_warmup
+        step = restarted + cfg.restart_warmup  # the line ends where the curve goes on
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     curve = 1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return cfg.lr * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * curve)
@@ -48,7 +48,7 @@ def build_optimizer(cfg, model, device):
                     "muon": uses_muon and not is_rest and not is_vector}
         key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
-    return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,
+    return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,  # optimizer.pt's order
                      betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
 
 

@@ -93,8 +93,8 @@ def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too
     template = own_template or ROW_FORMATS[format_name][2]
     facts = {"kind": "samples", "format": request.get("format", format_name), "template": template}
     encode_rows = partial(encode, format_name=format_name, seq_len=seq_len, too_long=too_long)
-    request |= {"seq_len": seq_len, "long": too_long,
-                "template": zlib.crc32(f"{template}{tok.special_tokens}{tok.eos_id}".encode())}
+    request = {**request, "seq_len": seq_len, "long": too_long,
+               "template": zlib.crc32(f"{template}{tok.special_tokens}{tok.eos_id}".encode())}
     return shards.prepare(folder, tok, request, stages, encode=encode_rows, facts=facts)
 
 

@@ -32,7 +32,7 @@ SHARD_TOKENS = 2 ** 26  # 128 MiB of uint16; a kill loses at most the work of on
 CHUNK_DOCUMENTS = 256   # documents that one worker encodes at a time
 LEARNED = 1 << 31       # flag of a sample's word: the token is learned
 FIRST = 1 << 30         # flag of a sample's word: the token is the first one of its sample
-ALIGNED = 8             # rows of samples are padded to a multiple of it
+PAD_TO = 8              # rows of samples are padded to a multiple of it
 
 # counters of a split beside tokens, documents and bytes, and their names in a summary
 COUNTERS = {"learned": "learned tokens", "longest": "tokens in the longest", "dropped": "dropped",
@@ -69,7 +69,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
     stages: [(read, into)]: read() yields documents, always in the same order, into the splits of
     these names; no name: every 100th is validation. limits: {split: tokens}, 0: none. encode(tok,
     document): (words uint32, counters), words None: left out. facts: more keys of the manifest."""
-    folder, dtype = Path(folder), "uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16"
+    folder, dtype = Path(folder), ("uint32" if facts or tok.vocab_size > 2 ** 16 else "uint16")
     manifest = {"kind": "text", **(facts or {}), "request": request | {"tokenizer": tok.name},
                 "tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": dtype}
     with lock(folder, "data preparation"):
@@ -238,7 +238,7 @@ def intact(condition, path, reason):
 
 def summary(manifest):
     """One line: what a prepared corpus holds, and how fast it was prepared."""
-    documents, clauses = "documents" if manifest["kind"] == "text" else "samples", []
+    clauses, documents = [], ("documents" if manifest["kind"] == "text" else "samples")
     for split, totals in manifest["splits"].items():
         if any(totals.values()):
             counts = "".join(f", {totals[counter]:,} {name}" for counter, name in COUNTERS.items()
@@ -347,7 +347,7 @@ class Samples(Tokens):
     def rows(self, which, seq_len, count=0):
         """(inputs, targets) of some samples, each (max(samples, count), padded length) int64.
         Targets are -100 where nothing is learned, in the padding, and in rows without a sample."""
-        length = self.padded(self.lengths[which].max(initial=2), seq_len)
+        length = self.padded_length(self.lengths[which].max(initial=2), seq_len)
         inputs = torch.zeros((max(count, len(which)), length), dtype=torch.int64)
         targets = torch.full_like(inputs, -100)
         for row, i in enumerate(which):
@@ -356,10 +356,10 @@ class Samples(Tokens):
             targets[row, :len(ids) - 1] = ids.where(learned, -100)[1:]
         return inputs, targets
 
-    def padded(self, longest, seq_len):
+    def padded_length(self, longest, seq_len):
         """The length of rows whose longest sample has so many tokens, for numbers and arrays."""
         # inputs lack a sample's last token
-        return np.minimum(-(-(longest - 1) // ALIGNED) * ALIGNED, seq_len)
+        return np.minimum(-(-(longest - 1) // PAD_TO) * PAD_TO, seq_len)
 
     def must_fit(self, seq_len):
         """Raise UserError if a sample is longer than seq_len."""

@@ -53,17 +53,17 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest, cycle = check_run_folder(cfg, rank)
-    losses = None if newest else first_losses(model, batches)
-    optimizer = prepare_model(cfg, model, device, cycle, losses)
+    group_losses = None if newest else first_losses(model, batches)
+    optimizer = prepare_model(cfg, model, device, cycle, group_losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
     signals, stopping = stop_on_signal(), False
-    numbers, clock = [], time.time()  # (loss, gradient norm) of the steps since the last log line
+    numbers, started = [], time.time()  # (loss, gradient norm) of the steps since the last log line
 
     # one round more than there are steps, so that the last save and evaluation are ordinary ones
     for step in range(first_step, cfg.steps + 1):
-        last, pause, scores = step == cfg.steps, time.time(), {}
+        last, paused, scores = step == cfg.steps, time.time(), {}
         if last or step % cfg.eval_every == 0 and (cfg.keep_best or not stopping):
             checkpoint.must_be_finite(model.state_dict(), checkpoint.diverged, cfg, step)
             scores = perplexity(model, val_tokens, cfg.seq_len, batches.micro_batch, rank, world,
@@ -80,7 +80,7 @@ def train(cfg):
             report = mora.restart(model, optimizer, cycle, cfg.seed, cfg.restart_keep)
             log.restart(step, cycle, report)
             fit_scales(model)
-        clock += time.time() - pause
+        started += time.time() - paused  # so that tokens/s are those of training alone
 
         if cfg.dropout:  # masks are a function of the step, so a resumed run draws the same
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
@@ -93,8 +93,8 @@ def train(cfg):
         if (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps
                 or world == 1 and signals):
             losses, norms, stopping = agree(numbers, bool(signals), world, done, cfg)
-            log.steps(done, losses, norms, rate, time.time() - clock, batches)
-            numbers, clock = [], time.time()
+            log.steps(done, losses, norms, rate, time.time() - started, batches)
+            numbers, started = [], time.time()
     log.close(step, stopping, tokens.manifest["kind"])
     return model
 
@@ -104,7 +104,7 @@ def join_processes(cfg):
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
-    kind = cfg.device.replace("auto", "cuda" if gpus else "mps" if mps else "cpu")
+    kind = cfg.device.replace("auto", "cuda" if gpus else ("mps" if mps else "cpu"))
     need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")
     device, gpu = torch.device(kind), None
     if kind == "cuda":
@@ -129,12 +129,12 @@ def open_data(cfg, rank, world):
 
 def make_batches(cfg, tokens, device, rank, world):
     """Return (cfg with epochs turned into steps, batches); print what is odd in the schedule."""
-    micro_batch = config.accumulation(cfg, world)
+    micro_batch = config.micro_batch_size(cfg, world)
     kind = SampleBatches if isinstance(tokens, Samples) else Batches
     batches = kind(tokens, cfg.seed, cfg.seq_len, cfg.batch_size, micro_batch, device, rank, world)
     if cfg.epochs:
         cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * batches.steps_per_epoch)))
-    for note in config.schedule_warnings(cfg) if rank == 0 else ():
+    for note in (config.schedule_warnings(cfg) if rank == 0 else ()):
         print(f"note: {note}")
     return cfg, batches
 
@@ -161,8 +161,8 @@ def build_model(cfg, tokens):
 
 def check_run_folder(cfg, rank):
     """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
-    for leftover in Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ():
-        shutil.rmtree(leftover)  # of a process that was killed while it saved
+    for leftover in (Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ()):
+        shutil.rmtree(leftover)  # .writing-, .removing-: of a process that was killed
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
         need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "
@@ -243,16 +243,16 @@ def data_parallel(model):
     return DistributedDataParallel(model)
 
 
-def agree(numbers, stop_requested, world, step, cfg):
-    """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to `step`: means of
-    all ranks, equal on all. Raises UserError for a number that is not finite."""
+def agree(numbers, stop_requested, world, done, cfg):
+    """Return (losses, norms, stop?) of [tensor (loss, norm)] of the steps up to number `done`:
+    means of all ranks, equal on all. Raises UserError for a number that is not finite."""
     rows = torch.stack([*numbers, torch.full_like(numbers[0], float(stop_requested))])
     if world > 1:
         dist.all_reduce(rows)
     *pairs, (stopping, _) = (rows / world).tolist()
-    for i, (loss, norm) in enumerate(pairs, step - len(pairs) + 1):
+    for step, (loss, norm) in enumerate(pairs, done - len(pairs) + 1):
         if not math.isfinite(loss + norm):
-            raise checkpoint.diverged(cfg, i, f"loss {loss}, gradient norm {norm}")
+            raise checkpoint.diverged(cfg, step, f"loss {loss}, gradient norm {norm}")
     return *zip(*pairs, strict=True), stopping > 0
 
 
@@ -329,7 +329,7 @@ class Log:
 
     def steps(self, done, losses, norms, rate, seconds, batches):
         """Log the steps since the last line; `done` is how many the run has taken."""
-        speed = sum(batches.count_tokens(done - 1 - i) for i in range(len(losses))) / seconds
+        speed = sum(map(batches.count_tokens, range(done - len(losses), done))) / seconds
         left = datetime.timedelta(seconds=int((self.cfg.steps - done) * seconds / len(losses)))
         mean = sum(losses) / len(losses)
         self(done, f"loss {mean:.4f}   lr {rate:.2e}   norm {norms[-1]:.2f}   "
@@ -346,7 +346,7 @@ class Log:
             raise SystemExit(130)
         print("\ndone; next:")
         model = self.cfg.out
-        if self.cfg.method in ("lora", "mora"):
+        if self.cfg.method in config.ADAPTERS:
             print(f"  python merge.py {model}")
             model += "/merged"
         if data_kind == "samples":
@@ -370,7 +370,7 @@ def tracker(cfg, settings):
 
 
 def main(argv):
-    cfg = config.load(argv, default=Path(__file__).parent / "configs" / "tiny_mora.py")
+    cfg = config.load(argv, default=config.ROOT / "configs" / "tiny_mora.py")
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         with config.lock(cfg.out, "the run") if is_first else contextlib.nullcontext():

@@ -13,11 +13,11 @@ import mora
 from config import (
     Config,
     UserError,
-    accumulation,
     check,
     experiments_text,
     help_text,
     load,
+    micro_batch_size,
     read_file,
     schedule_warnings,
 )
@@ -52,7 +52,7 @@ def test_every_experiment_loads(name, variant):
     cfg = shipped(name, *([variant] if variant else []))
     assert cfg.out == (f"out/{name}_{variant}" if variant else f"out/{name}")
     for processes in (1, 8):
-        assert cfg.batch_size % (accumulation(cfg, processes) * processes) == 0
+        assert cfg.batch_size % (micro_batch_size(cfg, processes) * processes) == 0
 
 
 def test_the_papers_ten_experiments_are_there():
@@ -362,12 +362,12 @@ def test_no_pretraining_config_is_noted_as_it_stands(name):
 
 
 def test_batch_must_divide():
-    assert accumulation(Config(batch_size=64, micro_batch=4), 8) == 4
-    assert accumulation(Config(batch_size=64), 8) == 8
+    assert micro_batch_size(Config(batch_size=64, micro_batch=4), 8) == 4
+    assert micro_batch_size(Config(batch_size=64), 8) == 8
     with pytest.raises(UserError, match="batch_size 64 does not divide among 3"):
-        accumulation(Config(batch_size=64), 3)
+        micro_batch_size(Config(batch_size=64), 3)
     with pytest.raises(UserError, match="8 sequences each, which micro_batch 3"):
-        accumulation(Config(batch_size=64, micro_batch=3), 8)
+        micro_batch_size(Config(batch_size=64, micro_batch=3), 8)
 
 
 def test_a_mistake_ends_with_status_2_and_no_traceback(tmp_path):
