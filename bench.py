@@ -143,8 +143,8 @@ def run_child(argv, name, processes):
                           env={"OMP_NUM_THREADS": "8", **os.environ})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    reason = done.stderr.strip() or f"exit status {done.returncode}"
-    print(f"{name:16} failed: {reason.splitlines()[-1]}")
+    lines = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()]
+    print(f"{name:16} failed:", next((x for x in lines if x.startswith("error")), lines[-1]))
     return None
 
 
