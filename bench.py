@@ -155,11 +155,9 @@ def compare(args, argv):
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    prefix = f"ddp{args.processes}." if args.processes > 1 else ""
-    full = math.nan
+    full, prefix = math.nan, f"ddp{args.processes}." if args.processes > 1 else ""
     for name in args.methods.split(","):
-        row = run_child(argv, name, args.processes)
-        if row is None:
+        if not (row := run_child(argv, name, args.processes)):
             continue
         full = row["tokens_per_s"] if name == "full" else full
         shown = row | {"to_full": row["tokens_per_s"] / full}
@@ -189,10 +187,7 @@ def main(argv):
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    if args.child:
-        measure(args)
-    else:
-        compare(args, argv)
+    return measure(args) if args.child else compare(args, argv)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest, cycle = check_run_folder(cfg, rank)
+    if world > 1:  # machines with folders of their own would train on other steps or tokens
+        every = [None] * world
+        dist.all_gather_object(every, (cfg, str(newest), fingerprint(cfg.data)))
+        need(len({*every}) == 1, "the processes differ in their keys, in the newest checkpoint in "
+             f"{cfg.out} or in the tokens in {cfg.data}: all machines must share these folders")
     losses = None if newest else first_losses(model, batches)
     optimizer = prepare_model(cfg, model, device, cycle, losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0

@@ -224,6 +224,19 @@ def test_a_signal_to_one_rank_stops_all_together(group, config):
     assert f"stopped and saved at step {number}:" in outputs[0]
 
 
+def test_machines_that_share_no_folder_do_not_resume(group, config):
+    """One of them has no checkpoint and would start again at step 0."""
+    for rank in "01":
+        (config.parent / rank).mkdir()
+    move = f"import os\nos.chdir({str(config.parent)!r} + '/' + os.environ['RANK'])\nout = 'run'\n"
+    config.write_text(config.read_text() + move)
+    assert finish(group(2, "--steps=10"))[0] == [0, 0]
+    codes, outputs = finish(group(2, "--resume"))
+    assert codes == [2, 2]
+    for output in outputs:
+        assert output.count("error") == 1 and "the processes differ in" in output
+
+
 def test_workers_of_a_dead_launcher(run, group):
     """They go on, so a second run is refused; when one of them dies, the other tells it."""
     out = run("--steps=10")
