@@ -282,7 +282,7 @@ def header(cfg, model, device, world, first_step, batches):
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
             "python": platform.python_version(), "processes": world, "device": name,
-            "micro_batch": batches.micro_batch,
+            "micro_batch": batches.micro_batch, "passes": cfg.steps / batches.steps_per_epoch,
             "accumulate": cfg.batch_size // (world * batches.micro_batch),
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -309,7 +309,7 @@ class Log:
         print(f"{cfg.out}: {', '.join(changed)}")
         print("{trainable_parameters:,} of {parameters:,} parameters train on {processes} x "
               "{device}, {dtype}; a step is {step_is} in {accumulate} x {micro_batch} sequences "
-              "per process".format(**head))
+              "per process; {passes:.3g} passes over the data".format(**head))
         if cfg.matmul == "fp8" or cfg.base_dtype == "float8":
             print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
                   .format(**head))

@@ -365,6 +365,12 @@ def test_a_run_that_starts_again_starts_its_log_again(run):
     assert max(line.get("step", 0) for line in lines) == 2
 
 
+def test_a_run_tells_how_often_it_reads_its_data(run, corpus, capsys):
+    run("--steps=5")
+    windows = (len(data.open_split(corpus, "train")) - 1) // 16
+    assert f"; {5 * 8 / windows:.3g} passes over the data\n" in capsys.readouterr().out
+
+
 def test_a_resume_tells_which_keys_changed(run, capsys):
     """Apart from those that may not: a forgotten --steps or --lr would be another experiment."""
     run("--steps=4", "--lr=1e-3")
