@@ -143,8 +143,8 @@ def run_child(argv, name, processes):
                           env={"OMP_NUM_THREADS": "8", **os.environ})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    reason = done.stderr.strip() or f"exit status {done.returncode}"
-    print(f"{name:16} failed: {reason.splitlines()[-1]}")
+    lines = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()]
+    print(f"{name:16} failed:", next((x for x in lines if x.startswith("error")), lines[-1]))
     return None
 
 
@@ -155,11 +155,9 @@ def compare(args, argv):
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    prefix = f"ddp{args.processes}." if args.processes > 1 else ""
-    full = math.nan
+    full, prefix = math.nan, f"ddp{args.processes}." if args.processes > 1 else ""
     for name in args.methods.split(","):
-        row = run_child(argv, name, args.processes)
-        if row is None:
+        if not (row := run_child(argv, name, args.processes)):
             continue
         full = row["tokens_per_s"] if name == "full" else full
         shown = row | {"to_full": row["tokens_per_s"] / full}
@@ -189,10 +187,7 @@ def main(argv):
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    if args.child:
-        measure(args)
-    else:
-        compare(args, argv)
+    return measure(args) if args.child else compare(args, argv)
 
 
 if __name__ == "__main__":

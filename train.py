@@ -53,6 +53,11 @@ def train(cfg):
     # the model, new or as the newest checkpoint left it
     cfg, model = build_model(cfg, tokens)
     newest, cycle = check_run_folder(cfg, rank)
+    if world > 1:  # machines with folders of their own would train on other steps or tokens
+        mine, all_of_them = (cfg, str(newest), fingerprint(cfg.data)), [None] * world
+        dist.all_gather_object(all_of_them, mine)
+        need(len({*all_of_them}) == 1, f"the processes differ in their keys, in the newest "
+             f"checkpoint in {cfg.out} or in the tokens in {cfg.data}: share these folders")
     group_losses = None if newest else first_losses(model, batches)
     optimizer = prepare_model(cfg, model, device, cycle, group_losses)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
@@ -277,7 +282,7 @@ def header(cfg, model, device, world, first_step, batches):
     return {"config": dataclasses.asdict(cfg), "start": first_step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": torch.__version__,
             "python": platform.python_version(), "processes": world, "device": name,
-            "micro_batch": batches.micro_batch,
+            "micro_batch": batches.micro_batch, "passes": cfg.steps / batches.steps_per_epoch,
             "accumulate": cfg.batch_size // (world * batches.micro_batch),
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -304,7 +309,7 @@ class Log:
         print(f"{cfg.out}: {', '.join(changed)}")
         print("{trainable_parameters:,} of {parameters:,} parameters train on {processes} x "
               "{device}, {dtype}; a step is {step_is} in {accumulate} x {micro_batch} sequences "
-              "per process".format(**head))
+              "per process; {passes:.3g} passes over the data".format(**head))
         if cfg.matmul == "fp8" or cfg.base_dtype == "float8":
             print("{fp8_layers} of {linear_layers} linear layers of the blocks run in FP8"
                   .format(**head))

@@ -58,6 +58,13 @@ def test_a_method_that_fails_is_named_and_has_no_numbers(tmp_path, monkeypatch, 
                                        "['--shape=tiny', '--child=mora']\n")
 
 
+def test_the_reason_is_the_error_of_the_process_not_the_last_line_of_torchrun(monkeypatch, capsys):
+    done = bench.subprocess.CompletedProcess([], 1, "", "note\nerror: no memory\nTraceback\n====\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *words, **options: done)
+    assert bench.run_child([], "mora", 2) is None
+    assert capsys.readouterr().out == "mora             failed: error: no memory\n"
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(UserError, match="unknown method 'moar': choose from full, "):
         bench.main(["--methods=full,moar"])

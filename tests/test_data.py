@@ -87,7 +87,7 @@ def test_mistakes_on_the_command_line_are_named(files, words, message):
 
 def test_another_corpus_is_not_overwritten(files):
     data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
-    with pytest.raises(UserError, match="holds another corpus"):
+    with pytest.raises(UserError, match="holds another corpus .*: remove it or rename it$"):
         data.main(["text", "one", "a.jsonl", "b.json.gz", "--tokenizer=bytes"])
 
 

@@ -224,6 +224,19 @@ def test_a_signal_to_one_rank_stops_all_together(group, config):
     assert f"stopped and saved at step {number}:" in outputs[0]
 
 
+def test_machines_that_share_no_folder_do_not_resume(group, config):
+    """One of them has no checkpoint and would start again at step 0."""
+    for rank in "01":
+        (config.parent / rank).mkdir()
+    move = f"import os\nos.chdir({str(config.parent)!r} + '/' + os.environ['RANK'])\nout = 'run'\n"
+    config.write_text(config.read_text() + move)
+    assert finish(group(2, "--steps=10"))[0] == [0, 0]
+    codes, outputs = finish(group(2, "--resume"))
+    assert codes == [2, 2]
+    for output in outputs:
+        assert output.count("error") == 1 and "the processes differ in" in output
+
+
 def test_workers_of_a_dead_launcher(run, group):
     """They go on, so a second run is refused; when one of them dies, the other tells it."""
     out = run("--steps=10")
@@ -350,6 +363,12 @@ def test_a_run_that_starts_again_starts_its_log_again(run):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert ["config" in line for line in lines].count(True) == 1
     assert max(line.get("step", 0) for line in lines) == 2
+
+
+def test_a_run_tells_how_often_it_reads_its_data(run, corpus, capsys):
+    run("--steps=5")
+    windows = (len(data.open_split(corpus, "train")) - 1) // 16
+    assert f"; {5 * 8 / windows:.3g} passes over the data\n" in capsys.readouterr().out
 
 
 def test_a_resume_tells_which_keys_changed(run, capsys):
