@@ -89,7 +89,7 @@ def main(argv):
             checkpoint.write_hugging_face(new, weights, merged, tok, model.trained_seq_len)
             if tok:
                 tok.export_files(new)
-            text = f"a Hugging Face directory; largest difference of the logits {difference:.2g}"
+            text = f"a Hugging Face directory; difference of the logits {difference:.2g} in float32"
             if (folder / "base").is_symlink():
                 text += f"; the update was added to the weights of {base}, not to their float8 copy"
     print(f"wrote {target}: {text}")
