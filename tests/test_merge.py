@@ -267,7 +267,7 @@ def test_readme_commands_run(call):
     merging, sampling = (line.strip() for line in output.splitlines() if "  python" in line)
     evaluating = "python evaluate.py out/tiny_mora data/stdlib"
     assert {merging, sampling, evaluating} <= set(listed)
-    assert "largest difference" in call(merging)
+    assert "difference of the logits" in call(merging)
     assert "tokens/s" in call(sampling, "--max_new_tokens=5")
     assert "bits_per_byte" in call(evaluating, "--tokens=2000")
 
