@@ -229,6 +229,22 @@ def work(path, out, deadline):
             own.append((trained_steps(line), time.time() - started))
 
 
+def end_last_line(path):
+    """Give the last line the newline that it lacks, or cut it off if it is half a line. The other
+    lines are not written anew: a crash would lose them."""
+    text = path.read_bytes()
+    last = text.rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        os.truncate(path, len(text) - len(last))
+    else:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
 def stop(workers):
     """End the workers and this process. They have sessions of their own, so that a signal to the
     sweep's group reaches them through here alone. One that trains saves its run; one between two
@@ -258,8 +274,8 @@ def main():
     shutil.rmtree(args.out / "claims", ignore_errors=True)  # those of an earlier start
     (args.out / "claims").mkdir(parents=True)
     done = args.plan.with_name("sweep.jsonl")
-    if done.exists() and not done.read_bytes().endswith(b"\n"):  # an editor's, or half a line
-        done.write_text("".join(json.dumps(line) + "\n" for line in rates.read(done).values()))
+    if done.exists():
+        end_last_line(done)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else range(args.gpus)
     workers, deadline = [], time.time() + args.seconds

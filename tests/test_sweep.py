@@ -501,3 +501,16 @@ def test_a_last_line_without_a_newline_counts_if_it_is_whole(tmp_path, last, nam
     path = tmp_path / "sweep.jsonl"
     path.write_text('{"name": "a"}\n' + last)
     assert rates.read(path) == {name: {"name": name} for name in names}
+
+
+@pytest.mark.parametrize("last, kept", [(b'{"name": "c"}', b'{"name": "c"}\n'),
+                                        (b'{"name": "c", "lo', b""), (b"", b"")])
+def test_a_start_after_a_crash_changes_no_line_but_half_a_last_one(sweeping, last, kept):
+    """Written anew, the file would lose all lines in a second crash, and repeated names at once."""
+    sweeping.write("")
+    path, before = sweeping.plan.with_name("sweep.jsonl"), b'{"name":"a"}\n{"name": "a"}\n'
+    path.write_bytes(before + last)
+    inode = path.stat().st_ino
+    done = subprocess.run([sys.executable, sweep.__file__, sweeping.plan, sweeping.out], timeout=30)
+    assert done.returncode == 0
+    assert path.read_bytes() == before + kept and path.stat().st_ino == inode
