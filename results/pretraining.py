@@ -83,8 +83,10 @@ def of_seeds(runs, suffix=""):
     if len(runs) > 1:
         numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
     numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0]),
-                "tokens_per_s": round(min(run["tokens_per_s"] for run in runs)),
-                "peak_gib": round(median(run["peak_gib"] for run in runs), 2)}
+                "tokens_per_s": round(min(run["tokens_per_s"] for run in runs))}
+    peaks = [run["peak_gib"] for run in runs if "peak_gib" in run]  # a resumed run has none
+    if peaks:
+        numbers["peak_gib"] = round(median(peaks), 2)
     spectra = [run["spectrum"] for run in runs if "spectrum" in run]
     if spectra:
         for key in ("singular_above_0.1", "rank"):

@@ -13,8 +13,8 @@ A worker reads the plan before each run, since RUNS may depend on sweep.jsonl an
 while other workers' runs may make the plan grow. No run starts that would end after --seconds, by
 the times of earlier runs; one that is longer than all of them may end later. A stopped sweep can be
 started again. It continues runs from their checkpoints in OUT/runs, those of a plan with PREPARE
-only if it says RESUMES = True; the "seconds" of such a run are those of its last part. Logs:
-OUT/*.log.
+only if it says RESUMES = True; such a run has "resumed" in its line, and no "seconds" and no
+"peak_gib". Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -100,15 +100,24 @@ def record(name, folder, extra):
     """Return the numbers of a finished run, from its log.jsonl, as a dict."""
     head, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     head["config"]["out"] = name  # not a path of the machine
-    # a resumed run repeats steps: the later line of a step counts
-    steps = list({line["step"]: line for line in lines if "loss" in line}.values())
-    scores = list({line["step"]: line for line in lines if "val_ppl" in line}.values())
+    # a resumed run repeats steps, maybe on another card: the later line of a step counts
+    device, steps, scores = head["device"], {}, {}
+    for line in lines:
+        device = line.get("device", device)
+        if "loss" in line:
+            steps[line["step"]] = line | {"device": device}
+        elif "val_ppl" in line:
+            scores[line["step"]] = line
+    steps, scores = [*steps.values()], [*scores.values()]
+    device = steps[-1]["device"]
+    speeds = [line["tokens_per_s"] for line in steps if line["device"] == device]
     return {"name": name, "val_ppl": scores[-1]["val_ppl"], "val_loss": scores[-1]["val_loss"],
             "bits_per_byte": scores[-1]["val_bits_per_byte"], **extra,
-            "tokens_per_s": statistics.median_high(line["tokens_per_s"] for line in steps),
+            "tokens_per_s": statistics.median_high(speeds),
             "losses": [[line["step"], round(line["loss"], 4)] for line in steps],
             "val_losses": [[line["step"], round(line["val_loss"], 4)] for line in scores],
-            **{key: head[key] for key in ("trainable_parameters", "device", "torch", "config")}}
+            **{key: head[key] for key in ("trainable_parameters", "torch", "config")},
+            "device": device}
 
 
 def run_one(name, words, folders, out, spectra=True):
@@ -121,23 +130,25 @@ def run_one(name, words, folders, out, spectra=True):
     from evaluate import perplexity
     from shards import open_split
     torch.compiler.reset()
-    folder, started = out / "runs" / name, time.time()
+    folder, started, extra = out / "runs" / name, time.time(), {}
     words = [*words, f"--out={folder}"]
     if checkpoint.steps_of(folder):  # an earlier start of the sweep was stopped in this run
         words.append("--resume")
+        extra["resumed"] = True  # its seconds and its peak would be those of the last part
     else:
         shutil.rmtree(folder, ignore_errors=True)
     cfg = load(words, None)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model = train.train(cfg)
-    extra = {"peak_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)}  # 0 on a CPU
+    peak_gib = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)  # 0 on a CPU
     for data in folders:
         tokens = open_split(data, "val", verify=False)
         scores = perplexity(model, tokens, cfg.seq_len, 32, limit=cfg.eval_tokens)
         for key in ("ppl", "bits_per_byte"):
             extra[f"{Path(data).name}_{key}"] = scores[key]
-    extra["seconds"] = round(time.time() - started, 1)
+    if "resumed" not in extra:
+        extra |= {"peak_gib": peak_gib, "seconds": round(time.time() - started, 1)}
     if spectra:
         try:
             _, first = train.build_model(cfg, open_split(cfg.data, "train", verify=False))
@@ -212,7 +223,7 @@ def work(path, out, deadline):
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
         others = [(trained_steps(line), line["seconds"]) for line in finished.values()
-                  if "seconds" in line]
+                  if "seconds" in line]  # not in a resumed run's
         steps = {name: steps_of(plan["RUNS"][name][1]) for name in claims}
         seconds = {name: would_take(steps[name], own, others) for name in claims}
         name = claim_first(claims, seconds, deadline)
@@ -225,7 +236,8 @@ def work(path, out, deadline):
         line = attempt(name, plan, out)
         with open(done, "ab", buffering=0) as file:  # one write: other processes append too
             file.write((json.dumps(line) + "\n").encode())
-        if "error" not in line:  # the time until a run failed tells nothing about others
+        # the time until a run failed, or since it was resumed, tells nothing about whole runs
+        if not line.keys() & {"error", "resumed"}:
             own.append((trained_steps(line), time.time() - started))
 
 

@@ -106,6 +106,8 @@ def test_a_stopped_run_continues_from_its_checkpoint(run, swept, tmp_path, capsy
     assert [step for step, _ in record["losses"]] == [*range(1, 21)]
     for key in ("val_ppl", "losses", "val_losses", "spectrum"):
         assert record[key] == whole[key], key
+    assert whole.keys() - record.keys() == {"seconds", "peak_gib"}  # those of its last part
+    assert record["resumed"] and "resumed" not in whole and record["config"] == whole["config"]
 
 
 @pytest.mark.parametrize("tokens", (0, 64))
@@ -137,6 +139,21 @@ def test_a_record_has_the_last_scores_and_the_median_speed_of_a_log(tmp_path):
         "tokens_per_s": 80.0, "losses": [[1, 4.0], [2, 3.0], [3, 2.0], [4, 1.0]],
         "val_losses": [[0, 0.1111], [4, 0.3333]], "trainable_parameters": 7, "device": "H100",
         "torch": "2", "config": {"out": "name", "lr": 0.5}}
+
+
+def test_the_speed_of_a_resumed_run_is_of_the_card_that_ended_it(tmp_path):
+    """Ten times as fast as the first: a median over both would be of neither. Its step 3 is logged
+    twice; its end has no step of its own, which tells nothing about a third card."""
+    head = {"config": {}, "torch": "2", "trainable_parameters": 7}
+    score = {"step": 4, "val_loss": 1.0, "val_ppl": 2.0, "val_bits_per_byte": 1.0}
+    lines = [head | {"device": "slow"}, *({"step": n, "loss": 9.0, "tokens_per_s": 10.0}
+                                          for n in (1, 2, 3)),
+             head | {"device": "fast"}, *({"step": n, "loss": 8.0, "tokens_per_s": 100.0}
+                                          for n in (3, 4)), head | {"device": "third"}, score]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = sweep.record("name", tmp_path, {})
+    assert (record["device"], record["tokens_per_s"]) == ("fast", 100.0)
+    assert record["losses"] == [[1, 9.0], [2, 9.0], [3, 8.0], [4, 8.0]]
 
 
 def test_the_rounding_of_a_bfloat16_base_is_no_change(swept):
@@ -485,6 +502,19 @@ def test_a_run_that_ended_early_is_no_measure_of_whole_ones(sweeping, end):
     sweeping.plan.with_name("sweep.jsonl").write_text(json.dumps(before) + "\n")
     sweeping.work(run_one, seconds=1.4)
     assert list(sweeping.records()[1]) == ["earlier", "early"]
+
+
+def test_the_last_part_of_a_run_is_no_measure_of_whole_ones(sweeping):
+    """It took 0.5 s, a whole run takes 3: a second one would end too late."""
+    def run_one(*arguments):
+        time.sleep(0.5)
+        return fake(*arguments) | {"resumed": True}
+
+    sweeping.write(["stopped", "whole"])
+    before = {"name": "earlier", "seconds": 3, "losses": [[1, 1.0]]}
+    sweeping.plan.with_name("sweep.jsonl").write_text(json.dumps(before) + "\n")
+    sweeping.work(run_one, seconds=3.4)
+    assert list(sweeping.records()[1]) == ["earlier", "stopped"]
 
 
 def test_the_time_of_one_step_tells_nothing_about_a_long_run():
