@@ -179,7 +179,7 @@ def attempt(name, plan, out):
         return {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def steps_of(words):
+def planned_steps(words):
     """Return the --steps of a run; 1 if it has none, which makes all runs equally long."""
     steps = 1
     for word in words:
@@ -224,7 +224,7 @@ def work(path, out, deadline):
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
         others = [(trained_steps(line), line["seconds"]) for line in finished.values()
                   if "seconds" in line]  # not in a resumed run's
-        steps = {name: steps_of(plan["RUNS"][name][1]) for name in claims}
+        steps = {name: planned_steps(plan["RUNS"][name][1]) for name in claims}
         seconds = {name: would_take(steps[name], own, others) for name in claims}
         name = claim_first(claims, seconds, deadline)
         if name is None:

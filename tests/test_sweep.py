@@ -243,7 +243,7 @@ FORK = multiprocessing.get_context("fork")
 
 def fake(name, words, folders, out, spectra):
     """A run of no time."""
-    return {"name": name, "pid": os.getpid(), "losses": [[sweep.steps_of(words), 1.0]]}
+    return {"name": name, "pid": os.getpid(), "losses": [[sweep.planned_steps(words), 1.0]]}
 
 
 def fail(name, words, folders, out, spectra):
@@ -477,7 +477,7 @@ def test_no_run_starts_that_would_end_after_the_deadline(sweeping):
 def test_a_short_run_starts_where_a_long_one_would_end_late(sweeping):
     """A step of 0.1 s: after the first run 16 steps would end too late, 5 do not."""
     def run_one(name, words, folders, out, spectra):
-        time.sleep(0.1 * sweep.steps_of(words))
+        time.sleep(0.1 * sweep.planned_steps(words))
         return fake(name, words, folders, out, spectra)
 
     runs = {name: ("CONFIG", ["--steps=9", f"--steps={steps}"])
