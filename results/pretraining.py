@@ -39,6 +39,17 @@ def with_most_seeds(runs):
     return max(by_rates.values(), key=lambda seeds: (len(seeds), -average(seeds, "val_ppl", 9)))
 
 
+def best_of(runs):
+    """Return the best run of a grid, None if none ended. Those of other seeds do not choose."""
+    grid = [run for run in runs if run["config"]["seed"] == rates.SEED and "error" not in run]
+    return min(grid, key=lambda run: run["val_ppl"], default=None)
+
+
+def at_rates_of(best, runs):
+    """Return the runs that ended at the rates of one of them."""
+    return [run for run in runs if rates_of(run) == rates_of(best) and "error" not in run]
+
+
 def bracketed(pairs, best, has_lr=True):
     """Return whether the (lr, rest_lr) pairs have a lower and a higher value of each of the best's
     rates, the other one fixed; has_lr: whether lr trains anything."""
@@ -49,15 +60,16 @@ def bracketed(pairs, best, has_lr=True):
             and (not has_lr or min(lrs) < lr < max(lrs)))
 
 
-def of_grid(runs):
-    """Return (the best run of a grid of one seed, numbers about the grid); prints the grid."""
-    ordered = sorted(runs, key=lambda run: run["val_ppl"])
-    best, pairs = rates_of(ordered[0]), [rates_of(run) for run in runs]
-    is_inside = bracketed(pairs, best, has_lr=runs[0]["config"].get("method") != "frozen")
-    print("best", best, "inside its grid" if is_inside else "at the edge of its grid")
-    for run in ordered:
+def of_grid(best, runs):
+    """Return the numbers about a grid, whose best_of is given; prints it. The perplexity of a run
+    that diverged is infinite."""
+    grid = [run for run in runs if run["config"]["seed"] == rates.SEED]
+    pairs = {rates_of(run) for run in grid}
+    is_inside = bracketed(pairs, rates_of(best), best["config"].get("method") != "frozen")
+    print("best", rates_of(best), "inside its grid" if is_inside else "at the edge of its grid")
+    for run in sorted(grid, key=lambda run: run["val_ppl"]):
         print("    lr {:g}, rest_lr {:g}:".format(*rates_of(run)), f"{run['val_ppl']:.2f}")
-    return ordered[0], {"rates_tried": len(set(pairs)), "bracketed": int(is_inside)}
+    return {"rates_tried": len(pairs), "bracketed": int(is_inside)}
 
 
 def token_seconds(bench, name, every=0):
@@ -77,6 +89,10 @@ def of_seeds(runs, suffix=""):
     """Return the numbers of runs that differ in their seeds; suffix: of the names of scores. The
     speed is the slowest seed's: others had fewer processes beside them."""
     lr, rest_lr = rates_of(runs[0])
+    for run in runs:
+        if rates_of(run) != (lr, rest_lr):
+            raise ValueError(f"{run['name']} has other rates than {runs[0]['name']}, so that they "
+                             "have no mean: find out which one counts")
     numbers = {}
     for name, (key, digits) in SCORES.items():
         numbers[name + suffix] = average(runs, key, digits)

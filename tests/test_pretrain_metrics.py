@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grid
 import pytest
+import rates
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "pretrain_60m" / "metrics.py"
 
@@ -87,7 +88,7 @@ def test_runs_of_131_m_tokens_have_their_own_names(metrics):
 @pytest.mark.parametrize("seed", (1, 1337))
 def test_options_of_a_name(metrics, make, options, name, seed):
     numbers = metrics.summarize([make("lora", 50.0, options=options, seed=seed)])
-    if make is longer or seed == metrics.GRID_SEED:
+    if make is longer or seed == rates.SEED:
         assert {key.rpartition(".")[0] for key in numbers} == {name}
     else:
         assert numbers == {}  # a seed of a grid that has not run
@@ -297,6 +298,23 @@ def test_a_long_run_at_other_rates_than_the_short_ones_chose_is_that_at_60m(numb
     assert numbers["at_60m.best_step"] == 1000
     numbers = numbers_of([*short, swept(29.0, 2000, rest_lr=6.4e-2)])
     assert numbers["wiki_ppl"] == 7.3891 and numbers["at_60m.wiki_ppl"] == 29.0
+
+
+def test_runs_at_different_rates_are_not_averaged(numbers_of):
+    """The best short rates moved after the first long run: two others are not "at 60m's rates"."""
+    moved = [swept(30.0, 2000, rest_lr=3.2e-2), swept(29.0, 2000, rest_lr=6.4e-2)]
+    with pytest.raises(ValueError, match="full-muon-0.002-0.064-s1337-steps2000 .* other rates"):
+        numbers_of([swept(40.0, 200), *moved])
+    with pytest.raises(ValueError, match="other rates"):
+        numbers_of(moved)  # a method without short runs
+
+
+def test_of_short_runs_one_seed_chooses_the_rates_that_all_its_numbers_are_of(numbers_of):
+    worse = swept(41.0, 200, rest_lr=3.2e-2)
+    again = json.loads(json.dumps(worse).replace("1337", "1"))
+    numbers = numbers_of([swept(40.0, 200), worse, again | {"val_ppl": 39.0}])
+    assert (numbers["short.wiki_ppl"], numbers["short.rest_lr"]) == (40.0, 1.6e-2)
+    assert (numbers["short.rates_tried"], numbers["short.seeds"]) == (2, 1)
 
 
 def test_a_long_run_has_the_speed_of_the_bench_with_its_restarts(tmp_path, numbers_of):

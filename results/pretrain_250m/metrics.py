@@ -86,28 +86,21 @@ def by_length(records):
     result = {}
     rates.print_failures(records)
     for record in records:
-        method, optimizer, lr, rest_lr, _, steps = NAME.fullmatch(record["name"]).groups()
+        method, optimizer, lr, rest_lr, seed, steps = NAME.fullmatch(record["name"]).groups()
         if rates.diverged(record):
-            config = {"lr": float(lr), "rest_lr": float(rest_lr)}
+            config = {"lr": float(lr), "rest_lr": float(rest_lr), "seed": int(seed)}
             record = {**record, "val_ppl": math.inf, "config": config}
         if "val_ppl" in record:
             result.setdefault((method, optimizer, int(steps)), []).append(record)
     return result
 
 
-def best_seeds(runs):
-    """Return pretraining.with_most_seeds of the runs that ended; [] if all diverged."""
-    ended = [run for run in runs if "error" not in run]
-    return pretraining.with_most_seeds(ended) if ended else []
-
-
 def long_runs(lengths, method, optimizer):
     """Return (the seeds at the rates that short runs chose, those at 60m's rates); all are the
     former for a method without short runs."""
     ended = [run for run in lengths.get((method, optimizer, LONG), []) if "error" not in run]
-    short = best_seeds(lengths.get((method, optimizer, SHORT), []))
-    chosen = [run for run in ended
-              if not short or pretraining.rates_of(run) == pretraining.rates_of(short[0])]
+    best = pretraining.best_of(lengths.get((method, optimizer, SHORT), []))
+    chosen = pretraining.at_rates_of(best, ended) if best else ended
     return chosen, [run for run in ended if run not in chosen]
 
 
@@ -127,9 +120,11 @@ def read_bench(folder):
 
 def of_short(runs):
     """Return the numbers of a grid of short runs; prints it."""
-    _, about = pretraining.of_grid(runs)
-    seeds = best_seeds(runs)
-    return pretraining.of_seeds(seeds) | about if seeds else {}
+    best = pretraining.best_of(runs)
+    if best is None:  # all diverged
+        return {}
+    seeds = pretraining.at_rates_of(best, runs)
+    return pretraining.of_seeds(seeds) | pretraining.of_grid(best, runs)
 
 
 def of_long(seeds, speed):

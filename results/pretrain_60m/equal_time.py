@@ -33,8 +33,7 @@ def at_ratio(by_tokens, ratio):
     if 66 not in by_tokens:
         return None
     longer = pretraining.with_most_seeds(by_tokens[66])
-    short = [run for run in by_tokens.get(33, ())
-             if pretraining.rates_of(run) == pretraining.rates_of(longer[0])]
+    short = pretraining.at_rates_of(longer[0], by_tokens.get(33, ()))
     if not short:
         return None
     at_33 = pretraining.average(short, "val_ppl", 9)

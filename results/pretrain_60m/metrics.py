@@ -19,7 +19,6 @@ sys.path[:0] = map(str, (FOLDER, FOLDER.parent))
 import equal_time  # noqa: E402
 import pretraining  # noqa: E402
 
-GRID_SEED = 1337
 GRID, HEADLINE = 33, 66  # million tokens
 BLOCKS = 8  # of the shape
 NOT_OF_METHOD = ("steps", "matmul")  # options that are no part of a method
@@ -55,13 +54,11 @@ def groups(runs):
 def of_group(title, by_tokens):
     """Return the numbers of {million tokens: [runs]}; prints the grid after the title."""
     short, about, headline = by_tokens.get(GRID, []), {}, []
-    grid = [run for run in short if run["config"]["seed"] == GRID_SEED]
-    if grid:
+    best = pretraining.best_of(short)
+    if best:
         print(title, end=" ")
-        best, about = pretraining.of_grid(grid)
-        about = {"grid_ppl": round(best["val_ppl"], 4)} | about
-        headline = [run for run in short
-                    if pretraining.rates_of(run) == pretraining.rates_of(best)]
+        about = {"grid_ppl": round(best["val_ppl"], 4)} | pretraining.of_grid(best, short)
+        headline = pretraining.at_rates_of(best, short)
     if HEADLINE in by_tokens:
         headline = pretraining.with_most_seeds(by_tokens[HEADLINE])
     numbers = pretraining.of_seeds(headline, "_mean") if headline else {}
