@@ -29,6 +29,15 @@ def tried(name_of, records):
     return perplexities
 
 
+def neighbours(point, has_lr=True):
+    """Return the points that close a grid around its best; has_lr: whether lr trains anything."""
+    i, j = point
+    beside = [(i, j + 1), (i, j - 1)]
+    if has_lr:
+        beside += [(i + 1, j), (i - 1, j)]
+    return beside
+
+
 def search(name_of, records, has_lr=True):
     """Return (the best point, those of it and its neighbours that have not been tried); before the
     centre has been tried, only the centre."""
@@ -36,8 +45,5 @@ def search(name_of, records, has_lr=True):
     if perplexities and (0, 0) not in perplexities:  # the centre was moved
         return (0, 0), [(0, 0)]
     best = min(perplexities, key=perplexities.get, default=(0, 0))
-    i, j = best
-    cross = [best, (i, j + 1), (i, j - 1)]
-    if has_lr:
-        cross += [(i + 1, j), (i - 1, j)]
+    cross = [best, *neighbours(best, has_lr)]
     return best, [point for point in cross if point not in perplexities]

@@ -1,6 +1,7 @@
 """Numbers of pretraining runs from the records of sweep.py, for metrics.py of several folders."""
 from statistics import mean, median, stdev
 
+import grid
 import rates
 
 SCORES = {"wiki_ppl": ("val_ppl", 2), "c4_ppl": ("c4_sample_ppl", 1),
@@ -41,8 +42,8 @@ def with_most_seeds(runs):
 
 def best_of(runs):
     """Return the best run of a grid, None if none ended. Those of other seeds do not choose."""
-    grid = [run for run in runs if run["config"]["seed"] == rates.SEED and "error" not in run]
-    return min(grid, key=lambda run: run["val_ppl"], default=None)
+    ended = [run for run in runs if run["config"]["seed"] == rates.SEED and "error" not in run]
+    return min(ended, key=lambda run: run["val_ppl"], default=None)
 
 
 def at_rates_of(best, runs):
@@ -51,23 +52,18 @@ def at_rates_of(best, runs):
 
 
 def bracketed(pairs, best, has_lr=True):
-    """Return whether the (lr, rest_lr) pairs have a lower and a higher value of each of the best's
-    rates, the other one fixed; has_lr: whether lr trains anything."""
-    lr, rest_lr = best
-    lrs = [other for other, fixed in pairs if fixed == rest_lr]
-    rest_lrs = [other for fixed, other in pairs if fixed == lr]
-    return (min(rest_lrs) < rest_lr < max(rest_lrs)
-            and (not has_lr or min(lrs) < lr < max(lrs)))
+    """Return whether the (lr, rest_lr) pairs have all neighbours of the best one, see grid.py."""
+    return all(grid.rates_at(best, step) in pairs for step in grid.neighbours((0, 0), has_lr))
 
 
 def of_grid(best, runs):
     """Return the numbers about a grid, whose best_of is given; prints it. The perplexity of a run
     that diverged is infinite."""
-    grid = [run for run in runs if run["config"]["seed"] == rates.SEED]
-    pairs = {rates_of(run) for run in grid}
+    searched = [run for run in runs if run["config"]["seed"] == rates.SEED]
+    pairs = {rates_of(run) for run in searched}
     is_inside = bracketed(pairs, rates_of(best), best["config"].get("method") != "frozen")
     print("best", rates_of(best), "inside its grid" if is_inside else "at the edge of its grid")
-    for run in sorted(grid, key=lambda run: run["val_ppl"]):
+    for run in sorted(searched, key=lambda run: run["val_ppl"]):
         print("    lr {:g}, rest_lr {:g}:".format(*rates_of(run)), f"{run['val_ppl']:.2f}")
     return {"rates_tried": len(pairs), "bracketed": int(is_inside)}
 

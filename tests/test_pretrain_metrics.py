@@ -167,14 +167,17 @@ def test_a_grid_lacks_the_neighbours_of_its_best_on_both_axes(metrics):
 
 def test_a_grid_is_closed_by_a_rate_on_each_side_with_the_other_rate_fixed(metrics):
     bracketed = metrics.pretraining.bracketed
-    cross = [(2, 3), (1, 3), (4, 3), (2, 1), (2, 9)]
+    cross = [(2, 3), (1, 3), (4, 3), (2, 1.5), (2, 6)]
     assert bracketed(cross, (2, 3))
     for pair in cross[1:]:
         others = [other for other in cross if other != pair]
         assert not bracketed(others, (2, 3))
-        corner = (pair[0] if pair[0] != 2 else 1, pair[1] if pair[1] != 3 else 1)
+        corner = (pair[0] if pair[0] != 2 else 1, pair[1] if pair[1] != 3 else 1.5)
         assert not bracketed([*others, corner], (2, 3)), pair
         assert bracketed(others, (2, 3), has_lr=False) == (pair[0] != 2)
+        # one further out leaves open whether the rate between, which failed say, is better
+        further = (2 * (pair[0] / 2) ** 2, 3 * (pair[1] / 3) ** 2)
+        assert not bracketed([*others, further], (2, 3)), further
 
 
 def test_a_run_that_failed_otherwise_is_no_score(plan):
