@@ -29,10 +29,11 @@ def read(path):
 
 
 def print_failures(records):
-    """Print the error of each record that has one."""
+    """Print the error of each record that has one, and of its spectrum alone."""
     for record in records:
-        if "error" in record:
-            print(f"{record['name']} failed: {record['error']}")
+        for key, what in (("error", "failed"), ("spectrum_error", "has no spectrum")):
+            if key in record:
+                print(f"{record['name']} {what}: {record[key]}")
 
 
 def spread(name, values):

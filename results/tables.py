@@ -69,7 +69,7 @@ TABLES = {
         "MoRA and LoRA, r = 80": "best_r80", "MoRA, share, r = 80": "mora_share_r80",
         "LoRA, r = 80": "lora_r80", "ReMoRA, alternate, r = 80": "remora_alternate_r80",
     }, (
-        Column("trained", "{}.trainable_block_fraction", "{:.1%}", missing="0.0%"),
+        Column("trained", "{}.trainable_block_fraction", "{:.1%}", missing="-"),
         Column("rank", "{}.muon.rank", "{:.0f}", missing="-"),
         *score_columns("Muon"), *score_columns("AdamW"),
     )),

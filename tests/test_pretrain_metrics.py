@@ -105,10 +105,14 @@ def test_spectra_are_means_of_the_runs_that_have_them(metrics):
     assert not any("full.muon.rank" in key or "full.trainable" in key for key in numbers)
 
 
-def test_a_failed_run_is_left_out(metrics, tmp_path):
+def test_a_failed_run_is_left_out_and_printed_as_is_a_spectrum_that_failed(metrics, tmp_path,
+                                                                         capsys):
     path = tmp_path / "sweep.jsonl"
-    path.write_text('{"name": "a", "error": "UserError: nan"}\n{"name": "b", "val_ppl": 1.0}\n')
+    path.write_text('{"name": "a", "error": "UserError: nan"}\n'
+                    '{"name": "b", "val_ppl": 1.0, "spectrum_error": "OutOfMemoryError"}\n')
     assert [run["name"] for run in metrics.pretraining.read_runs(path)] == ["b"]
+    assert capsys.readouterr().out == ("a failed: UserError: nan\n"
+                                       "b has no spectrum: OutOfMemoryError\n")
 
 
 # ------------------------------------------------------------
@@ -236,6 +240,7 @@ def test_equal_time_reads_perplexity_between_the_two_lengths(metrics):
     assert at_ratio(by_tokens, 1) == 50.0 and at_ratio(by_tokens, 2) == pytest.approx(32.0)
     assert at_ratio(by_tokens, 2 ** 0.5) == pytest.approx(40.0)
     assert at_ratio({66: by_tokens[66]}, 1) is None and at_ratio({33: by_tokens[33]}, 1) is None
+    assert at_ratio(by_tokens, 2.1) is at_ratio(by_tokens, 0.9) is None  # no run is so long, short
 
 
 def test_a_token_of_equal_time_has_its_share_of_a_restart(metrics):

@@ -70,6 +70,16 @@ def test_rows_and_tables_without_any_number_are_left_out(tmp_path):
     assert lines[2:] == ["| LoRA, r = 8 | 0.8000 | - | 1e-2 | - | - | - | 52.3, 64.0 |"]
 
 
+def test_a_share_that_was_not_measured_is_no_share_of_zero(tmp_path):
+    file = tmp_path / "pretrain_60m" / "metrics.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"lora.muon.wiki_ppl_mean": 40.0, "frozen.muon.wiki_ppl_mean": 50.0,
+                                "frozen.trainable_block_fraction": 0.0}))
+    frozen, lora = sorted(tables.render("pretrain_60m", tmp_path).splitlines()[2:],
+                          key=lambda line: "LoRA" in line)
+    assert frozen.startswith("| frozen blocks, AdamW | 0.0% |") and lora.startswith("| LoRA | - |")
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_results_folder_has_a_readme_and_flat_finite_metrics(folder):
     assert (ROOT / "results" / folder / "README.md").read_text().strip()

@@ -28,9 +28,9 @@ def read_bench(name):
 
 
 def at_ratio(by_tokens, ratio):
-    """Return the perplexity at `ratio` times 33 M tokens, or None without runs of both lengths at
-    the same rates; by_tokens: {million tokens: [runs]}."""
-    if 66 not in by_tokens:
+    """Return the perplexity at `ratio` times 33 M tokens, or None if that is not between runs of 33
+    and 66 M tokens at the same rates; by_tokens: {million tokens: [runs]}."""
+    if 66 not in by_tokens or not 1 <= ratio <= 2:
         return None
     longer = pretraining.with_most_seeds(by_tokens[66])
     short = pretraining.at_rates_of(longer[0], by_tokens.get(33, ()))
