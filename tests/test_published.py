@@ -68,6 +68,41 @@ def test_gsm8k_compares_only_the_runs_of_the_published_numbers(monkeypatch):
     assert not [name for name in numbers if name.startswith("mora_rotate_r8.vs.lora.")]
 
 
+def test_the_rates_beside_the_best_of_a_grid_are_its_own():
+    """The table pretrain_60m/grids has grid_ppl beside lr and rest_lr, those of the longer runs. A
+    grid that has found a better pair since then needs longer runs there."""
+    metrics = load("pretrain_60m", "metrics")
+    published = json.loads((RESULTS / "pretrain_60m" / "metrics.json").read_text())
+    runs = metrics.pretraining.read_runs(RESULTS / "pretrain_60m" / "sweep.jsonl")
+    for group, by_tokens in metrics.groups(runs).items():
+        best = metrics.pretraining.best_of(by_tokens.get(metrics.GRID, []))
+        if best:
+            name = ".".join(group)
+            rates_of_best = published[f"{name}.lr"], published[f"{name}.rest_lr"]
+            assert metrics.pretraining.rates_of(best) == rates_of_best, name
+
+
+@pytest.mark.parametrize("folder", ("pretrain_60m", "pretrain_250m"))
+def test_pretraining_runs_of_one_group_differ_in_their_seeds_and_rates_alone(folder):
+    """Groups follow names; most names of earlier sweeps are no longer in a plan."""
+    metrics = load(folder, "metrics")
+    records = rates.read(RESULTS / folder / "sweep.jsonl").values()
+    if folder == "pretrain_60m":
+        groups = [runs for by_tokens in metrics.groups(records).values()
+                  for runs in by_tokens.values()]
+    else:
+        groups = metrics.by_length(records).values()
+    defaults = dataclasses.asdict(config.Config())  # of keys that are younger than a record
+    for runs in groups:
+        settings = [{**defaults, **run["config"]} for run in runs if "error" not in run]
+        for cfg in settings:
+            for key in ("seed", "lr", "rest_lr", "out"):
+                del cfg[key]
+            if cfg["method"] != "mora":
+                del cfg["operator"]
+        assert all(cfg == settings[0] for cfg in settings), runs[0]["name"]
+
+
 # ------------------------------------------------------------
 # plan.py: the words of a run
 
@@ -118,6 +153,13 @@ def test_a_recorded_run_had_the_settings_that_its_plan_gives_to_its_name(folder,
         if "config" in records.get(name, {}):
             recorded = settings_that_matter(records[name]["config"])
             assert recorded == {key: cfg[key] for key in recorded}, name
+
+
+@pytest.mark.parametrize("folder", [*SWEPT, "close_gap/tiny"])
+def test_a_run_has_one_line(folder):
+    """Of two, the last would count, be it the older one or that of a failure."""
+    lines = (RESULTS / folder / "sweep.jsonl").read_text().splitlines()
+    assert len(lines) == len(rates.read(RESULTS / folder / "sweep.jsonl"))
 
 
 @pytest.mark.parametrize("folder", SWEPT)
