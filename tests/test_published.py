@@ -103,6 +103,29 @@ def test_pretraining_runs_of_one_group_differ_in_their_seeds_and_rates_alone(fol
         assert all(cfg == settings[0] for cfg in settings), runs[0]["name"]
 
 
+@pytest.mark.parametrize("best, seeds, above", [
+    (1e-2, 3, 3e-2), (3e-3, 3, 1e-2), (5.5e-3, 3, 1e-2), (1.7e-2, 3, 3e-2),
+    (5.5e-3, 1, None)])  # one seed: the row keeps the earlier program's 1e-2; 1e-2 is not above it
+def test_gsm8k_has_the_rate_above_the_published_one(best, seeds, above, monkeypatch):
+    """The grid of the sweep may find another best rate than the earlier program's."""
+    records = rates.read(RESULTS / "gsm8k" / "sweep.jsonl")
+    group = ("gsm8k", "lora", "adamw")
+    for seed in rates.SEEDS:
+        for lr in (1e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2, 3e-2):
+            old, name = (rates.name_of(group, seed, rate) for rate in (1e-2, lr))
+            ppl = 1.0 + abs(math.log(lr / best))
+            record = records[old] | {"name": name, "gsm8k_dev_ppl": ppl}
+            record["config"] = records[old]["config"] | {"lr": lr}
+            if lr != best or seed in rates.SEEDS[:seeds]:
+                records[name] = record
+    monkeypatch.setattr(rates, "read", lambda path: dict(records))
+    metrics, plan = load("gsm8k", "metrics"), load("gsm8k", "plan")
+    monkeypatch.setattr(metrics, "DRAWS", 1000)
+    numbers = metrics.summarize(vars(plan))
+    assert numbers["lora.lr"] == (best if seeds == 3 else 1e-2)
+    assert numbers.get("lora.above.lr") == above
+
+
 # ------------------------------------------------------------
 # plan.py: the words of a run
 

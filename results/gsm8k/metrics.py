@@ -4,7 +4,7 @@
 
 runs.jsonl is an earlier program's and has no answers. sweep.jsonl is plan.py's; a method that has
 as many seeds there takes its numbers from there.
-METHOD.above is of the rate above the best one, whose loss is higher.
+METHOD.above is of the rate above METHOD's, whose loss is higher.
 A.vs.B.difference is A's exact match minus B's, a mean over seeds; low and high bound 95 % of a
 bootstrap over questions; p is that of a sign-flip test of the questions (McNemar's null hypothesis,
 for several seeds): the chance of so large a difference if A and B answered every question alike.
@@ -131,6 +131,9 @@ def summarize(plan):
     for name, (seeds, is_inside) in methods_of(records, plan).items():
         if len(seeds) < numbers.get(f"{name}.seeds", 0):
             continue  # the search is not over: the earlier program's numbers stay
+        published = numbers.get(f"{name.removesuffix('.above')}.lr")
+        if name.endswith(".above") and seeds[0]["config"]["lr"] != rates.beside(published, 1):
+            continue  # nor is the rate above known
         numbers = {key: value for key, value in numbers.items() if key.rpartition(".")[0] != name}
         numbers |= of_seeds(name, seeds) | {f"{name}.bracketed": int(is_inside)}
         compared[name] = seeds

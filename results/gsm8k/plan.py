@@ -61,9 +61,10 @@ def at_known_rates(groups):
 
 
 def above(records):
-    """Return {group: the rate above its best one} of both optimizers, Muon's once it is known."""
+    """Return {group: the rate above its best one}; until a grid is closed, AdamW's best is that of
+    runs.jsonl, and Muon's is not known."""
     best = dict(ADAMW)
-    for group in MUON:
+    for group in ADAMW | MUON:
         lr, is_inside = rates.best(rates.scores_of(records, group, score))
         if is_inside:
             best[group] = lr
