@@ -28,8 +28,7 @@ def summarize(records, plan):
                         f"{domain}.base.lr": 0.0}
         elif base:
             rates.print_failures([base])
-    trained = {name: record for name, record in records.items() if not name.endswith("-base")}
-    for group, seeds, is_inside in rates.report(trained, plan["GROUPS"], plan["score"]):
+    for group, seeds, is_inside in rates.report(plan["RECORDS"], plan["GROUPS"], plan["score"]):
         domain, method, optimizer = group
         name = f"{domain}.{rates.name_in_metrics(method, optimizer)}"
         learned = [record["bits_per_byte"] for record in seeds]

@@ -21,16 +21,16 @@ SPECTRA, RESUMES = (), True
 METHODS = {"fft": ["fft"], "lora": ["lora_r8"], "mora_rotate_r8": ["mora_r8"],
            "mora_share_r256": ["mora_r8", "--rank=256", "--operator=share"]}
 # {method: the middle of its rates}: those of the same operator in runs.jsonl, or of rotate at r = 8
-GROUPED = {"truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3, "share_permute_r32": 1e-3,
+GROUPS = {"truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3, "share_permute_r32": 1e-3,
            "truncate_gradient_r8": 1e-2, "share_gradient_r8": 1e-2,
            "share_permute_r8": 3e-3, "share_strided_r8": 3e-3}
-METHODS |= {method: rates.operator_words(method) for method in GROUPED}
+METHODS |= {method: rates.operator_words(method) for method in GROUPS}
 # {method: AdamW's best rate, which is the middle of Muon's}
 RATES = {"mora_rotate_r8": 1e-2, "lora": 1e-2, "mora_share_r256": 1e-3, "fft": 3e-4}
 MUON = {("gsm8k", method, "muon"): lr for method, lr in RATES.items()}
-GRADIENT = {("gsm8k", method, "adamw"): lr for method, lr in GROUPED.items()}
+GROUPED = {("gsm8k", method, "adamw"): lr for method, lr in GROUPS.items()}
 ADAMW = {("gsm8k", method, "adamw"): lr for method, lr in RATES.items()}
-SEARCHED = ADAMW | MUON | GRADIENT
+SEARCHED = ADAMW | MUON | GROUPED
 BASES = {(dtype, "mora_rotate_r8", "adamw"): 1e-2 for dtype in ("bfloat16", "float8")}
 
 
@@ -76,5 +76,5 @@ RUNS = {BASE: (CONFIG, ["fft", *COMMON, "--lr=1e-30", "--steps=1", "--warmup=0"]
 RECORDS = rates.read(FOLDER / "sweep.jsonl")
 ABOVE = above(RECORDS)
 RUNS |= rates.runs(ADAMW | MUON, RECORDS, score, make) | at_known_rates(ABOVE)
-RUNS |= rates.runs(GRADIENT, RECORDS, score, make) | at_known_rates(BASES)
+RUNS |= rates.runs(GROUPED, RECORDS, score, make) | at_known_rates(BASES)
 RUNS |= rates.half_way(ADAMW, RECORDS, score, make)

@@ -72,8 +72,8 @@ def of_group(title, by_tokens):
 
 def summarize(runs):
     """Return the flat numbers of all methods."""
-    metrics = {}
-    for (method, optimizer), by_tokens in sorted(groups(runs).items()):
+    metrics, by_group = {}, groups(runs)
+    for (method, optimizer), by_tokens in sorted(by_group.items()):
         numbers = of_group(f"{method} {optimizer}", by_tokens)
         for own in ("adamw", "muon") if method == "frozen" else (optimizer,):
             metrics |= {f"{method}.{own}.{key}": value for key, value in numbers.items()}
@@ -82,7 +82,7 @@ def summarize(runs):
                 if "trainable_block_fraction" in run:
                     part = run["trainable_block_fraction"] * run["config"]["num_hidden_layers"]
                     metrics[f"{method}.trainable_block_fraction"] = round(part / BLOCKS, 4)
-    return metrics | equal_time.numbers(groups(runs))
+    return metrics | equal_time.numbers(by_group)
 
 
 def main():

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
 
-STEPS = (100, 300, 500, 700, 900)
+SHOWN = (100, 300, 500, 700, 900)  # steps
 
 
 def of_seeds(name, records, is_inside, plan):
@@ -32,7 +32,7 @@ def of_seeds(name, records, is_inside, plan):
     numbers |= {f"{name}.lr": records[0]["config"]["lr"], f"{name}.steps": last,
                 f"{name}.parameters": records[0]["trainable_parameters"],
                 f"{name}.seeds": len(records), f"{name}.bracketed": int(is_inside)}
-    for at in STEPS:
+    for at in SHOWN:
         if at <= last:
             numbers[f"{name}.accuracy_at_{at}"] = mean(
                 plan["digits_at"](curve, at) for curve in curves)
