@@ -44,6 +44,6 @@ def search(name_of, records, has_lr=True):
     perplexities = tried(name_of, records)
     if perplexities and (0, 0) not in perplexities:  # the centre was moved
         return (0, 0), [(0, 0)]
-    best = min(perplexities, key=perplexities.get, default=(0, 0))
+    best = min(perplexities, key=perplexities.get, default=(0, 0))  # all diverged: the lowest lr
     cross = [best, *neighbours(best, has_lr)]
     return best, [point for point in cross if point not in perplexities]

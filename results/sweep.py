@@ -302,6 +302,10 @@ def main():
     # a killed worker keeps its process id until poll(), so that the others take it for alive
     while None in [worker.poll() for worker in workers]:
         time.sleep(0.1)
+    for i, worker in enumerate(workers):
+        if worker.returncode:
+            print(f"a worker ended with exit status {worker.returncode}, "
+                  f"see {args.out / f'worker{i}.log'}")
     lines, names = rates.read(done), runpy.run_path(str(args.plan))["RUNS"]
     left = [name for name in names if name not in lines]
     failed = [name for name in names if name in lines and "error" in lines[name]]

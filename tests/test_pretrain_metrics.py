@@ -165,6 +165,9 @@ def test_a_grid_lacks_the_neighbours_of_its_best_on_both_axes(metrics):
     best, missing = grid.search(name_of, records, has_lr=False)
     assert best == (1, -1) and sorted(missing) == [(1, -2), (1, 0)]
     assert grid.rates_at((3.0, 5.0), (2, -1)) == (12.0, 2.5)
+    diverged = {name_of(point): records[name_of((2, -1))]
+                for point in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))}
+    assert grid.search(name_of, diverged) == ((-1, 0), [(-1, 1), (-1, -1), (-2, 0)])  # not closed
     del records[name_of((0, 0))]  # the centre was moved after runs elsewhere
     assert grid.search(name_of, records) == ((0, 0), [(0, 0)])
 

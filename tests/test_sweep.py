@@ -377,8 +377,11 @@ __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
 """)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     done = subprocess.run([sys.executable, sweep.__file__, plan, tmp_path / "out"],
-                          env=environment, timeout=30)
-    assert done.returncode == 1  # somebody should look into worker1.log
+                          env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 1
+    log, left = done.stdout.splitlines()
+    assert log == f"a worker ended with exit status -9, see {tmp_path / 'out' / 'worker1.log'}"
+    assert left == "1 of 2 runs are left; failed: none"
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
 
 
