@@ -1,4 +1,5 @@
 """Numbers of pretraining runs from the records of sweep.py, for metrics.py of several folders."""
+import math
 from statistics import mean, median, stdev
 
 import grid
@@ -14,6 +15,12 @@ def read_runs(path):
     records = rates.read(path).values()
     rates.print_failures(records)
     return [record for record in records if "error" not in record]
+
+
+def read_with_diverged(path):
+    """Return read_runs, and with infinite perplexity the runs that diverged once they had begun."""
+    return read_runs(path) + [record | {"val_ppl": math.inf} for record in rates.read(path).values()
+                              if rates.diverged(record) and "config" in record]
 
 
 def rates_of(run):

@@ -162,21 +162,25 @@ def run_one(name, words, folders, out, spectra=True):
 
 def attempt(name, plan, out):
     """Return the record of a run, or of its error; plan: the values of the plan's file."""
-    config, words = plan["RUNS"][name]
+    file, words = plan["RUNS"][name]
     prepare = plan.get("PREPARE", contextlib.nullcontext)
     if "PREPARE" in plan and not plan.get("RESUMES"):
         # no checkpoint has what the context collects: start anew
         shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:
         with prepare(name) as more:
-            line = run_one(name, [config, *words], plan["EVALUATE"], out,
+            line = run_one(name, [file, *words], plan["EVALUATE"], out,
                            name in plan.get("SPECTRA", plan["RUNS"]))
         return line | more if isinstance(more, dict) else line
     except Exception as error:  # one run that fails must not end the sweep
         if "CUDA error" in str(error):  # but after a failed kernel, this process can run none
             (out / "claims" / name).unlink()
             raise
-        return {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
+        line = {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
+        config = out / "runs" / name / "config.json"
+        if config.exists():  # the run had begun
+            line["config"] = json.loads(config.read_text()) | {"out": name}
+        return line
 
 
 def planned_steps(words):

@@ -51,6 +51,24 @@ def test_without_longer_runs_the_numbers_are_those_of_the_best_rates_of_the_grid
     assert numbers == {f"full.muon.{key}": value for key, value in expected.items()}
 
 
+def test_a_pair_that_diverged_is_a_worse_neighbour_and_was_tried(metrics, tmp_path):
+    """As in plan.py. A longer run that diverged has no number, nor one that failed otherwise."""
+    error = {"error": "UserError: step 9: the loss is nan"}
+    *others, last = [{key: run[key] for key in ("name", "config")} | error for run in (
+        longer("full", 0.0), made_up("lora", 0.0), CROSS[-1])]
+    runs = [*CROSS[:-1], *others, longer("lora", 30.0, lr=4e-3)]
+    path = tmp_path / "sweep.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in [*runs, last]))
+    numbers = metrics.summarize(metrics.pretraining.read_with_diverged(path))
+    assert (numbers["full.muon.rates_tried"], numbers["full.muon.bracketed"]) == (5, 1)
+    assert (numbers["full.muon.wiki_ppl_mean"], numbers["full.muon.tokens_m"]) == (40.0, 33)
+    assert numbers["lora.muon.wiki_ppl_mean"] == 30.0 and "lora.muon.grid_ppl" not in numbers
+    path.write_text("".join(json.dumps(run) + "\n"
+                            for run in [*runs, last | {"error": "OutOfMemoryError"}]))
+    numbers = metrics.summarize(metrics.pretraining.read_with_diverged(path))
+    assert (numbers["full.muon.rates_tried"], numbers["full.muon.bracketed"]) == (4, 0)
+
+
 @pytest.mark.parametrize("runs, place", [(CROSS, "inside"), (CROSS[:2], "at the edge of")])
 def test_a_grid_is_printed_from_its_best_pair_of_rates_on(metrics, runs, place, capsys):
     metrics.summarize(runs)

@@ -228,6 +228,8 @@ def test_a_run_that_diverges_has_the_worst_score(config, tmp_path, handlers):
     name = rates.name_of(("task", "lora", "muon"), 1337, 1e9)
     plan = {"EVALUATE": [], "RUNS": {name: (str(config), ["--lr=1e9", "--warmup=0"])}}
     records = {name: sweep.attempt(name, plan, tmp_path)}
+    cfg = records[name]["config"]
+    assert (cfg["lr"], cfg["warmup"], cfg["out"]) == (1e9, 0, name)  # that counts it in its grid
     scores = rates.scores_of(records, ("task", "lora", "muon"), len)
     assert scores == {1e9: rates.WORST}
 

@@ -39,10 +39,13 @@ def method_of(run):
 
 
 def groups(runs):
-    """Return {(method, "OPTIMIZER", or "OPTIMIZER.fp8"): {million tokens: [runs]}}."""
+    """Return {(method, "OPTIMIZER", or "OPTIMIZER.fp8"): {million tokens: [runs]}}. Only a grid has
+    those that diverged, see pretraining.read_with_diverged."""
     result = {}
     for run in runs:
         config = run["config"]
+        if "error" in run and pretraining.tokens_of(run) != GRID:
+            continue
         optimizer = config["optimizer"]
         if config["matmul"] != "bf16":
             optimizer += f".{config['matmul']}"
@@ -86,7 +89,7 @@ def summarize(runs):
 
 
 def main():
-    numbers = summarize(pretraining.read_runs(FOLDER / "sweep.jsonl"))
+    numbers = summarize(pretraining.read_with_diverged(FOLDER / "sweep.jsonl"))
     (FOLDER / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 
