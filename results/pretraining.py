@@ -90,7 +90,8 @@ def token_seconds(bench, name, every=0):
 
 def of_seeds(runs, suffix=""):
     """Return the numbers of runs that differ in their seeds; suffix: of the names of scores. The
-    speed is the slowest seed's: others had fewer processes beside them."""
+    speed is the slowest seed's, if all had the same card: others had fewer processes beside
+    them."""
     lr, rest_lr = rates_of(runs[0])
     for run in runs:
         if rates_of(run) != (lr, rest_lr):
@@ -101,8 +102,9 @@ def of_seeds(runs, suffix=""):
         numbers[name + suffix] = average(runs, key, digits)
     if len(runs) > 1:
         numbers["wiki_ppl_std"] = round(stdev(run["val_ppl"] for run in runs), 2)
-    numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0]),
-                "tokens_per_s": round(min(run["tokens_per_s"] for run in runs))}
+    numbers |= {"lr": lr, "rest_lr": rest_lr, "seeds": len(runs), "tokens_m": tokens_of(runs[0])}
+    if len({run.get("device") for run in runs}) == 1:
+        numbers["tokens_per_s"] = round(min(run["tokens_per_s"] for run in runs))
     peaks = [run["peak_gib"] for run in runs if "peak_gib" in run]  # a resumed run has none
     if peaks:
         numbers["peak_gib"] = round(median(peaks), 2)

@@ -94,6 +94,12 @@ def test_rates_with_more_seeds_win_then_the_better_ones(metrics):
     assert (after["full.muon.wiki_ppl_mean"], after["full.muon.lr"]) == (30.0, 4e-3)
 
 
+def test_seeds_on_different_cards_have_no_speed_in_common(metrics):
+    cards = [longer("full", 30.0, seed=seed, device=card) for seed, card in enumerate("AAB")]
+    assert metrics.summarize(cards[:2])["full.muon.tokens_per_s"] == 1000  # the slower one's
+    assert "full.muon.tokens_per_s" not in metrics.summarize(cards)
+
+
 def test_runs_of_131_m_tokens_have_their_own_names(metrics):
     numbers = metrics.summarize([longer("full", 25.0, steps=4000)])
     assert numbers == {"full.muon.131m.wiki_ppl": 25.0, "full.muon.131m.c4_ppl": 125.0}
