@@ -90,11 +90,13 @@ def diverged(record):
 
 
 def best(scores):
-    """Return (the rate with the least score or None, whether worse ones lie on both sides)."""
+    """Return (the rate with the least score or None, whether worse ones lie beside it on both
+    sides: at most a place of the grid away, a factor of 3 to 3.4)."""
     if not scores or min(scores.values()) == WORST:
         return None, False
     rate = min(scores, key=scores.get)
-    return rate, min(scores) < rate < max(scores)
+    near = [lr for lr in scores if rate / 4 < lr < 4 * rate]
+    return rate, min(near) < rate < max(near)
 
 
 def rates_to_run(centre, scores, side):
@@ -110,8 +112,7 @@ def rates_to_run(centre, scores, side):
         return wanted
     if edge is None:  # all diverged
         edge = min(wanted)
-    step = 1 if edge == max(wanted) else -1
-    return [*wanted, beside(edge, step)]
+    return wanted + [lr for lr in (beside(edge, -1), beside(edge, 1)) if lr not in wanted]
 
 
 def halves(records, group, score):

@@ -60,6 +60,13 @@ def test_a_best_rate_inside_gets_seeds_and_a_run_that_diverged_is_the_worst():
         assert planned(losses | {"s1337-0.03": error})[3:] == []
 
 
+def test_a_rate_that_was_left_out_keeps_a_grid_open():
+    """The centre was moved from 1e-3 after three runs: 3e-3 may be better than all others."""
+    moved = {"s1337-0.01": 3.0, "s1337-0.03": 4.0, "s1337-0.0003": 2.0, "s1337-0.001": 1.0}
+    assert planned(moved)[4:] == ["s1337-0.003"]
+    assert planned(moved | {"s1337-0.003": 2.0})[5:] == ["s1338-0.001", "s1339-0.001"]
+
+
 def test_rates_half_way_follow_a_closed_grid_and_are_not_halved_again():
     def halves(**losses):
         names = {rates.name_of(GROUP, rates.SEED, float(lr)): {"loss": loss}
