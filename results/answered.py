@@ -103,7 +103,7 @@ def during(name):
     The run's folder has the curve too, in curve.json, for a run that is stopped and goes on."""
     original_train, loss = train.train, eager(evaluate.perplexity)
     save = unless_last(checkpoint.save)
-    run, curve = SimpleNamespace(cfg=None, evaluations=0, model=None), []
+    run, curve = SimpleNamespace(cfg=None, evaluations=0, right_model=None), []
 
     def answer(model, samples, *settings):
         """Return the scores of an evaluation, and answer pairs at each but that of step 0."""
@@ -120,22 +120,23 @@ def during(name):
         (Path(run.cfg.out) / "curve.json").write_text(json.dumps(curve))
         print(f"digits {digits:.4f} of {pairs}", flush=True)
         if digits >= ALL_RIGHT and step < run.cfg.steps:
-            run.model = model
+            run.right_model = model
             os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
         return scores
 
     def train_until_right(cfg):
-        run.cfg, (run.evaluations, curve[:]) = cfg, evaluated(cfg)
+        run.cfg = cfg
+        run.evaluations, curve[:] = evaluated(cfg)
         try:
             return original_train(cfg)
         except SystemExit:
-            if run.model is None:  # the signal was not ours
+            if run.right_model is None:  # the signal was not ours
                 raise
-            return run.model
+            return run.right_model
 
     def save_if_stopped(cfg, step, *state):
         """Save a run that another process stops, not one whose digits are right."""
-        if run.model is None:
+        if run.right_model is None:
             save(cfg, step, *state)
 
     with (patch.object(train, "train", train_until_right),

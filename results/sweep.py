@@ -281,7 +281,7 @@ def main():
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--per_gpu", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="without CUDA_VISIBLE_DEVICES")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--deadline", type=float, help=SUPPRESS)  # makes this process a worker
     args = parser.parse_args()
