@@ -18,9 +18,10 @@ def draw_line(axis, places, losses, color, label):
 def draw_row(axes, runs, labels, per_gpu):
     """Draw the methods of one optimizer: left against tokens, right against GPU seconds.
 
-    GPU seconds are a run's seconds divided by per_gpu, the processes that shared a GPU, at the
-    speed of the slowest seed on the row's most frequent card: at the end of a sweep others had a
-    GPU with fewer. A method without a seed on that card is drawn left only.
+    GPU seconds are a run's seconds divided by the processes that shared a GPU (per_gpu for a run
+    that does not say how many), at the speed of the slowest seed on the row's most frequent card:
+    at the end of a sweep others had a GPU with fewer. A method without a seed on that card is drawn
+    left only.
     """
     device = mode(run["device"] for seeds in runs.values() for run in seeds)
     for color, (method, label) in enumerate(labels.items()):
@@ -31,9 +32,10 @@ def draw_row(axes, runs, labels, per_gpu):
         losses = [[dict(run["val_losses"])[step] for step in steps] for run in seeds]
         tokens = seeds[0]["config"]["batch_size"] * seeds[0]["config"]["seq_len"]
         draw_line(axes[0], [step * tokens / 1e6 for step in steps], losses, color, label)
-        speeds = [run["tokens_per_s"] for run in seeds if run["device"] == device]
+        speeds = [run["tokens_per_s"] * run.get("per_gpu", per_gpu) for run in seeds
+                  if run["device"] == device]  # of a whole GPU
         if speeds:
-            seconds = tokens / per_gpu / min(speeds)
+            seconds = tokens / min(speeds)
             draw_line(axes[1], [step * seconds for step in steps], losses, color, label)
     axes[0].set_xlabel("million tokens")
     axes[1].set_xlabel(f"GPU seconds, one {device}")

@@ -219,8 +219,9 @@ def claim_first(claims, seconds, deadline):
     return None
 
 
-def work(path, out, deadline):
-    """Run what is neither done nor claimed and would end in time, in the plan's order."""
+def work(path, out, deadline, per_gpu=1):
+    """Run what is neither done nor claimed and would end in time, in the plan's order. A line has
+    per_gpu, the processes that shared the GPU: its speed is to be read with that."""
     done, own = path.with_name("sweep.jsonl"), []
     while time.time() <= deadline:
         finished = rates.read(done)  # before the plan, so that it has the runs that follow
@@ -237,7 +238,7 @@ def work(path, out, deadline):
             time.sleep(LOOK_EVERY)
             continue
         started = time.time()
-        line = attempt(name, plan, out)
+        line = attempt(name, plan, out) | {"per_gpu": per_gpu}
         with open(done, "ab", buffering=0) as file:  # one write: other processes append too
             file.write((json.dumps(line) + "\n").encode())
         # the time until a run failed, or since it was resumed, tells nothing about whole runs
@@ -286,7 +287,7 @@ def main():
     parser.add_argument("--deadline", type=float, help=SUPPRESS)  # makes this process a worker
     args = parser.parse_args()
     if args.deadline:
-        return work(args.plan, args.out, args.deadline)
+        return work(args.plan, args.out, args.deadline, args.per_gpu)
     shutil.rmtree(args.out / "claims", ignore_errors=True)  # those of an earlier start
     (args.out / "claims").mkdir(parents=True)
     done = args.plan.with_name("sweep.jsonl")
@@ -299,7 +300,8 @@ def main():
         signal.signal(number, lambda *_: stop(workers))
     for i in range(len(gpus) * args.per_gpu):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpus[i % len(gpus)])}
-        command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}"]
+        command = [sys.executable, __file__, args.plan, args.out, f"--deadline={deadline}",
+                   f"--per_gpu={args.per_gpu}"]
         with open(args.out / f"worker{i}.log", "a") as log:
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log,
                                             start_new_session=True))

@@ -139,6 +139,19 @@ def test_a_failed_run_is_left_out_and_printed_as_is_a_spectrum_that_failed(metri
                                        "b has no spectrum: OutOfMemoryError\n")
 
 
+def test_gpu_seconds_are_those_of_the_processes_that_shared_the_gpu():
+    """Alone a run had twice the speed of one of two: the same GPU seconds. Older lines do not say
+    how many there were."""
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots(1, 2)
+    runs = {"alone": [longer("a", 9.0, tokens_per_s=2000.0, per_gpu=1)],
+            "two": [longer("b", 9.0, tokens_per_s=1000.0)]}
+    for (run,) in runs.values():
+        run |= {"device": "card", "val_losses": [[0, 9.0], [2000, 3.0]]}
+    load(FILE.parent.parent / "pictures.py").draw_row(axes, runs, {name: name for name in runs}, 2)
+    (alone,), (two,) = (line.get_xdata() for line in axes[1].lines)  # of the evaluation at the end
+    assert alone == two == 2000 * 64 * 512 / 2000
+
+
 # ------------------------------------------------------------
 # plan.py: what is missing
 

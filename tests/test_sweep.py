@@ -278,10 +278,10 @@ class Sweep:
         return workers
 
     def records(self):
-        """The lines of sweep.jsonl without losses and pids, and the pids by name."""
+        """The lines of sweep.jsonl without losses, pids and per_gpu, and the pids by name."""
         lines = [*rates.read(self.plan.with_name("sweep.jsonl")).values()]
         for line in lines:
-            line.pop("losses", None)
+            line.pop("losses", None), line.pop("per_gpu", None)
         return lines, {line["name"]: line.pop("pid", None) for line in lines}
 
 
@@ -384,6 +384,8 @@ __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
     log, left = done.stdout.splitlines()
     assert log == f"a worker ended with exit status -9, see {tmp_path / 'out' / 'worker1.log'}"
     assert left == "1 of 2 runs are left; failed: none"
+    (record,) = rates.read(tmp_path / "sweep.jsonl").values()
+    assert record["per_gpu"] == 1
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
 
 

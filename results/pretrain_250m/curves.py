@@ -28,7 +28,8 @@ def main():
                 speed = speed_of(bench, method, optimizer)
                 if not speed:
                     raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
-                runs[method, optimizer] = [run | {"tokens_per_s": speed} for run in seeds]
+                alone = {"tokens_per_s": speed, "per_gpu": 1}
+                runs[method, optimizer] = [run | alone for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, 1, "r = 128, FP8")
