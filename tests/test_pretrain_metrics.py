@@ -367,14 +367,16 @@ def test_of_short_runs_one_seed_chooses_the_rates_that_all_its_numbers_are_of(nu
 
 def test_a_long_run_has_the_speed_of_the_bench_with_its_restarts(tmp_path, numbers_of):
     runs = [swept(40.0, 200), swept(50.0, 2000)]
-    assert "tokens_per_s" not in numbers_of(runs)  # two runs shared a GPU
-    bench = {"250m.full_muon_fp8.tokens_per_s": 1e6, "250m.mixed_muon_fp8.tokens_per_s": 2000,
+    assert not {"tokens_per_s", "peak_gib"} & numbers_of(runs).keys()  # two runs shared a GPU
+    bench = {"250m.full_muon_fp8.tokens_per_s": 1e6, "250m.full_muon_fp8.peak_gib": 7.0,
+             "250m.mixed_muon_fp8.tokens_per_s": 2000, "250m.mixed_muon_fp8.peak_gib": 8.0,
              "250m.mixed_muon_fp8.tokens_per_step": 2000, "250m.mixed_muon_fp8.restart_ms": 1e3}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
-    assert numbers_of(runs)["tokens_per_s"] == 1e6
+    assert (numbers_of(runs)["tokens_per_s"], numbers_of(runs)["peak_gib"]) == (1e6, 7.0)
     module = load(FILE.parent.parent / "pretrain_250m" / "metrics.py")
-    assert module.speed_of(bench, "best", "muon") == round(2000 / 1.1)
-    assert module.speed_of(bench, "full", "adamw") is None
+    assert module.alone(bench, "best", "muon") == {"tokens_per_s": round(2000 / 1.1),
+                                                   "peak_gib": 8.0}
+    assert module.alone(bench, "full", "adamw") == {}
 
 
 def test_losses_of_long_runs_are_means_over_seeds(numbers_of):

@@ -7,7 +7,7 @@ how many singular values of a run's whole change dW are above 0.1, by kind of pr
 """
 import sys
 
-from metrics import FOLDER, by_length, long_runs, read_bench, speed_of
+from metrics import FOLDER, alone, by_length, long_runs, read_bench
 from pictures import OPTIMIZERS, draw_curves
 from rates import read
 
@@ -25,11 +25,10 @@ def main():
         for method in LABELS:
             seeds, _ = long_runs(lengths, method, optimizer)
             if seeds:
-                speed = speed_of(bench, method, optimizer)
-                if not speed:
+                benched = alone(bench, method, optimizer)
+                if not benched:
                     raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
-                alone = {"tokens_per_s": speed, "per_gpu": 1}
-                runs[method, optimizer] = [run | alone for run in seeds]
+                runs[method, optimizer] = [run | benched | {"per_gpu": 1} for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, 1, "r = 128, FP8")

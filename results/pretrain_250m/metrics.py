@@ -8,8 +8,8 @@ ones on both sides of both rates. METHOD.OPTIMIZER.wiki_ppl and the numbers besi
 2,000 steps (131 M tokens) at these rates, METHOD.OPTIMIZER.at_60m.wiki_ppl at the best rates of
 60m; of several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
 
-tokens_per_s of the long runs is that of a GPU without another run, from bench.json, restarts with
-it; two runs shared a GPU in the sweep:
+tokens_per_s and peak_gib of the long runs are those of a GPU without another run, from bench.json,
+restarts with it; two runs shared a GPU in the sweep:
 
     python bench.py --shape=250m --accumulate=2 --json=results/pretrain_250m/bench.json \
         --methods=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
@@ -104,12 +104,15 @@ def long_runs(lengths, method, optimizer):
     return chosen, [run for run in ended if run not in chosen]
 
 
-def speed_of(bench, method, optimizer):
-    """Return the tokens/s of a long run alone on a GPU, None if bench, of bench.json, lacks it."""
-    name, every = BENCHED[method]
-    words = [name, "muon", "fp8"] if optimizer == "muon" else [name, "fp8"]
-    seconds = pretraining.token_seconds(bench, "250m." + "_".join(words), every)
-    return round(1 / seconds) if seconds else None
+def alone(bench, method, optimizer):
+    """Return {"tokens_per_s", "peak_gib"} of a method that has a GPU for itself, {} if bench, of
+    bench.json, lacks it."""
+    method, every = BENCHED[method]
+    name = f"250m.{method}_muon_fp8" if optimizer == "muon" else f"250m.{method}_fp8"
+    seconds = pretraining.token_seconds(bench, name, every)
+    if not seconds:
+        return {}
+    return {"tokens_per_s": round(1 / seconds), "peak_gib": round(bench[f"{name}.peak_gib"], 2)}
 
 
 def read_bench(folder):
@@ -127,13 +130,14 @@ def of_short(runs):
     return pretraining.of_seeds(seeds) | pretraining.of_grid(best, runs)
 
 
-def of_long(seeds, speed):
-    """Return the numbers of long runs at one pair of rates; speed: tokens/s alone on a GPU."""
+def of_long(seeds, benched):
+    """Return the numbers of long runs at one pair of rates; benched: see alone."""
     if not seeds:
         return {}
     numbers = pretraining.of_seeds(seeds)
-    numbers.pop("tokens_per_s", None)  # two runs shared a GPU
-    numbers |= {"tokens_per_s": speed} if speed else {}
+    for key in ("tokens_per_s", "peak_gib"):  # two runs shared a GPU, and most were resumed
+        numbers.pop(key, None)
+    numbers |= benched
     if "trainable_block_fraction" in seeds[0]:
         numbers["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
     losses = [dict(run["val_losses"]) for run in seeds]
@@ -151,9 +155,9 @@ def of_sweep(records, bench):
             print(f"{method}.{optimizer}, {SHORT} steps:", end=" ")
             own |= {f"short.{key}": value for key, value in of_short(short).items()}
         chosen, at_60m = long_runs(lengths, method, optimizer)
-        speed = speed_of(bench, method, optimizer)
-        own |= of_long(chosen, speed)
-        own |= {f"at_60m.{key}": value for key, value in of_long(at_60m, speed).items()}
+        benched = alone(bench, method, optimizer)
+        own |= of_long(chosen, benched)
+        own |= {f"at_60m.{key}": value for key, value in of_long(at_60m, benched).items()}
     return numbers
 
 
