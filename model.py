@@ -249,7 +249,7 @@ def softmax_gradient(logits, targets, vocab_size, scale):
     return loss, gradient.to(logits.dtype)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):  # chunks: of the N positions, as indices
+class ChunkedCrossEntropy(torch.autograd.Function):  # chunks: tensors of row numbers of x
     @staticmethod
     def forward(ctx, x, weight, targets, chunks, kernel):
         w, loss = padded(weight, x.dtype), at_least_float32(x.new_zeros(()))

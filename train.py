@@ -56,7 +56,7 @@ def train(cfg):
     if world > 1:  # machines with folders of their own would train on other steps or tokens
         mine, all_of_them = (cfg, str(newest), fingerprint(cfg.data)), [None] * world
         dist.all_gather_object(all_of_them, mine)
-        need(len({*all_of_them}) == 1, f"the processes differ in their keys, in the newest "
+        need(len({*all_of_them}) == 1, "the processes differ in their keys, in the newest "
              f"checkpoint in {cfg.out} or in the tokens in {cfg.data}: share these folders")
     group_losses = None if newest else first_losses(model, batches)
     optimizer = prepare_model(cfg, model, device, cycle, group_losses)
@@ -167,7 +167,7 @@ def build_model(cfg, tokens):
 def check_run_folder(cfg, rank):
     """Return (checkpoint to continue from, its cycle) or (None, 0); refuse to mix two runs."""
     for leftover in (Path(cfg.out).glob(".*ing-step-*") if rank == 0 else ()):
-        shutil.rmtree(leftover)  # .writing-, .removing-: of a process that was killed
+        shutil.rmtree(leftover)  # a process was killed while it saved or removed a step
     steps = checkpoint.steps_of(cfg.out)
     if not steps:
         need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "

@@ -15,13 +15,12 @@ def draw_line(axis, places, losses, color, label):
                       [max(column) for column in columns], color=f"C{color}", alpha=0.2)
 
 
-def draw_row(axes, runs, labels, per_gpu):
+def draw_row(axes, runs, labels):
     """Draw the methods of one optimizer: left against tokens, right against GPU seconds.
 
-    GPU seconds are a run's seconds divided by the processes that shared a GPU (per_gpu for a run
-    that does not say how many), at the speed of the slowest seed on the row's most frequent card:
-    at the end of a sweep others had a GPU with fewer. A method without a seed on that card is drawn
-    left only.
+    GPU seconds are a run's seconds divided by its per_gpu, the processes that shared the GPU, at
+    the speed of the slowest seed on the row's most frequent card: at the end of a sweep others had
+    a GPU with fewer. A method without a seed on that card is drawn left only.
     """
     device = mode(run["device"] for seeds in runs.values() for run in seeds)
     for color, (method, label) in enumerate(labels.items()):
@@ -32,7 +31,7 @@ def draw_row(axes, runs, labels, per_gpu):
         losses = [[dict(run["val_losses"])[step] for step in steps] for run in seeds]
         tokens = seeds[0]["config"]["batch_size"] * seeds[0]["config"]["seq_len"]
         draw_line(axes[0], [step * tokens / 1e6 for step in steps], losses, color, label)
-        speeds = [run["tokens_per_s"] * run.get("per_gpu", per_gpu) for run in seeds
+        speeds = [run["tokens_per_s"] * run["per_gpu"] for run in seeds
                   if run["device"] == device]  # of a whole GPU
         if speeds:
             seconds = tokens / min(speeds)
@@ -41,7 +40,7 @@ def draw_row(axes, runs, labels, per_gpu):
     axes[1].set_xlabel(f"GPU seconds, one {device}")
 
 
-def draw_curves(file, runs, labels, per_gpu, title):
+def draw_curves(file, runs, labels, title):
     """Draw a row per optimizer, against tokens and GPU seconds.
 
     runs: {(method, optimizer): [runs of one pair of rates by seed]}; labels: {method: its label}.
@@ -52,7 +51,7 @@ def draw_curves(file, runs, labels, per_gpu, title):
                                    layout="constrained", squeeze=False, sharey=True)
     for row, optimizer in zip(axes, optimizers, strict=True):
         by_method = {method: seeds for (method, used), seeds in runs.items() if used == optimizer}
-        draw_row(row, by_method, labels, per_gpu)
+        draw_row(row, by_method, labels)
         name = OPTIMIZERS[optimizer]
         row[0].set(title=f"{name}, {title}", ylabel="validation loss, nats per token")
         row[0].legend()

@@ -281,7 +281,8 @@ class Sweep:
         """The lines of sweep.jsonl without losses, pids and per_gpu, and the pids by name."""
         lines = [*rates.read(self.plan.with_name("sweep.jsonl")).values()]
         for line in lines:
-            line.pop("losses", None), line.pop("per_gpu", None)
+            for key in ("losses", "per_gpu"):
+                line.pop(key, None)
         return lines, {line["name"]: line.pop("pid", None) for line in lines}
 
 

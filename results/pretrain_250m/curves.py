@@ -9,7 +9,7 @@ import sys
 
 from metrics import FOLDER, alone, by_length, long_runs, read_bench
 from pictures import OPTIMIZERS, draw_curves
-from rates import read
+from pretraining import read_with_diverged
 
 sys.path.append(str(FOLDER.parents[1]))
 from docs.figures import draw_spectra  # noqa: E402
@@ -19,7 +19,7 @@ LABELS = {"full": "full rank", "best": "MoRA and LoRA (250m_best)", "lora": "LoR
 
 
 def main():
-    lengths = by_length(read(FOLDER / "sweep.jsonl").values())
+    lengths = by_length(read_with_diverged(FOLDER / "sweep.jsonl"))
     runs, bench = {}, read_bench(FOLDER)
     for optimizer in OPTIMIZERS:
         for method in LABELS:
@@ -31,7 +31,7 @@ def main():
                 runs[method, optimizer] = [run | benched | {"per_gpu": 1} for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
-    draw_curves(FOLDER / "curves.png", runs, LABELS, 1, "r = 128, FP8")
+    draw_curves(FOLDER / "curves.png", runs, LABELS, "r = 128, FP8")
     spectra = {f"{LABELS[method]}, {optimizer}": seeds[0]["spectra"]
                for (method, optimizer), seeds in runs.items() if "spectra" in seeds[0]}
     if spectra:

@@ -8,11 +8,12 @@ ones on both sides of both rates. METHOD.OPTIMIZER.wiki_ppl and the numbers besi
 2,000 steps (131 M tokens) at these rates, METHOD.OPTIMIZER.at_60m.wiki_ppl at the best rates of
 60m; of several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
 
-tokens_per_s and peak_gib of the long runs are those of a GPU without another run, from bench.json,
-restarts with it; two runs shared a GPU in the sweep:
+Two runs shared a GPU in the sweep. Short runs therefore have no tokens_per_s, and long runs have
+tokens_per_s (restarts included) and peak_gib of a run that is alone on a GPU, from bench.json:
 
-    python bench.py --shape=250m --accumulate=2 --json=results/pretrain_250m/bench.json \
-        --methods=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
+    M=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
+    python bench.py --shape=250m --accumulate=2 --methods=$M \
+        --json=results/pretrain_250m/bench.json
 
 The logs are older: one run each, at rates 2e-3 and 1.6e-2. METHOD_fp8 trained with --matmul=fp8;
 .loss_difference_STEP is its validation loss minus bf16's. The sweep's runs are all in FP8, and its
@@ -29,14 +30,12 @@ from statistics import mean, median, stdev
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import pretraining  # noqa: E402
-import rates  # noqa: E402
 
 LONG, SHORT = 2000, 200  # steps
-RATE = r"([\d.]+(?:e-\d+)?)"
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
            "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
-NAME = re.compile(rf"(\w+)-(\w+)-{RATE}-{RATE}-s(\d+)-steps(\d+)")  # as plan.py writes it
+NAME = re.compile(r"(\w+)-(\w+)-.+-steps(\d+)")  # as plan.py writes it
 
 
 def of_run(path):
@@ -81,17 +80,12 @@ def of_logs(folder):
             for name, part in numbers.items()}
 
 
-def by_length(records):
+def by_length(runs):
     """Return {(method, optimizer, steps): [runs]}; one that diverged has infinite perplexity."""
     result = {}
-    rates.print_failures(records)
-    for record in records:
-        method, optimizer, lr, rest_lr, seed, steps = NAME.fullmatch(record["name"]).groups()
-        if rates.diverged(record):
-            config = {"lr": float(lr), "rest_lr": float(rest_lr), "seed": int(seed)}
-            record = {**record, "val_ppl": math.inf, "config": config}
-        if "val_ppl" in record:
-            result.setdefault((method, optimizer, int(steps)), []).append(record)
+    for run in runs:
+        method, optimizer, steps = NAME.fullmatch(run["name"]).groups()
+        result.setdefault((method, optimizer, int(steps)), []).append(run)
     return result
 
 
@@ -121,13 +115,15 @@ def read_bench(folder):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def of_short(runs):
-    """Return the numbers of a grid of short runs; prints it."""
+def of_short(title, runs):
+    """Return the numbers of a grid of short runs; prints it after the title."""
     best = pretraining.best_of(runs)
-    if best is None:  # all diverged
+    if best is None:  # no run, or all diverged
         return {}
-    seeds = pretraining.at_rates_of(best, runs)
-    return pretraining.of_seeds(seeds) | pretraining.of_grid(best, runs)
+    print(title, end=" ")
+    numbers = pretraining.of_seeds(pretraining.at_rates_of(best, runs))
+    numbers.pop("tokens_per_s", None)  # two runs shared a GPU
+    return numbers | pretraining.of_grid(best, runs)
 
 
 def of_long(seeds, benched):
@@ -135,7 +131,7 @@ def of_long(seeds, benched):
     if not seeds:
         return {}
     numbers = pretraining.of_seeds(seeds)
-    for key in ("tokens_per_s", "peak_gib"):  # two runs shared a GPU, and most were resumed
+    for key in ("tokens_per_s", "peak_gib"):  # two runs shared a GPU, and resumed ones have no peak
         numbers.pop(key, None)
     numbers |= benched
     if "trainable_block_fraction" in seeds[0]:
@@ -145,15 +141,13 @@ def of_long(seeds, benched):
     return numbers | {key: round(value, 4) for key, value in of_losses(means).items()}
 
 
-def of_sweep(records, bench):
+def of_sweep(runs, bench):
     """Return {METHOD.OPTIMIZER: its numbers}; prints the grids of short runs."""
-    lengths, numbers = by_length(records), {}
+    lengths, numbers = by_length(runs), {}
     for method, optimizer in sorted({name[:2] for name in lengths}):
         own = numbers[f"{method}.{optimizer}"] = {}
-        short = lengths.get((method, optimizer, SHORT))
-        if short:
-            print(f"{method}.{optimizer}, {SHORT} steps:", end=" ")
-            own |= {f"short.{key}": value for key, value in of_short(short).items()}
+        short = of_short(f"{method}.{optimizer}", lengths.get((method, optimizer, SHORT), []))
+        own |= {f"short.{key}": value for key, value in short.items()}
         chosen, at_60m = long_runs(lengths, method, optimizer)
         benched = alone(bench, method, optimizer)
         own |= of_long(chosen, benched)
@@ -163,7 +157,8 @@ def of_sweep(records, bench):
 
 def summarize(folder):
     """Return the flat numbers. A log's numbers stay until the sweep has a long run of that name."""
-    swept = of_sweep(rates.read(folder / "sweep.jsonl").values(), read_bench(folder))
+    runs = pretraining.read_with_diverged(folder / "sweep.jsonl")
+    swept = of_sweep(runs, read_bench(folder))
     flat = {}
     for name, numbers in of_logs(folder).items():
         if "wiki_ppl" not in swept.get(name, {}):

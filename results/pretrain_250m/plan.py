@@ -1,10 +1,10 @@
 """The sweep of results/pretrain_250m: rates on short runs, then 131 M tokens at the best of them.
 
 The rates are those of results/pretrain_60m; on 200 steps of 65,536 tokens (13 M) each is checked by
-a factor of 2 to each side, see results/grid.py. Short runs preferred a lower rest_lr with Muon and
-a lower lr with AdamW, so two methods have a long run at 60m's rates too. The runs of earlier
-sweeps, in sweep.jsonl beside this file, decide what is missing. A long run takes 15 minutes of an
-H100 that two runs share.
+a factor of 2 to each side, see results/grid.py. The best rest_lr with Muon and the best lr with
+AdamW were lower than 60m's there, so two methods have a long run at 60m's rates, too. The runs of
+earlier sweeps, in sweep.jsonl beside this file, decide what is missing. By the speed of their first
+steps, long runs take 13 to 25 minutes of an H100 that two of them share.
 """
 from functools import partial
 from pathlib import Path
