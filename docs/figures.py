@@ -44,6 +44,7 @@ def draw_spectra(file, named):
             heights = [means[kind]["singular_above_0.1"] for kind in mora.PROJECTIONS]
             axis.bar(places + i * width, heights, width, label=label)
         axis.set_xticks(places + 0.4 - width / 2, mora.PROJECTIONS)
+        axis.set_ylim(top=(1.2 + 0.06 * len(named)) * axis.get_ylim()[1])  # room for the legend
         axis.set(title="singular values of ΔW above 0.1, mean over layers", xlabel="kind of layer")
 
 

@@ -248,8 +248,9 @@ def test_at_250m_alternate_groups_run_long_at_the_best_rates_of_mora_share():
     runs = [name for name in plan["plan"](records)
             if name.startswith(("remora", "mora")) and "-muon-" in name]
     assert runs == [f"{method}-muon-0.004-0.016-s1337-steps2000"
-                    for method in ("mora_share", "remora_alternate")
-                    ] + ["mora_share-muon-0.002-0.032-s1337-steps2000"]  # at 60m's rates
+                    for method in ("mora_share", "remora_alternate")]
+    further = [name for name in plan["RUNS"] if name.startswith("lora-muon-0.002-0.016")]
+    assert further == ["lora-muon-0.002-0.016-s1337-steps2000"]
 
 
 def test_the_fraction_of_one_block_is_of_all_blocks(metrics):
@@ -337,23 +338,35 @@ def test_a_long_run_replaces_every_number_of_the_log(numbers_of):
     assert "rates_tried" not in numbers and "bracketed" not in numbers  # one pair is no grid
 
 
-def test_a_long_run_at_other_rates_than_the_short_ones_chose_is_that_at_60m(numbers_of):
+def test_long_runs_at_other_rates_than_the_short_ones_chose_have_these_in_their_names(numbers_of):
+    """Runs at different rates are never averaged, nor is one of them the headline."""
     short = [swept(40.0, 200), swept(41.0, 200, rest_lr=6.4e-2)]
     numbers = numbers_of([*short, swept(30.0, 2000), swept(29.0, 2000, rest_lr=6.4e-2)])
     assert (numbers["wiki_ppl"], numbers["rest_lr"]) == (30.0, 1.6e-2)
-    assert (numbers["at_60m.wiki_ppl"], numbers["at_60m.rest_lr"]) == (29.0, 6.4e-2)
-    assert numbers["at_60m.best_step"] == 1000
-    numbers = numbers_of([*short, swept(29.0, 2000, rest_lr=6.4e-2)])
-    assert numbers["wiki_ppl"] == 7.3891 and numbers["at_60m.wiki_ppl"] == 29.0
+    other = "at_0.002_0.064."
+    assert (numbers[other + "wiki_ppl"], numbers[other + "rest_lr"]) == (29.0, 6.4e-2)
+    assert numbers[other + "best_step"] == 1000
+    numbers = numbers_of([*short, swept(29.0, 2000, rest_lr=6.4e-2), swept(28.0, 2000, 4e-3)])
+    assert numbers["wiki_ppl"] == 7.3891 and numbers[other + "wiki_ppl"] == 29.0
+    assert numbers["at_0.004_0.016.wiki_ppl"] == 28.0
 
 
-def test_runs_at_different_rates_are_not_averaged(numbers_of):
-    """The best short rates moved after the first long run: two others are not "at 60m's rates"."""
-    moved = [swept(30.0, 2000, rest_lr=3.2e-2), swept(29.0, 2000, rest_lr=6.4e-2)]
-    with pytest.raises(ValueError, match="full-muon-0.002-0.064-s1337-steps2000 .* other rates"):
-        numbers_of([swept(40.0, 200), *moved])
-    with pytest.raises(ValueError, match="other rates"):
-        numbers_of(moved)  # a method without short runs
+def test_runs_at_different_rates_have_no_mean(metrics):
+    with pytest.raises(ValueError, match="full-muon-0.002-0.064-s1337 .* other rates"):
+        metrics.pretraining.of_seeds([swept(30.0, 200), made_up("full", 29.0, rest_lr=6.4e-2)])
+
+
+def test_alternate_groups_have_the_short_runs_of_mora_share():
+    module = load(FILE.parent.parent / "pretrain_250m" / "metrics.py")
+    runs = [("mora_share", 200, 2e-3), ("mora_share", 200, 4e-3), ("remora_alternate", 2000, 2e-3),
+            ("remora_alternate", 2000, 4e-3)]
+    lengths = module.by_length([made_up(method, 40.0 + lr, lr, steps=steps, val_losses=[],
+                                        options=f"-steps{steps}") for method, steps, lr in runs])
+    found = module.long_runs(lengths, "remora_alternate", "muon")
+    assert {prefix: [run["config"]["lr"] for run in seeds] for prefix, seeds in found.items()} == {
+        "": [2e-3], "at_0.004_0.032.": [4e-3]}
+    plan = runpy.run_path(str(FILE.parent.parent / "pretrain_250m" / "plan.py"))
+    assert {group[0]: other[0] for group, other in plan["GRID_OF"].items()} == module.GRID_OF
 
 
 def test_of_short_runs_one_seed_chooses_the_rates_that_all_its_numbers_are_of(numbers_of):
@@ -382,7 +395,7 @@ def test_losses_of_long_runs_are_means_over_seeds(numbers_of):
     runs = [made_up("full", 50.0, rest_lr=1.6e-2, seed=seed, steps=2000, options="-steps2000",
                     val_losses=[[0, 11.0], [1000, loss], [2000, 3.0]])
             for seed, loss in ((1337, 3.5), (1, 2.0), (2, 2.3))]
-    numbers = numbers_of(runs)
+    numbers = numbers_of([swept(40.0, 200), *runs])
     assert (numbers["val_loss_1000"], numbers["best_step"], numbers["seeds"]) == (2.6, 1000, 3)
     assert "trainable_block_fraction" not in numbers
 

@@ -386,7 +386,7 @@ def test_at_250m_all_is_in_fp8_at_a_quarter_of_the_blocks_from_the_best_rates_of
             part = 4
         assert centre == (best[f"{name}.lr"] / part, best[f"{name}.rest_lr"]), group
         for steps, warmup in ((200, 40), (2000, 200)):
-            (file, words), = plan["run"](group, (0, 0), steps).values()
+            (file, words), = plan["run"](group, centre, steps).values()
             cfg = config.load([str(RESULTS.parent / file), *words], None)
             assert (cfg.matmul, cfg.warmup, cfg.eval_every) == ("fp8", warmup, 250)
             assert cfg.method == "full" or cfg.rank == 128, group

@@ -23,7 +23,7 @@ def main():
     runs, bench = {}, read_bench(FOLDER)
     for optimizer in OPTIMIZERS:
         for method in LABELS:
-            seeds, _ = long_runs(lengths, method, optimizer)
+            seeds = long_runs(lengths, method, optimizer).get("")
             if seeds:
                 benched = alone(bench, method, optimizer)
                 if not benched:
@@ -32,7 +32,7 @@ def main():
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, "r = 128, FP8")
-    spectra = {f"{LABELS[method]}, {optimizer}": seeds[0]["spectra"]
+    spectra = {f"{LABELS[method]}, {OPTIMIZERS[optimizer]}": seeds[0]["spectra"]
                for (method, optimizer), seeds in runs.items() if "spectra" in seeds[0]}
     if spectra:
         draw_spectra(FOLDER / "spectra.png", spectra)

@@ -5,8 +5,8 @@
 METHOD.OPTIMIZER.short.wiki_ppl and the numbers beside it are those of the best pair of rates on 200
 steps. rates_tried counts the pairs, with those that diverged; bracketed is 1 if the best has worse
 ones on both sides of both rates. METHOD.OPTIMIZER.wiki_ppl and the numbers beside it are those of
-2,000 steps (131 M tokens) at these rates, METHOD.OPTIMIZER.at_60m.wiki_ppl at the best rates of
-60m; of several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
+2,000 steps (131 M tokens) at these rates, METHOD.OPTIMIZER.at_LR_RESTLR.wiki_ppl at others; of
+several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
 
 Two runs shared a GPU in the sweep. Short runs therefore have no tokens_per_s, and long runs have
 tokens_per_s (restarts included) and peak_gib of a run that is alone on a GPU, from bench.json:
@@ -35,6 +35,7 @@ LONG, SHORT = 2000, 200  # steps
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
            "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
+GRID_OF = {"remora_alternate": "mora_share"}  # as in plan.py
 NAME = re.compile(r"(\w+)-(\w+)-.+-steps(\d+)")  # as plan.py writes it
 
 
@@ -54,6 +55,20 @@ def of_losses(losses):
             **{f"val_loss_{step}": loss for step, loss in losses.items()}}
 
 
+def of_model(folder, stem):
+    """Return the numbers of an older run's last checkpoint, on c4_sample and of its spectra; {} if
+    it was not measured before its machine went back."""
+    numbers = {}
+    c4, spectra = (folder / f"{stem}_{what}.json" for what in ("c4", "spectra"))
+    if c4.exists():
+        scores = json.loads(c4.read_text())
+        numbers |= {"c4_ppl": scores["ppl"], "c4_bits_per_byte": scores["bits_per_byte"]}
+    if spectra.exists():
+        measures = json.loads(spectra.read_text())["measures"]["all"]
+        numbers |= {key: measures[key] for key in ("singular_above_0.1", "rank")}
+    return numbers
+
+
 def logs(folder):
     """Return the paths of the older runs' logs."""
     return sorted(set(folder.glob("*.jsonl")) - {folder / "sweep.jsonl"})
@@ -67,7 +82,7 @@ def of_logs(folder):
         runs[name] = losses
         numbers[name] = {"wiki_ppl": math.exp(losses[max(losses)]), **of_losses(losses),
                          "lr": config["lr"], "rest_lr": config["rest_lr"],
-                         "tokens_per_s": speed}
+                         "tokens_per_s": speed, **of_model(folder, path.stem)}
     for name, losses in runs.items():
         method, _, optimizer = name.partition(".")
         fp8 = runs.get(f"{method}_fp8.{optimizer}")
@@ -90,12 +105,19 @@ def by_length(runs):
 
 
 def long_runs(lengths, method, optimizer):
-    """Return (the seeds at the rates that short runs chose, those at 60m's rates); all are the
-    former for a method without short runs."""
-    ended = [run for run in lengths.get((method, optimizer, LONG), []) if "error" not in run]
-    best = pretraining.best_of(lengths.get((method, optimizer, SHORT), []))
-    chosen = pretraining.at_rates_of(best, ended) if best else ended
-    return chosen, [run for run in ended if run not in chosen]
+    """Return {"": [seeds at the rates that short runs chose], "at_LR_RESTLR.": [at others]}. A
+    method without short runs has those of another, by GRID_OF."""
+    grid_of = GRID_OF.get(method, method)
+    best = pretraining.best_of(lengths.get((grid_of, optimizer, SHORT), []))
+    result = {}
+    for run in lengths.get((method, optimizer, LONG), []):
+        if "error" in run:
+            continue
+        pair = pretraining.rates_of(run)
+        chosen = best and pair == pretraining.rates_of(best)
+        prefix = "" if chosen else "at_{:g}_{:g}.".format(*pair)
+        result.setdefault(prefix, []).append(run)
+    return result
 
 
 def alone(bench, method, optimizer):
@@ -128,8 +150,6 @@ def of_short(title, runs):
 
 def of_long(seeds, benched):
     """Return the numbers of long runs at one pair of rates; benched: see alone."""
-    if not seeds:
-        return {}
     numbers = pretraining.of_seeds(seeds)
     for key in ("tokens_per_s", "peak_gib"):  # two runs shared a GPU, and resumed ones have no peak
         numbers.pop(key, None)
@@ -148,10 +168,9 @@ def of_sweep(runs, bench):
         own = numbers[f"{method}.{optimizer}"] = {}
         short = of_short(f"{method}.{optimizer}", lengths.get((method, optimizer, SHORT), []))
         own |= {f"short.{key}": value for key, value in short.items()}
-        chosen, at_60m = long_runs(lengths, method, optimizer)
         benched = alone(bench, method, optimizer)
-        own |= of_long(chosen, benched)
-        own |= {f"at_60m.{key}": value for key, value in of_long(at_60m, benched).items()}
+        for prefix, seeds in long_runs(lengths, method, optimizer).items():
+            own |= {f"{prefix}{key}": value for key, value in of_long(seeds, benched).items()}
     return numbers
 
 

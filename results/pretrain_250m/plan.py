@@ -1,10 +1,10 @@
 """The sweep of results/pretrain_250m: rates on short runs, then 131 M tokens at the best of them.
 
 The rates are those of results/pretrain_60m; on 200 steps of 65,536 tokens (13 M) each is checked by
-a factor of 2 to each side, see results/grid.py. The best rest_lr with Muon and the best lr with
-AdamW were lower than 60m's there, so two methods have a long run at 60m's rates, too. The runs of
-earlier sweeps, in sweep.jsonl beside this file, decide what is missing. By the speed of their first
-steps, long runs take 13 to 25 minutes of an H100 that two of them share.
+a factor of 2 to each side, see results/grid.py. What is best for 200 steps need not be best for
+2,000, so some methods have a long run at other rates, too: FURTHER. The runs of earlier sweeps, in
+sweep.jsonl beside this file, decide what is missing. A long run takes 14 to 20 minutes of an H100
+that two of them share.
 """
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,10 @@ CENTRES = {("full", "muon"): (4e-3, 6.4e-2), ("mora_share", "muon"): (2e-3, 3.2e
 # a short run ends before the first restart, so that its grid would be the other method's again
 GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
            for optimizer in ("muon", "adamw")}
-LONG_AT_60M = [("full", "muon"), ("mora_share", "muon")]
+# {(method, optimizer): (lr, rest_lr) of one more long run}: 2e-3 and 1.6e-2, of which full rank and
+# MoRA have logs, and 60m's rates
+FURTHER = {("lora", "muon"): (2e-3, 1.6e-2), ("best", "muon"): (2e-3, 1.6e-2),
+           ("full", "muon"): CENTRES["full", "muon"]}
 # their grids and long runs come after all others'
 LAST = [("lora", "adamw"), ("mora_share", "adamw")]
 SHORT, LONG = 200, 2000  # steps
@@ -47,19 +50,24 @@ WARMUP = {SHORT: 40, LONG: 200}
 SEED = 1337
 
 
-def name_of(group, point, steps):
-    """Return the name of a run; group: (method, optimizer); point: see grid.py."""
-    lr, rest_lr = grid.rates_at(CENTRES[group], point)
+def name_at(group, pair, steps):
+    """Return the name of a run; group: (method, optimizer); pair: (lr, rest_lr)."""
+    lr, rest_lr = pair
     return f"{'-'.join(group)}-{lr:g}-{rest_lr:g}-s{SEED}-steps{steps}"
 
 
-def run(group, point, steps):
+def name_of(group, point, steps):
+    """Return the name of a run at a point of its group's grid, see grid.py."""
+    return name_at(group, grid.rates_at(CENTRES[group], point), steps)
+
+
+def run(group, pair, steps):
     """Return {name: (config, words)} of one run."""
-    (method, optimizer), (lr, rest_lr) = group, grid.rates_at(CENTRES[group], point)
+    (method, optimizer), (lr, rest_lr) = group, pair
     words = [*COMMON, *METHODS[method], f"--optimizer={optimizer}", f"--seed={SEED}", f"--lr={lr}",
              f"--rest_lr={rest_lr}", f"--steps={steps}", f"--warmup={WARMUP[steps]}",
              "--eval_every=250", f"--save_every={min(steps, 1000)}"]
-    return {name_of(group, point, steps): (CONFIG, words)}
+    return {name_at(group, pair, steps): (CONFIG, words)}
 
 
 def of_groups(groups, records):
@@ -69,17 +77,17 @@ def of_groups(groups, records):
         grid_group = GRID_OF.get(group, group)
         point, missing = grid.search(partial(name_of, grid_group, steps=SHORT), records)
         for neighbour in missing:
-            short_runs |= run(grid_group, neighbour, SHORT)
+            short_runs |= run(grid_group, grid.rates_at(CENTRES[grid_group], neighbour), SHORT)
         if not missing:
-            long_runs |= run(group, point, LONG)
+            long_runs |= run(group, grid.rates_at(CENTRES[group], point), LONG)
     return short_runs | long_runs
 
 
 def plan(records):
-    """Return RUNS: everything of the first groups, the long runs at 60m's rates, that of LAST."""
+    """Return RUNS: everything of the first groups, the long runs at further rates, that of LAST."""
     runs = of_groups([group for group in CENTRES if group not in LAST], records)
-    for group in LONG_AT_60M:
-        runs |= run(group, (0, 0), LONG)
+    for group, pair in FURTHER.items():
+        runs |= run(group, pair, LONG)
     return runs | of_groups(LAST, records)
 
 
