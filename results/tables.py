@@ -109,9 +109,9 @@ TABLES = {
         Column("last", "{}.wiki_ppl", "{:.2f}"),
         Column("bits/byte", "{}.wiki_bits_per_byte", "{:.3f}", missing="-"),
         Column("c4", "{}.c4_ppl", "{:.0f}", missing="-"),
-        Column("> 0.1", "{}.singular_above_0.1", "{:.0f}", missing="-"),
         Column("tokens/s", "{}.tokens_per_s", "{:,.0f}"),
         Column("GiB", "{}.peak_gib", "{:.1f}", missing="-"),
+        Column("> 0.1", "{}.singular_above_0.1", "{:.0f}", missing="-"),
     )),
     "pretrain_250m/rates": ({
         "full rank, Muon": "full.muon", "MoRA and LoRA (250m_best), Muon": "best.muon",
