@@ -89,14 +89,18 @@ def token_seconds(bench, name, every=0):
 
 
 def of_seeds(runs, suffix=""):
-    """Return the numbers of runs that differ in their seeds; suffix: of the names of scores. The
-    speed is the slowest seed's, if all had the same card: others had fewer processes beside
+    """Return the numbers of runs that differ in their seeds alone; suffix: of the names of scores.
+    The speed is the slowest seed's, if all had the same card: others had fewer processes beside
     them."""
-    lr, rest_lr = rates_of(runs[0])
+    first, seeds = runs[0], [run["config"]["seed"] for run in runs]
     for run in runs:
-        if rates_of(run) != (lr, rest_lr):
-            raise ValueError(f"{run['name']} has other rates than {runs[0]['name']}, so that they "
-                             "have no mean: find out which one counts")
+        for key, value in run["config"].items():
+            if key not in ("seed", "out", "resume") and value != first["config"].get(key, value):
+                raise ValueError(f"{run['name']} has {key} {value}, {first['name']} has "
+                                 f"{first['config'][key]}, so that they have no mean")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{first['name']} and others have seeds {seeds}: one seed counts once")
+    lr, rest_lr = rates_of(first)
     numbers = {}
     for name, (key, digits) in SCORES.items():
         numbers[name + suffix] = average(runs, key, digits)

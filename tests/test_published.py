@@ -395,6 +395,14 @@ def test_at_250m_all_is_in_fp8_at_a_quarter_of_the_blocks_from_the_best_rates_of
             assert (cfg.restart_every, cfg.restart_warmup) == restarts
 
 
+def test_every_long_run_at_250m_is_a_row_of_the_table():
+    """A run at rates without a row would vanish, say when another short run becomes the best."""
+    metrics = json.loads((RESULTS / "pretrain_250m" / "metrics.json").read_text())
+    long_runs = {name.removesuffix(".best_ppl") for name in metrics if name.endswith(".best_ppl")}
+    rows, _ = tables.TABLES["pretrain_250m"]
+    assert long_runs - {*rows.values()} == {"full_bf16.muon", "mora_bf16.muon"}
+
+
 def test_equal_time_has_the_ranks_and_restarts_of_the_runs_at_60m(monkeypatch, planned):
     monkeypatch.syspath_prepend(str(RESULTS / "pretrain_60m"))
     for method, (rank, name, every) in load("pretrain_60m", "equal_time").SPEEDS.items():

@@ -14,7 +14,8 @@ from pretraining import read_with_diverged
 sys.path.append(str(FOLDER.parents[1]))
 from docs.figures import draw_spectra  # noqa: E402
 
-LABELS = {"full": "full rank", "best": "MoRA and LoRA (250m_best)", "lora": "LoRA",
+FROM = 500  # step; earlier losses would leave no room for the differences of later ones
+LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
 
 
@@ -28,7 +29,9 @@ def main():
                 benched = alone(bench, method, optimizer)
                 if not benched:
                     raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
-                runs[method, optimizer] = [run | benched | {"per_gpu": 1} for run in seeds]
+                runs[method, optimizer] = [
+                    run | benched | {"per_gpu": 1, "val_losses": [
+                        pair for pair in run["val_losses"] if pair[0] >= FROM]} for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, "r = 128, FP8")

@@ -15,9 +15,8 @@ tokens_per_s (restarts included) and peak_gib of a run that is alone on a GPU, f
     python bench.py --shape=250m --accumulate=2 --methods=$M \
         --json=results/pretrain_250m/bench.json
 
-The logs are older: one run each, at rates 2e-3 and 1.6e-2. METHOD_fp8 trained with --matmul=fp8;
-.loss_difference_STEP is its validation loss minus bf16's. The sweep's runs are all in FP8, and its
-full.muon takes the place of the log's.
+The logs are older: one run each, at rates 2e-3 and 1.6e-2. METHOD_fp8 trained with --matmul=fp8,
+as the sweep's runs did; .loss_difference_STEP is its validation loss minus that of METHOD_bf16.
 """
 import json
 import math
@@ -48,10 +47,12 @@ def of_run(path):
     return f"{path.stem}.{config['optimizer']}", config, losses, median(speeds)
 
 
-def of_losses(losses):
-    """Return the numbers of {step: validation loss}."""
+def of_losses(seeds):
+    """Return the numbers of {step: validation loss} of each seed."""
+    losses = {step: mean(seed[step] for seed in seeds) for step in seeds[0]}
     best = min(losses, key=losses.get)
-    return {"wiki_loss": losses[max(losses)], "best_ppl": math.exp(losses[best]), "best_step": best,
+    return {"wiki_loss": losses[max(losses)], "best_step": best,
+            "best_ppl": mean(math.exp(seed[best]) for seed in seeds),
             **{f"val_loss_{step}": loss for step, loss in losses.items()}}
 
 
@@ -80,15 +81,14 @@ def of_logs(folder):
     for path in logs(folder):
         name, config, losses, speed = of_run(path)
         runs[name] = losses
-        numbers[name] = {"wiki_ppl": math.exp(losses[max(losses)]), **of_losses(losses),
+        numbers[name] = {"wiki_ppl": math.exp(losses[max(losses)]), **of_losses([losses]),
                          "lr": config["lr"], "rest_lr": config["rest_lr"],
                          "tokens_per_s": speed, **of_model(folder, path.stem)}
     for name, losses in runs.items():
-        method, _, optimizer = name.partition(".")
-        fp8 = runs.get(f"{method}_fp8.{optimizer}")
-        if fp8:
-            differences = {step: fp8[step] - loss for step, loss in losses.items() if step}
-            own = numbers[f"{method}_fp8.{optimizer}"]
+        in_fp8 = name.replace("_bf16.", "_fp8.")
+        if in_fp8 != name and in_fp8 in runs:
+            differences = {step: runs[in_fp8][step] - loss for step, loss in losses.items() if step}
+            own = numbers[in_fp8]
             own |= {f"loss_difference_{step}": value for step, value in differences.items()}
             own["loss_difference_std"] = stdev(differences.values())
     return {name: {key: round(number, 4) for key, number in part.items()}
@@ -156,9 +156,8 @@ def of_long(seeds, benched):
     numbers |= benched
     if "trainable_block_fraction" in seeds[0]:
         numbers["trainable_block_fraction"] = seeds[0]["trainable_block_fraction"]
-    losses = [dict(run["val_losses"]) for run in seeds]
-    means = {step: mean(loss[step] for loss in losses) for step in losses[0]}
-    return numbers | {key: round(value, 4) for key, value in of_losses(means).items()}
+    losses = of_losses([dict(run["val_losses"]) for run in seeds])
+    return numbers | {key: round(value, 4) for key, value in losses.items()}
 
 
 def of_sweep(runs, bench):
@@ -175,16 +174,10 @@ def of_sweep(runs, bench):
 
 
 def summarize(folder):
-    """Return the flat numbers. A log's numbers stay until the sweep has a long run of that name."""
+    """Return the flat numbers."""
     runs = pretraining.read_with_diverged(folder / "sweep.jsonl")
-    swept = of_sweep(runs, read_bench(folder))
-    flat = {}
-    for name, numbers in of_logs(folder).items():
-        if "wiki_ppl" not in swept.get(name, {}):
-            flat |= {f"{name}.{key}": number for key, number in numbers.items()}
-    for name, numbers in swept.items():
-        flat |= {f"{name}.{key}": number for key, number in numbers.items()}
-    return flat
+    numbers = of_logs(folder) | of_sweep(runs, read_bench(folder))
+    return {f"{name}.{key}": number for name, own in numbers.items() for key, number in own.items()}
 
 
 def main():
