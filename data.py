@@ -67,10 +67,8 @@ def parquet_rows(path):
 
 
 def text_rows(path):
-    """The text of a .txt file, with its line breaks: a document already."""
-    content = path.read_bytes().decode("utf-8-sig")
-    if content:
-        yield content
+    """The text of a .txt file, with its line breaks: a document already; None for an empty file."""
+    yield path.read_bytes().decode("utf-8-sig") or None
 
 
 READERS = dict.fromkeys((".json", ".json.gz", ".jsonl", ".jsonl.gz"), json_rows) | {
