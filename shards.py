@@ -76,8 +76,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
         if (folder / "manifest.json").exists():
             written = read_manifest(folder)
             changed = changes(written["request"], manifest["request"])
-            need(not changed, f"{folder} holds another corpus ({changed}): remove it or "
-                 "rename it")
+            need(not changed, f"{folder} holds another corpus ({changed}): remove it or rename it")
             print(f"{folder} is prepared already: {summary(written)}")
             return written
         tok.copy_files(folder)
