@@ -92,9 +92,8 @@ def rope_config(config, where):
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     need(isinstance(new, dict) and isinstance(old, dict), f"{where}: rope_parameters and "
          f"rope_scaling must be JSON objects, got {new!r} and {old!r}")
-    rope = new or {"rope_theta": config.get("rope_theta"), **old}
-    theta = rope["rope_theta"] if rope.get("rope_theta") is not None else LlamaConfig.rope_theta
-    theta = number(f"{where}: rope_theta", theta, float, TINY)
+    rope = {"rope_theta": config.get("rope_theta", LlamaConfig.rope_theta)} | (new or old)
+    theta = number(f"{where}: rope_theta", rope["rope_theta"], float, TINY)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     must_be_implemented("rope_type", rope_type, ("default", "llama3"), where)
     scaling = {key: rope.get(key) for key in LLAMA3} if rope_type == "llama3" else None

@@ -71,6 +71,10 @@ def test_keys_that_a_config_json_lacks_have_transformers_defaults():
                 "tie_word_embeddings"):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.rope_scaling is None and ours.rope_theta == 10000
+    beside = keys | {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}
+    ours = checkpoint.llama_config({"model_type": "llama", **beside}, "here")
+    theirs = transformers.LlamaConfig(**beside)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 5e5
 
 
 def test_a_directory_in_bfloat16_is_loaded_in_float32(tmp_path):
