@@ -120,7 +120,7 @@ class Json:
         # two objects, since threads share them
         self.tokenizer, self.with_specials = (read_text(file, Tokenizer.from_str) for _ in range(2))
         self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=0) + 1  # also with gaps
         self.config = read_json(self.config_file)
         self.special_tokens = {key: self._text(key) or "" for key in ("bos_token", "eos_token")}
         end = self.special_tokens["eos_token"]

@@ -14,6 +14,7 @@ import mora
 import sample
 import tokenizer
 from config import UserError
+from shards import open_split
 
 MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "it's  we'll", " ", "",
          "def f(x):\n\treturn x  # 12345\r\n\n", "a" * 300 + " " * 50]
@@ -157,3 +158,16 @@ def test_a_document_opens_without_the_token_that_ends_it(form, opening, tmp_path
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     assert tokenizer.load(str(tmp_path)).bos_ids == [tokens[token] for token in opening]
+
+
+def test_ids_may_leave_gaps(tmp_path):
+    """A shard of 16 bits would hold the largest id of this vocabulary modulo 65536."""
+    tokens = {"</s>": 0, "a": 1, "b": 2 ** 16 + 1}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="</s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    tok = tokenizer.load(str(tmp_path))
+    data.prepare(tmp_path / "d", tok, {"source": "test"}, [(lambda: ["a b"], ["train"])])
+    assert open_split(tmp_path / "d", "train").read(0, 3).tolist() == [1, 2 ** 16 + 1, 0]
+    assert tok.vocab_size == 2 ** 16 + 2
