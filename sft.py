@@ -261,8 +261,8 @@ def compiled(template):
 def render(tok, messages, generation_prompt):
     """The text of some messages, with the prompt that opens an answer if generation_prompt."""
     with as_user_error(f"the chat template of {tok.folder} cannot write {str(messages)[:200]}",
-                       TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError,
-                       TypeError, ValueError):
+                       TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+                       RuntimeError, TypeError, ValueError):
         template = compiled(tok.chat_template)
         LimitedSandbox.state.steps = itertools.count(1)
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
