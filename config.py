@@ -431,7 +431,7 @@ def command_line(main):
     signal.signal(signal.SIGINT, _interrupt)
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout is None if a shell closed it
     except BrokenPipeError:
         # Python flushes stdout again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

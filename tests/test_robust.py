@@ -217,6 +217,8 @@ TABLE = [
     (chat_model("{{ messages[9].x }}"), CHATS, "has no element 9", 2),
     (chat_model("{{ 1 / 0 }}"), CHATS, "division by zero", 2),
     (chat_model("{{ messages | nothing }}"), CHATS, "No filter named 'nothing'", 2),
+    (chat_model("{{ messages | dictsort }}"), CHATS, "'list' object has no attribute 'items'", 2),
+    (chat_model("{{ cycler() }}"), CHATS, "at least one item has to be provided", 2),
     (chat_model("{{ messages.__class__.__mro__ }}"), CHATS, "unsafe", 2),
     (chat_model("{% for i in range(10 ** 9) %}{% endfor %}"), CHATS, "Range too big", 2),
     (chat_model("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
@@ -307,6 +309,15 @@ def test_a_closed_pipe_ends_without_a_traceback(command, monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert command(lambda argv: print("some words"), []) == (1, "")
         monkeypatch.undo()
+
+
+def test_a_closed_stdout_is_no_error(command, monkeypatch):
+    """Python has None for it, as after `>&-`, and print writes nothing."""
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "stdout", None)
+    written = []
+    command_line(lambda argv: written.append(print("some words")))
+    assert written == [None]
 
 
 def test_an_ascii_terminal_gets_question_marks(command, monkeypatch):
