@@ -272,9 +272,8 @@ def cast(name, value, where=""):
     if get_args(kind) and isinstance(value, (tuple, list)):
         value, fits = tuple(value), all(type(part) is get_args(kind)[0] for part in value)
     need(fits, f"{subject} must be {WORDS[kind]}, got {value!r:.80}")
-    if allowed and value not in allowed:
-        choices = ", ".join(filter(None, allowed))
-        raise UserError(f"{subject} must be one of {choices}, got {value!r}{hint(value, allowed)}")
+    need(not allowed or value in allowed, f"{subject} must be one of "
+         f"{', '.join(filter(None, allowed))}, got {value!r}{hint(value, allowed)}")
     return value
 
 
