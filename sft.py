@@ -266,4 +266,4 @@ def render(tok, messages, generation_prompt):
         template = compiled(tok.chat_template)
         LimitedSandbox.state.steps = itertools.count(1)
         return template.render(messages=messages, add_generation_prompt=generation_prompt,
-                               **tok.special_tokens)
+                               tools=None, documents=None, **tok.special_tokens)

@@ -169,6 +169,9 @@ def test_templates_are_compiled_with_transformers_options(tmp_path):
     {% set text = m['content'] %}
 {{ text }}
 {% endfor %}
+{% if tools is not none or not documents is defined %}
+tools or documents
+{% endif %}
   {% if add_generation_prompt %}
 assistant:
     {% endif %}
