@@ -119,6 +119,9 @@ class Json:
         self.name = f"tokenizer.json:{hashlib.sha256(read_text(file).encode()).hexdigest()[:12]}"
         # two objects, since threads share them
         self.tokenizer, self.with_specials = (read_text(file, Tokenizer.from_str) for _ in range(2))
+        for own in (self.tokenizer, self.with_specials):  # a file can hold those of its last use
+            own.no_truncation()
+            own.no_padding()
         self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=0) + 1  # also with gaps
         self.config = read_json(self.config_file)

@@ -171,3 +171,16 @@ def test_ids_may_leave_gaps(tmp_path):
     data.prepare(tmp_path / "d", tok, {"source": "test"}, [(lambda: ["a b"], ["train"])])
     assert open_split(tmp_path / "d", "train").read(0, 3).tolist() == [1, 2 ** 16 + 1, 0]
     assert tok.vocab_size == 2 ** 16 + 2
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
+    """transformers saves the truncation and the padding of its last call into tokenizer.json."""
+    tokenizer.load("bytes").export_files(tmp_path)
+    built = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    built.enable_truncation(4)
+    built.enable_padding(length=8)
+    built.save(str(tmp_path / "tokenizer.json"))
+    tok = tokenizer.load(str(tmp_path))
+    for text in ("a", "a text of more than 4 bytes"):
+        for encode in (tok.encode, tok.encode_part, tok.encode_template):
+            assert encode(text).tolist() == list(text.encode())
