@@ -8,6 +8,7 @@ two are learned. Prompt and response are encoded apart, so that generation start
 """
 import io
 import itertools
+import json
 import random
 import re
 import threading
@@ -255,6 +256,7 @@ def compiled(template):
     environment = LimitedSandbox(trim_blocks=True, lstrip_blocks=True,
                                  extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's escapes HTML
     return environment.from_string(template)
 
 

@@ -168,6 +168,7 @@ def test_templates_are_compiled_with_transformers_options(tmp_path):
   {{ m['role'] }}:
     {% set text = m['content'] %}
 {{ text }}
+{{ (m | tojson) ~ (["<it's> & é"] | tojson(indent=2)) }}
 {% endfor %}
 {% if tools is not none or not documents is defined %}
 tools or documents
