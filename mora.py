@@ -285,12 +285,11 @@ class MergedLinear(torch.autograd.Function):
             raise RuntimeError("a merged layer is differentiated once, in its own parameters: for "
                                "create_graph=True or functional_call set layer.merges = False")
         compressed, matrix = ctx.saved_tensors  # matrix: W + dW, or W for FP8
-        products, update = ctx.products, ctx.update
-        if products is None:
+        if ctx.products is None:
             dx = dy @ matrix
         else:
-            dx = products.dx(dy, matrix + delta_of(update, dy.device, dy.dtype))
-        return dx, None, None, None, *update.gradients(compressed, dy)
+            dx = ctx.products.dx(dy, matrix + delta_of(ctx.update, dy.device, dy.dtype))
+        return dx, None, None, None, *ctx.update.gradients(compressed, dy)
 
 
 class AdaptedLinear(nn.Module):
