@@ -30,15 +30,14 @@ from model import Llama, LlamaConfig
 from optimizer import optimizer_step
 from train import data_parallel, join_processes, prepare_model
 
-# hidden size, FFN size, layers, heads, vocabulary, sequences per GPU and step
+# hidden size, FFN size, layers, heads, vocabulary, sequences per GPU and step, rank
 SHAPES = {
-    "tiny": (128, 352, 4, 4, 257, 8),
-    "60m": (512, 1376, 8, 8, 50304, 128),
-    "250m": (768, 2560, 24, 16, 50304, 64),
-    "1.3b": (2048, 5504, 24, 32, 50304, 32),
-    "7b": (4096, 11008, 32, 32, 32000, 16),
+    "tiny": (128, 352, 4, 4, 257, 8, 16),
+    "60m": (512, 1376, 8, 8, 50304, 128, 128),
+    "250m": (768, 2560, 24, 16, 50304, 64, 128),
+    "1.3b": (2048, 5504, 24, 32, 50304, 32, 128),
+    "7b": (4096, 11008, 32, 32, 32000, 16, 8),
 }
-RANKS = {"7b": 8, "tiny": 16}  # other shapes: 128
 METHODS = {name: {"method": name} for name in ("full", "frozen", "lora", "mora")}
 METHODS |= {"mora_two_paths": {"method": "mora"},
             "mora_rotate": {"method": "mora", "operator": "rotate"},
@@ -56,8 +55,8 @@ COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, "
 
 def settings(shape, name, rank, seq_len, batch):
     """The Config of one method at one shape; rank 0 and batch 0: the defaults of the shape."""
-    hidden, ffn, layers, heads, _, sequences = SHAPES[shape]
-    options = {"rank": rank or RANKS.get(shape, 128)} | METHODS[name]
+    hidden, ffn, layers, heads, _, sequences, default_rank = SHAPES[shape]
+    options = {"rank": rank or default_rank} | METHODS[name]
     if name.startswith("mixed"):
         options["lora_rank"] = max(1, options["rank"] // 2)
     if shape == "7b":

@@ -48,7 +48,7 @@ def build(shape, method):
 
 def step_bytes(shape, method, model):
     """Bytes that a step must move, as counted at the top of this file."""
-    width, ffn, layers, _, vocabulary, sequences = bench.SHAPES[shape]
+    width, ffn, layers, _, vocabulary, sequences, _ = bench.SHAPES[shape]
     tokens = sequences * SEQ_LEN
     per_number = 2 * tokens  # bytes of one bfloat16 number per token
     total = layers * per_number * (41 * width + 8 * ffn)
