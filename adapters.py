@@ -278,8 +278,7 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
     # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
     restorable = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
     metadata = {"mora": text, "crc32": checksum(text, updates.values())} if restorable else {}
-    config = {key: value for key, value in config.items()
-              if key not in (*NEEDED["MORA"], "lora_rank")}
+    config = {key: value for key, value in config.items() if key not in mora.SETTINGS}
     config |= {"peft_type": "LORA", "r": common_rank, "lora_alpha": common_rank, "rank_pattern": {}}
     write(folder, config, updates, metadata)
     size = (folder / "adapter_model.safetensors").stat().st_size
