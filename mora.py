@@ -467,12 +467,12 @@ def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
     if method == "frozen" and (dora or dropout):
         raise ValueError(f"dora, dropout need method mora or lora, frozen got {dora}, {dropout}")
-    if lora_rank and (dora or method != "mora" or not 0 < lora_rank < rank):
+    if lora_rank and (dora or method != "mora" or lora_rank not in range(1, rank)):
         raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
                          f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
-    if not 0 <= alpha < math.inf or rslora and not alpha:
-        raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha}")
-    if dropout is True or not 0 <= dropout < 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha < math.inf or rslora and not alpha:
+        raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha!r}")
+    if dropout is True or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout}")
 
 

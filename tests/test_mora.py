@@ -2,9 +2,11 @@
 import copy
 import itertools
 import math
+import re
 import warnings
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -530,7 +532,10 @@ def test_mistakes_are_named():
     ("frozen", {"dora": True}, "dora, dropout need .*mora or lora, frozen got True, 0.0"),
     ("frozen", {"dropout": 0.1}, "dora, dropout need .*mora or lora, frozen got False, 0.1"),
     *(("lora", {"dropout": value}, f"dropout must be a number from 0 to below 1, got {value}")
-      for value in (-0.1, 1.0, 5, math.nan, True)),
+      for value in (-0.1, 1.0, 5, math.nan, True, "0.1", None)),
+    *(("lora", {"alpha": value}, f"give it an alpha above 0, got {re.escape(repr(value))}")
+      for value in ("16", None, np.float32(0.5))),  # no JSON holds the last: save would fail
+    ("mora", {"lora_rank": "4"}, "give one below rank 8, without dora; got lora_rank 4"),
     *(("mora", option, "seed and cycle must be whole numbers, cycle from 0, got ")
       for option in ({"cycle": -1}, {"cycle": 1.0}, {"seed": 1.5}, {"seed": "1"})),
     ("mora", {"rank": True}, "rank must be a whole number from 1 on, got True"),
