@@ -528,7 +528,7 @@ def find_targets(model, targets):
     elif isinstance(targets, str):
         patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
     else:  # no target is an error, as one that matches nothing
-        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or [""]}
+        patterns = {target: rf"(.*\.)?{re.escape(str(target))}" for target in targets or [""]}
     for target, pattern in patterns.items():
         try:
             matched = {name for name in linears if re.fullmatch(pattern, name)}

@@ -492,6 +492,8 @@ def test_mistakes_are_named():
         mora.adapt(small_model(), targets=("qproj",))
     with pytest.raises(ValueError, match="'embed' matches no linear layer"):
         mora.adapt(small_model(), targets=("embed",))
+    with pytest.raises(ValueError, match="target 7 matches no linear layer"):
+        mora.adapt(small_model(), targets=[7])
     for targets in ([], ()):  # nothing would be adapted, and all of the model frozen
         with pytest.raises(ValueError, match="'' matches no linear layer.*q_proj"):
             mora.adapt(small_model(), targets=targets)
