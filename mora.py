@@ -526,7 +526,7 @@ def find_targets(model, targets):
         linears = {name: m for name, m in linears.items() if m is not head}
         patterns = {targets: ".*"}
     elif isinstance(targets, str):
-        patterns = {targets: rf"(.*\.)?{re.escape(targets)}|{targets}"}
+        patterns = {targets: rf"{targets}|(.*\.)?{re.escape(targets)}"}
     else:  # no target is an error, as one that matches nothing
         patterns = {target: rf"(.*\.)?{re.escape(str(target))}" for target in targets or [""]}
     for target, pattern in patterns.items():

@@ -394,7 +394,7 @@ def test_a_config_names_the_adapted_layers_and_their_kind(update, tmp_path):
 
 
 TARGETS = ["all-linear", "q_proj", r".*\.1\..*(k|gate)_proj", ["q_proj", "down_proj"],
-           ["layers.0.mlp.up_proj"]]
+           ["layers.0.mlp.up_proj"], "(?i).*GATE_PROJ", r"(m)odel\.layers\.0\.\1lp\.up_proj"]
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
