@@ -154,9 +154,10 @@ def compare(args, argv):
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    full, prefix = math.nan, f"ddp{args.processes}." if args.processes > 1 else ""
+    full, failed, prefix = math.nan, [], f"ddp{args.processes}." if args.processes > 1 else ""
     for name in args.methods.split(","):
         if not (row := run_child(argv, name, args.processes)):
+            failed.append(name)
             continue
         full = row["tokens_per_s"] if name == "full" else full
         shown = row | {"to_full": row["tokens_per_s"] / full}
@@ -165,6 +166,7 @@ def compare(args, argv):
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}
         if args.json:
             write_json(args.json, numbers)
+    need(not failed, f"{', '.join(failed)} failed")
 
 
 def main(argv):

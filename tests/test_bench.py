@@ -58,6 +58,16 @@ def test_a_method_that_fails_is_named_and_has_no_numbers(tmp_path, monkeypatch, 
                                        "['--shape=tiny', '--child=mora']\n")
 
 
+def test_a_failed_method_fails_the_command_after_the_others_are_measured(monkeypatch, capsys):
+    row = {"tokens_per_s": 5.0}
+    monkeypatch.setattr(bench, "run_child", lambda argv, name, processes:
+                        None if name in ("full", "lora") else row)
+    with pytest.raises(UserError, match="^full, lora failed$"):
+        bench.main([*SMALL, "--methods=full,mora,lora,frozen"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["mora", "frozen"]
+
+
 def test_the_reason_is_the_error_of_the_process_not_the_last_line_of_torchrun(monkeypatch, capsys):
     done = bench.subprocess.CompletedProcess([], 1, "", "note\nerror: no memory\nTraceback\n====\n")
     monkeypatch.setattr(bench.subprocess, "run", lambda *words, **options: done)
