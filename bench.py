@@ -188,6 +188,7 @@ def main(argv):
     args = parser.parse_args(argv)
     for name in args.methods.split(","):
         need(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    need(not args.json or args.json.parent.is_dir(), f"--json={args.json}: no such folder")
     return measure(args) if args.child else compare(args, argv)
 
 

@@ -68,6 +68,12 @@ def test_a_failed_method_fails_the_command_after_the_others_are_measured(monkeyp
     assert [line.split()[0] for line in lines[2:]] == ["mora", "frozen"]
 
 
+def test_a_missing_folder_of_json_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "run_child", None)
+    with pytest.raises(UserError, match="--json=.*absent/x.json: no such folder"):
+        bench.main([*SMALL, "--methods=full", f"--json={tmp_path / 'absent' / 'x.json'}"])
+
+
 def test_the_reason_is_the_error_of_the_process_not_the_last_line_of_torchrun(monkeypatch, capsys):
     done = bench.subprocess.CompletedProcess([], 1, "", "note\nerror: no memory\nTraceback\n====\n")
     monkeypatch.setattr(bench.subprocess, "run", lambda *words, **options: done)
