@@ -145,6 +145,8 @@ def main(argv):
     elif args.command == "losses":
         draw(png, {run: read_log(run, args.x) for run in args.paths}, args.x)
     else:
+        for path in args.paths:  # the singular values of each can take minutes
+            need(Path(path).exists(), f"{path} does not exist")
         draw(png, {path: print_spectra(path, args.since) for path in args.paths})
 
 

@@ -74,6 +74,13 @@ def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
 
 
+def test_a_run_that_is_missing_is_found_before_the_others_are_computed(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(analyze, "spectra", None)
+    with pytest.raises(UserError, match="absent does not exist"):
+        analyze.main(["spectra", str(tmp_path), str(tmp_path / "absent")])
+
+
 # ---------------------------------------------------------------------------------------------
 # loss curves
 
