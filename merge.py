@@ -76,7 +76,8 @@ def main(argv):
     run = folder.resolve().parent
     run = run.parent if (run / "state.json").exists() else run  # not in a step: it may be removed
     target, dtype = args.target or run / "merged", getattr(torch, args.dtype)
-    base = (folder / "base").resolve()
+    is_adapter = (folder / "adapter_config.json").exists()
+    base = (adapters.base_of(folder, args.base) if is_adapter else folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:
             named = args.base or (base if base.is_dir() else None)

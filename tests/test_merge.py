@@ -207,6 +207,8 @@ def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
     base = checkpoint.steps_of(out)[-1] / "base"
     config = checkpoint.read_json(target / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(base)
+    merge.main([str(base.parent / "adapter"), str(tmp_path / "of_adapter"), "--as_lora"])
+    assert checkpoint.read_json(tmp_path / "of_adapter" / "adapter_config.json") == config
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), target)
     ids = torch.arange(12)[None]
     with torch.no_grad():
