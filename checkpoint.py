@@ -38,6 +38,9 @@ IMPLEMENTED = {"model_type": (None, ("llama",)), "hidden_act": ("silu", ("silu",
                "attention_bias": (False, (False,)), "mlp_bias": (False, (False,)),
                "quantization_config": (None, (None,)),
                "tie_word_embeddings": (False, (False, True))}
+# keys of state.json and their types
+STATE = {"step": int, "cycle": int, "config": dict, "corpus": str, "files": dict,
+         "fp8_scales": dict}
 
 
 # ---- Hugging Face directories
@@ -251,27 +254,23 @@ def best_of(run):
 
 def read_state(path):
     """The state.json of a checkpoint. Keys of Config that its config lacks have their defaults."""
-    state = {"files": {}, "fp8_scales": {}} | read_json(path / "state.json")
-    for key in ("step", "cycle", "config", "files", "fp8_scales"):
-        need(type(state.get(key)) is (int if key in ("step", "cycle") else dict),
+    state = read_json(path / "state.json")
+    for key, kind in STATE.items():
+        need(type(state.get(key)) is kind,
              f"{path / 'state.json'}: {key} is {state.get(key)!r}, which no run writes")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     return state | {"config": {key: state["config"].get(key, defaults[key]) for key in defaults}}
 
 
 def damage(path, resuming):
-    """The first damage of a checkpoint in words, or None. resuming: optimizer.pt is needed too.
-    Files are compared with state.json. Where an older version recorded nothing, they are read."""
+    """The first damage of a checkpoint in words, or None: files are compared with state.json.
+    resuming: optimizer.pt is needed too."""
     try:
-        records = read_state(path)["files"]
-        for name, record in records.items():
+        for name, record in read_state(path)["files"].items():
             if resuming or name != "optimizer.pt":
                 found = file_record(os.path.realpath(path / name))  # the error names the real one
                 need(found == record, f"{path / name} has changed since it was saved: it is "
                      f"{found}, but state.json has in files {record}")
-        if not records:
-            read_json(path / "base" / "config.json")
-            read_step(path, resuming)
     except (UserError, OSError) as error:
         return str(error)
     return None

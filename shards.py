@@ -44,7 +44,7 @@ COUNTERS = {"learned": "learned tokens", "longest": "tokens in the longest", "dr
 SPLIT = {"tokens": 0, "documents": 0, "bytes": 0, "shards": [{"file": "", "tokens": 0, "crc32": 0}]}
 SPLITS = {"train": SPLIT, "val": SPLIT}
 MANIFEST = {"kind": "", "request": {}, "tokenizer": "", "vocab_size": 0, "dtype": "",
-            "splits": SPLITS}
+            "splits": SPLITS, "mb_per_s": 0.0}
 PROGRESS = {"request": {}, "stage": 0, "documents": 0, "seconds": 0.0, "splits": SPLITS}
 
 # stands among the documents for a row that gives none; reason: its counter, "missing" or "bad"
@@ -206,7 +206,7 @@ def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     need(path.exists(), f"no token shards in {folder}: prepare them with data.py (python data.py "
          "--help lists the corpora)")
-    manifest = {"kind": "text"} | read_json(path)  # old manifests lack the kind
+    manifest = read_json(path)
     check_value(manifest, MANIFEST, path)
     kind, dtype = manifest["kind"], manifest["dtype"]
     intact(kind in ("text", "samples") and dtype in ("uint16", "uint32"), path,
@@ -244,9 +244,7 @@ def summary(manifest):
                              if totals.get(counter))
             clauses.append(f"{split} {totals['documents']:,} {documents} of {totals['tokens']:,} "
                            f"tokens ({totals['bytes'] / 1e6:.1f} MB){counts}")
-    clauses.append(f"tokenizer {manifest['tokenizer']}")
-    if "mb_per_s" in manifest:
-        clauses.append(f"{manifest['mb_per_s']:.1f} MB/s")
+    clauses += [f"tokenizer {manifest['tokenizer']}", f"{manifest['mb_per_s']:.1f} MB/s"]
     return "; ".join(clauses)
 
 

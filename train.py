@@ -186,7 +186,7 @@ def check_run_folder(cfg, rank):
     changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
                if now[key] != before[key] and key not in ("out", "resume")}
     changed = [change for key, change in changes.items() if key in fixed]
-    if state.get("corpus", fingerprint(cfg.data)) != fingerprint(cfg.data):
+    if state["corpus"] != fingerprint(cfg.data):
         changed.append(f"the tokens in {cfg.data} changed since")
     need(not changed, f"{newest} is of another experiment: {'; '.join(changed)}")
     need(state["step"] <= cfg.steps, f"{newest} is past the last step: steps is {cfg.steps}; take "

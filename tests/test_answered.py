@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_evaluates_next_at_or_after_its_checkpoint(tmp_path, 
     cfg = SimpleNamespace(out=tmp_path, eval_every=10)
     assert answered.evaluated(cfg) == (0, [])
     (tmp_path / f"step-{step:08d}").mkdir()
-    state = {"step": step, "cycle": 0, "config": {}}
+    state = {"step": step, "cycle": 0, "config": {}, "corpus": "", "files": {}, "fp8_scales": {}}
     (tmp_path / f"step-{step:08d}" / "state.json").write_text(json.dumps(state))
     curve = [[at, 0.5, 1000] for at in (10, 20) if at <= step]
     (tmp_path / "curve.json").write_text(json.dumps(curve))

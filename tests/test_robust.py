@@ -38,8 +38,9 @@ PACKED = gzip.compress((LINES * 500).encode())
 SHARD = {"file": "train_00000.bin", "tokens": 4, "crc32": 0}
 SPLIT = {"tokens": 4, "documents": 1, "bytes": 3, "shards": [SHARD]}
 EMPTY = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
-MANIFEST = {"request": {"source": "x", "tokenizer": "bytes"}, "tokenizer": "bytes",
-            "vocab_size": 257, "dtype": "uint16", "splits": {"train": SPLIT, "val": EMPTY}}
+MANIFEST = {"kind": "text", "request": {"source": "x", "tokenizer": "bytes"},
+            "tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16",
+            "splits": {"train": SPLIT, "val": EMPTY}, "mb_per_s": 1.25}
 
 
 def without(value, *path):
@@ -172,8 +173,8 @@ TABLE = [
      "manifest.json must hold a JSON object, got [1]", 2),
     *[({"data/n/manifest.json": without(MANIFEST, *path)}, "check n",
        f"it has no key {'.'.join(path)}", 2) for path in (
-           ("request",), ("tokenizer",), ("vocab_size",), ("dtype",), ("splits",),
-           ("splits", "val"), ("splits", "train", "tokens"), ("splits", "train", "shards"))],
+           ("kind",), ("request",), ("mb_per_s",), ("tokenizer",), ("vocab_size",), ("dtype",),
+           ("splits",), ("splits", "val"), ("splits", "train", "tokens"), ("splits", "train", "shards"))],
     ({"data/n/manifest.json": MANIFEST | {"dtype": "int8"}}, "check n",
      "kind 'text' with dtype 'int8' is unknown", 2),
     ({"data/n/manifest.json": MANIFEST | {"kind": "x"}}, "check n",
@@ -452,17 +453,17 @@ def test_templates_within_the_limits_write_what_jinja_writes():
     assert ours.render(messages=CHAT) == theirs.from_string(template).render(messages=CHAT)
 
 
-def test_manifests_of_before_are_read(tmp_path):
-    """Without a speed, without checksums, and samples without a count of refused chats."""
+def test_a_summary_names_what_a_manifest_counts(tmp_path):
     write_json(tmp_path / "manifest.json", MANIFEST)
-    assert shards.summary(shards.read_manifest(tmp_path)).endswith("tokenizer bytes")
+    assert shards.summary(shards.read_manifest(tmp_path)) == (
+        "train 1 documents of 4 tokens (0.0 MB); tokenizer bytes; 1.2 MB/s")
     split = SPLIT | {"learned": 2, "longest": 4, "dropped": 0, "truncated": 0}
     samples = MANIFEST | {"kind": "samples", "format": "prompt", "dtype": "uint32",
                           "splits": {"train": split, "val": EMPTY}}
     write_json(tmp_path / "manifest.json", samples)
     assert shards.summary(shards.read_manifest(tmp_path)) == (
         "train 1 samples of 4 tokens (0.0 MB), 2 learned tokens, 4 tokens in the longest; "
-        "tokenizer bytes")
+        "tokenizer bytes; 1.2 MB/s")
 
 
 # ------------------------------------------------------------
