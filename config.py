@@ -367,7 +367,7 @@ def schedule_warnings(cfg):
         yield (f"restarts at {', '.join(map(str, late))} are not below steps {steps}: {len(late)} "
                f"of {len(planned)} do not happen")
     short = [(start, end - start) for start, end in itertools.pairwise([*restarts, steps])
-             if end - start <= cfg.restart_warmup]
+             if start >= cfg.warmup and end - start <= cfg.restart_warmup]
     if short:
         yield (f"restart_warmup {cfg.restart_warmup} is not below the {short[0][1]} steps after "
                f"the restart at step {short[0][0]}: {len(short)} of {len(restarts)} restarts are "

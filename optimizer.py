@@ -19,11 +19,11 @@ BATCH_ELEMENTS = 2 ** 26  # largest batch of matrices that is orthogonalized at 
 
 def learning_rate(step, cfg):
     """Return the learning rate of a step: warm-up, then a cosine or a line to min_lr_ratio * lr;
-    after a restart a short linear warm-up from near 0 back to that curve (ReLoRA's schedule)."""
+    after a later restart a short linear one from near 0 back to that curve (ReLoRA's schedule)."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     rise, restarted = 1.0, cfg.cycle(step)[1]
-    if restarted and step - restarted < cfg.restart_warmup:
+    if restarted >= max(1, cfg.warmup) and step - restarted < cfg.restart_warmup:
         rise = (step - restarted + 1) / cfg.restart_warmup
         step = restarted + cfg.restart_warmup  # the line ends where the curve goes on
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))

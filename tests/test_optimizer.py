@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import mora
 import optimizer
-from config import Config
+from config import Config, schedule_warnings
 from model import Llama, LlamaConfig
 
 SHAPES = [(16, 16), (24, 40), (40, 24), (13, 13), (7, 30), (16, 16)]
@@ -257,6 +257,20 @@ def test_no_rate_is_negative():
     rates = [optimizer.learning_rate(step, cfg) for step in range(cfg.steps)]
     assert min(rates) >= 0 and max(rates) == 1.0
     assert rates[989] == pytest.approx(11 / 900) and max(rates[990:]) <= rates[989]
+
+
+def test_a_restart_in_the_warm_up_of_the_run_has_no_warm_up_of_its_own():
+    """It would begin with a fall after the rate has risen to its peak."""
+    cfg = Config(lr=1.0, steps=200, warmup=100, restart_steps=(90, 100), restart_warmup=50)
+    rates = [optimizer.learning_rate(step, cfg) for step in (89, 90, 99, 100, 101)]
+    assert rates[:3] == pytest.approx([0.9, 0.91, 1.0]) and 0 < rates[3] < rates[4] < 0.05
+    cfg = Config(lr=1.0, steps=200, warmup=100, restart_steps=(90,), restart_warmup=50)
+    plain = Config(lr=1.0, steps=200, warmup=100)
+    for step in range(200):
+        assert optimizer.learning_rate(step, cfg) == optimizer.learning_rate(step, plain)
+    for restarts, notes in (((90, 120), 0), ((100, 120), 1)):
+        cfg = Config(steps=200, warmup=100, restart_steps=restarts, restart_warmup=50)
+        assert len(list(schedule_warnings(cfg))) == notes
 
 
 # ------------------------------------------------------------

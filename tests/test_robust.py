@@ -174,7 +174,8 @@ TABLE = [
     *[({"data/n/manifest.json": without(MANIFEST, *path)}, "check n",
        f"it has no key {'.'.join(path)}", 2) for path in (
            ("kind",), ("request",), ("mb_per_s",), ("tokenizer",), ("vocab_size",), ("dtype",),
-           ("splits",), ("splits", "val"), ("splits", "train", "tokens"), ("splits", "train", "shards"))],
+           ("splits",), ("splits", "val"), ("splits", "train", "tokens"),
+           ("splits", "train", "shards"))],
     ({"data/n/manifest.json": MANIFEST | {"dtype": "int8"}}, "check n",
      "kind 'text' with dtype 'int8' is unknown", 2),
     ({"data/n/manifest.json": MANIFEST | {"kind": "x"}}, "check n",
