@@ -244,6 +244,8 @@ TABLES = {
         "MoRA, share, r = 8, gradient": "share_gradient_r8",
         "MoRA, truncate, r = 8, gradient": "truncate_gradient_r8",
         "LoRA, r = 32": "lora_r32", "MoRA, rotate, r = 32": "rotate_strided_r32",
+        "MoRA, share, r = 32": "share_strided_r32",
+        "MoRA, share, r = 32, permuted": "share_permute_r32",
         "MoRA, share, r = 32, gradient": "share_gradient_r32",
         "MoRA, truncate, r = 32, gradient": "truncate_gradient_r32",
     }, (

@@ -24,7 +24,8 @@ ADAMW = {"mora_r8": 1e-2, "lora_r8": 1e-2, "mora_r256": 1e-3, "lora_r256": 1e-3,
          "dora_r8": 1e-2}
 GROUPED = {"truncate_gradient_r8": 1e-2, "share_gradient_r8": 3e-3, "share_permute_r8": 3e-3,
            "share_strided_r8": 3e-3, "truncate_gradient_r32": 3e-3, "share_gradient_r32": 1e-3,
-           "rotate_strided_r32": 3e-3, "lora_r32": 1e-2}
+           "rotate_strided_r32": 3e-3, "lora_r32": 1e-2,
+           "share_strided_r32": 3e-3, "share_permute_r32": 3e-3}
 MUON = {"mora_r8": 1e-2, "lora_r8": 1e-2}
 TIERS = [{(domain, method, "adamw"): lr for domain in DOMAINS for method, lr in ADAMW.items()},
          {("biomed", method, "adamw"): lr for method, lr in GROUPED.items()},
