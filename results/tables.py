@@ -50,10 +50,9 @@ def grid_columns(title):
             Column("closed", f"{name}.bracketed", "yes/no", missing="-"))
 
 
-DIGITS = (Column("rate", "{}.lr", "rate"), Column("300", "{}.accuracy_at_300", "{:.1%}"),
-          Column("500", "{}.accuracy_at_500", "{:.1%}"),
-          Column("700", "{}.accuracy_at_700", "{:.1%}", missing="ended"),
-          Column("900", "{}.accuracy_at_900", "{:.1%}", missing="ended"),
+DIGITS = (Column("rate", "{}.lr", "rate"),
+          *(Column(f"{at}", f"{{}}.accuracy_at_{at}", "{:.1%}", missing="ended")
+            for at in (300, 500, 700, 900)),
           Column("last", "{}.accuracy_final", "{:.1%}"),
           Column("99 % at", "{}.steps_to_99", "{}", missing="-"))
 

@@ -70,6 +70,17 @@ def test_rows_and_tables_without_any_number_are_left_out(tmp_path):
     assert lines[2:] == ["| LoRA, r = 8 | 0.8000 | - | 1e-2 | - | - | - | 52.3, 64.0 |"]
 
 
+def test_a_run_that_ended_before_a_shown_step_says_so(tmp_path):
+    """All digits can be right at step 200 or 400 of 500, and no metric is of a later step."""
+    file = tmp_path / "uuid" / "metrics.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({f"fft.falling.{key}": value for key, value in {
+        "accuracy_final": 0.9995, "steps_to_99": 200, "lr": 3e-4, "seeds": 3}.items()}))
+    lines = tables.render("uuid", tmp_path).splitlines()
+    assert lines[2:] == ["| full rank, AdamW | 3e-4 | ended | ended | ended | ended | 100.0% | 200 "
+                         "| 3 |"]
+
+
 def test_a_share_that_was_not_measured_is_no_share_of_zero(tmp_path):
     file = tmp_path / "pretrain_60m" / "metrics.json"
     file.parent.mkdir()
