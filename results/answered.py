@@ -121,7 +121,9 @@ def during(name):
         print(f"digits {digits:.4f} of {pairs}", flush=True)
         if digits >= ALL_RIGHT and step < run.cfg.steps:
             run.right_model = model
-            os.kill(os.getpid(), signal.SIGTERM)  # train.py stops
+            # train.py stops; where it does already, it has no handler, and a signal would kill it
+            if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGTERM)
         return scores
 
     def train_until_right(cfg):

@@ -28,7 +28,11 @@ def stubs(monkeypatch):
     monkeypatch.setattr(answered, "share", share)
     monkeypatch.setattr(evaluate, "perplexity", lambda *arguments: {"loss": 2.0})
     monkeypatch.setattr(answered.os, "kill", lambda pid, number: found.sent.append(number))
-    return found
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.stop_on_signal()
+    yield found
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -101,6 +105,22 @@ def test_a_run_ends_once_all_pairs_are_right_and_goes_on_if_only_some_are(
         assert (model, stubs.sent, len(found["curve"])) == ("the model", [signal.SIGTERM], 2)
     else:
         assert (model, stubs.sent, len(found["curve"])) == ("model", [], 4)
+
+
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_killed(stubs, tmp_path, monkeypatch):
+    """train.py's handler takes one signal; the next one, at 99.9 %, would kill the process."""
+    def trained(cfg):
+        train.perplexity("the model", "samples")  # that of step 0
+        signal.raise_signal(signal.SIGTERM)       # from another process
+        train.perplexity("the model", "samples")
+        raise SystemExit(130)
+
+    monkeypatch.setattr(train, "train", trained)
+    stubs.shares = [0.999, 0.9995]
+    with answered.during("name") as found:
+        cfg = SimpleNamespace(steps=35, eval_every=10, out=str(tmp_path))
+        assert train.train(cfg) == "the model"
+    assert found["curve"] == [[10, 0.9995, 10000]] and not stubs.sent
 
 
 def test_a_stop_from_outside_ends_the_sweep(stubs, tmp_path, monkeypatch):
