@@ -156,12 +156,20 @@ def ended(records, group, lr):
     return [record for record in found if record and "error" not in record]
 
 
+def settled(records, group, score):
+    """Return scores_of a group without rates half way that have not ended with all seeds: such a
+    rate takes the place of a better known one only then."""
+    scores = scores_of(records, group, score)
+    return {lr: numbers for lr, numbers in scores.items()
+            if lr == beside(lr, 0) or len(ended(records, group, lr)) == len(SEEDS)}
+
+
 def report(records, groups, score):
     """Yield (group, records of its best rate by seed, whether that is inside); prints the grids."""
     print_failures(records.values())
     for group in groups:
         scores = scores_of(records, group, score)
-        rate, is_inside = best(scores)
+        rate, is_inside = best(settled(records, group, score))
         if rate is None:
             continue
         print(*group, f"best {rate:g},", "inside its grid" if is_inside else "AT THE EDGE")

@@ -120,6 +120,23 @@ def test_a_report_has_the_seeds_of_the_best_rate_that_ended(capsys):
     assert "best 0.01, AT THE EDGE\n    0.01: 1.0000\n    0.03: 2.0000\n" in printed
 
 
+def test_a_better_rate_half_way_is_reported_once_it_has_all_seeds():
+    """Its one seed is the least of more rates; until then, what was published stays."""
+    losses = {3e-3: 3.0, 1e-2: 2.0, 3e-2: 4.0, 5.5e-3: 1.0}
+    records = {rates.name_of(GROUP, rates.SEED, lr): {"loss": loss} for lr, loss in losses.items()}
+    records |= {rates.name_of(GROUP, seed, 1e-2): {"loss": 2.5} for seed in rates.SEEDS[1:]}
+
+    def reported():
+        named = {name: {"name": name} | record for name, record in records.items()}
+        (_, seeds, is_inside), = rates.report(named, {GROUP: 1e-2}, score)
+        assert is_inside
+        return [record["loss"] for record in seeds]
+
+    assert reported() == [2.0, 2.5, 2.5]
+    records |= {rates.name_of(GROUP, seed, 5.5e-3): {"loss": 1.5} for seed in rates.SEEDS[1:]}
+    assert reported() == [1.0, 1.5, 1.5]
+
+
 def test_the_deviation_of_a_sample_and_none_of_one_value():
     assert rates.spread("loss", [1.0, 3.0]) == {"loss_std": pytest.approx(2 ** 0.5)}
     assert rates.spread("loss", [1.0]) == {}
@@ -145,6 +162,9 @@ def test_gsm8k_runs_one_rate_above_each_best_one_and_muons_once_its_grid_is_clos
                for lr, loss in losses.items()}
     assert above({})[adamw] == 1e-3 and muon not in above({})
     assert above(records)[muon] == 1e-3
+    half = {rates.name_of(muon, seed, 1.7e-4): {"gsm8k_dev_ppl": 7.0} for seed in rates.SEEDS}
+    assert above(records | dict([*half.items()][:2]))[muon] == 1e-3  # as in metrics.json
+    assert above(records | half)[muon] == 3e-4
     del records[rates.name_of(muon, rates.SEED, 1e-3)]
     assert muon not in above(records)
 

@@ -65,7 +65,7 @@ def above(records):
     runs.jsonl, and Muon's is not known."""
     best = dict(ADAMW)
     for group in ADAMW | MUON:
-        lr, is_inside = rates.best(rates.scores_of(records, group, score))
+        lr, is_inside = rates.best(rates.settled(records, group, score))
         if is_inside:
             best[group] = lr
     return {group: rates.beside(lr, 1) for group, lr in best.items()}
