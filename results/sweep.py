@@ -192,6 +192,13 @@ def planned_steps(words):
     return steps
 
 
+def share_left(folder, steps):
+    """Return the share of a run's steps after its newest checkpoint; 1 without one or --steps."""
+    import checkpoint
+    saved = checkpoint.steps_of(folder)
+    return 1 - int(saved[-1].name.removeprefix("step-")) / steps if saved and steps > 1 else 1
+
+
 def trained_steps(line):
     """Return the steps that a finished run took; a context may have ended it before its last."""
     return line["losses"][-1][0]
@@ -231,6 +238,9 @@ def work(path, out, deadline, per_gpu=1):
                   if "seconds" in line]  # not in a resumed run's
         steps = {name: planned_steps(plan["RUNS"][name][1]) for name in claims}
         seconds = {name: would_take(steps[name], own, others) for name in claims}
+        if "PREPARE" not in plan or plan.get("RESUMES"):
+            for name in claims:
+                seconds[name] *= share_left(out / "runs" / name, steps[name])
         name = claim_first(claims, seconds, deadline)
         if name is None:
             if not any(file.exists() and is_running(file) for file in claims.values()):

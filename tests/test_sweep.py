@@ -525,6 +525,24 @@ def test_the_last_part_of_a_run_is_no_measure_of_whole_ones(sweeping):
     assert list(sweeping.records()[1]) == ["earlier", "stopped"]
 
 
+def test_what_is_left_of_a_stopped_run_starts_where_a_whole_one_would_end_late(sweeping):
+    """12 steps take 100 s; of "stopped" 3 are left, so 25 s. A context begins its run anew."""
+    runs = {name: ("CONFIG", ["--steps=12"]) for name in ("whole", "stopped")}
+    before = {"name": "earlier", "seconds": 100, "losses": [[12, 1.0]]}
+    sweeping.plan.with_name("sweep.jsonl").write_text(json.dumps(before) + "\n")
+    for step in (6, 9):
+        (sweeping.out / "runs" / "stopped" / f"step-{step:08d}").mkdir(parents=True)
+    begin = f"import contextlib\nEVALUATE, RUNS = [], {runs}\n"
+    sweeping.plan.write_text(begin + "PREPARE = contextlib.nullcontext\n")
+    sweeping.work(seconds=50)
+    assert list(sweeping.records()[1]) == ["earlier"]
+    sweeping.plan.write_text(begin + "PREPARE, RESUMES = contextlib.nullcontext, True\n")
+    sweeping.work(seconds=20)
+    assert list(sweeping.records()[1]) == ["earlier"]
+    sweeping.work(lambda *arguments: fake(*arguments) | {"resumed": True}, seconds=50)
+    assert list(sweeping.records()[1]) == ["earlier", "stopped"]
+
+
 def test_the_time_of_one_step_tells_nothing_about_a_long_run():
     """Of which compilation and evaluation take most."""
     assert sweep.would_take(212, [(1, 40)], [(1, 30)]) == 40  # it takes as long, at least
