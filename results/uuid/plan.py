@@ -3,8 +3,9 @@
 The search of rates, and the seeds after it, have linear schedules to 0 after a warm-up of 20 steps:
 1,000 steps at r = 8, 500 for the rest. With constant rates (task "uuid": runs.jsonl, of an earlier
 program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends when 99.9
-% of all digits are right. Order: r = 8 with Muon, then with AdamW, the others, groups chosen by the
-gradient. The runs that are done, in sweep.jsonl beside this file, decide what follows.
+% of all digits are right. Order: r = 8 with Muon, then with AdamW, the others likewise, groups
+chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
+follows.
 """
 import json
 from pathlib import Path
@@ -77,12 +78,9 @@ def read():
 def place(name):
     """Return the place of a run in the order, for sorting: (is another seed, tier)."""
     (_, method, optimizer), seed, _ = rates.parts_of(name)
-    if method in GRADIENT:
-        tier = 3
-    elif method.endswith("_r8"):
-        tier = 1 if optimizer == "adamw" else 0
-    else:
-        tier = 2
+    tier = 4
+    if method not in GRADIENT:
+        tier = 2 * (not method.endswith("_r8")) + (optimizer == "adamw")
     return seed != rates.SEED, tier
 
 
