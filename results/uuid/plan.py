@@ -76,12 +76,10 @@ def read():
 
 
 def place(name):
-    """Return the place of a run in the order, for sorting: (is another seed, tier)."""
+    """Return the place of a run in the order, for sorting; what is False comes first."""
     (_, method, optimizer), seed, _ = rates.parts_of(name)
-    tier = 4
-    if method not in GRADIENT:
-        tier = 2 * (not method.endswith("_r8")) + (optimizer == "adamw")
-    return seed != rates.SEED, tier
+    return (seed != rates.SEED, method in GRADIENT, not method.endswith("_r8"),
+            optimizer == "adamw")
 
 
 RECORDS = read()
