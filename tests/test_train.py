@@ -106,7 +106,7 @@ def spy(model, *args):
 train.perplexity = spy
 train.main(sys.argv[1:2] + sys.argv[3:])
 """
-SHORT = ("--steps=12", "--restart_every=4", "--eval_every=4", "--save_every=6")
+SHORT = ("--steps=8", "--restart_every=3", "--eval_every=4", "--save_every=4")
 
 
 def test_two_processes_equal_one(run, config):
@@ -125,14 +125,14 @@ def test_two_processes_equal_one(run, config):
     assert first.keys() == second.keys()
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert any(key.endswith("fold_in.order") for key in first)
-    assert records(two, "restart") == {4: 1, 8: 2}
+    assert records(two, "restart") == {3: 1, 6: 2}
 
 
 def equal_records(one, two):
     """The numbers of `two` are those of `one`, to float32 rounding; `two` may lack its first."""
     for key in ("loss", "val_loss", "grad_norm"):
         expected, found = records(one, key), records(two, key)
-        assert 12 in found
+        assert 8 in found
         assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5), key
 
 
@@ -148,20 +148,20 @@ SHARDED = {
 
 @pytest.mark.parametrize("method", SHARDED)
 def test_sharded_processes_equal_one(run, group, config, method):
-    """So does each half of a run that continues the other's checkpoint of step 6."""
+    """So does each half of a run that continues the other's checkpoint of step 4."""
     words = [*SHORT, *SHARDED[method]]
     one, two = run(*words), config.parent / "two"
     ended = finish(group(2, *words, "--shard", f"--out={two}"))
     assert ended[0] == [0, 0], ended
     equal_records(one, two)
-    halves = [stopped_copy(out, 6, out.with_name(f"{out.name}_half")) for out in (one, two)]
+    halves = [stopped_copy(out, 4, out.with_name(f"{out.name}_half")) for out in (one, two)]
     ended = finish(group(2, *words, "--shard", f"--out={halves[0]}", "--resume"))
     assert ended[0] == [0, 0], ended
     run(*words, f"--out={halves[1]}", "--resume")
-    last = contents(one / "step-00000012")
+    last = contents(one / "step-00000008")
     for other in (two, *halves):
         equal_records(one, other)
-        tensors = contents(other / "step-00000012")
+        tensors = contents(other / "step-00000008")
         assert tensors.keys() == last.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=1e-5)
@@ -173,13 +173,13 @@ def test_two_killed_processes_resume_bitwise(group, config, shard):
     whole, killed = config.parent / "whole", config.parent / "killed"
     assert finish(group(2, *words, f"--out={whole}"))[0] == [0, 0]
     processes = group(2, *words, f"--out={killed}")
-    wait_for(processes[0], (killed / "step-00000006").exists)
+    wait_for(processes[0], (killed / "step-00000004").exists)
     for process in processes:
         process.kill()
     finish(processes)
     ended = finish(group(2, *words, f"--out={killed}", "--resume"))
     assert ended[0] == [0, 0], ended
-    assert same(whole / "step-00000012", killed / "step-00000012")
+    assert same(whole / "step-00000008", killed / "step-00000008")
 
 
 def test_sharded_samples(fit, group, pairs, config):
