@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +19,6 @@ import data
 import tokenizer
 import train
 from config import Config, UserError, lock
-
-ROOT = Path(__file__).parent.parent
 
 
 def records(run, key="loss"):
@@ -95,31 +91,26 @@ def test_ctrl_c_saves_before_it_stops(group, config):
 # ------------------------------------------------------------
 # several processes
 
-# train.py, with every rank's tensors (buffers too: the groups) left in a file at each evaluation
+# for a config file: every rank's tensors (buffers too: the groups) are left in a file after the run
 SPY = """
-import os, sys, torch, train
-perplexity = train.perplexity
-def spy(model, *args):
+import os as _os, torch as _torch, train as _train
+_perplexity = _train.perplexity
+def _spy(model, *args):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    torch.save(tensors, f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
-    return perplexity(model, *args)
-train.perplexity = spy
-train.main(sys.argv[1:2] + sys.argv[3:])
+    _torch.save(tensors, FOLDER + f"/rank{_os.environ['RANK']}.pt")
+    return _perplexity(model, *args)
+_train.perplexity = _spy
 """
 SHORT = ("--steps=8", "--restart_every=3", "--eval_every=4", "--save_every=4")
 
 
-def test_two_processes_equal_one(run, config):
+def test_two_processes_equal_one(run, group, config):
     """The losses are equal to float32 rounding, across two restarts; ranks agree bit for bit."""
     words, folder = ["--groups=permute", *SHORT], config.parent
     one, two = run(*words), folder / "two"
-    (folder / "spy.py").write_text(SPY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               folder / "spy.py", config, folder, *words, f"--out={two}"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env=variables)
-    assert done.returncode == 0, done.stderr
+    config.write_text(config.read_text() + SPY.replace("FOLDER", repr(str(folder))))
+    ended = finish(group(2, *words, f"--out={two}"))
+    assert ended[0] == [0, 0], ended
     equal_records(one, two)
     first, second = (torch.load(folder / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
