@@ -17,7 +17,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "results")]
 torch.set_num_threads(1)
 
 TINY = """
-seq_len, batch_size, micro_batch = 16, 8, 2
+seq_len, batch_size, micro_batch = 16, 8, 4
 hidden_size, intermediate_size, num_hidden_layers = 16, 24, 2
 num_attention_heads, num_key_value_heads = 2, 1
 rank, lr, warmup, steps = 2, 1e-2, 4, 20

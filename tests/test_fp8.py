@@ -28,7 +28,7 @@ from model import (
 METHODS = {"full": {}, "lora": {"method": "lora"},
            "mora": {"operator": "rotate", "groups": "permute"}}
 FP8_RUN = ["--matmul=fp8", "--hidden_size=32", "--intermediate_size=48", "--lr=3e-2",
-           "--groups=permute", "--restart_every=7", "--batch_size=2"]
+           "--groups=permute", "--restart_every=7", "--batch_size=2", "--micro_batch=2"]
 
 
 def llama(method="full", intermediate_size=48, **options):

@@ -343,7 +343,7 @@ def test_the_pass_keeps_inputs_of_blocks_alone():
 
 
 def test_two_processes_choose_what_one_does(run, group, config):
-    words = [*WORDS, "--eval_every=4"]
+    words = [*WORDS, "--eval_every=4", "--micro_batch=2"]
     one, two = run(*words), config.parent / "two"
     ended = finish(group(2, *words, f"--out={two}"))
     assert ended[0] == [0, 0], ended

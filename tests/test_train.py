@@ -66,7 +66,7 @@ GOLDEN = {"full": 3.24797, "rotate": 3.27925, "remora": 3.39649, "relora": 4.026
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bitwise_identical(run, method):
-    words = ["--micro_batch=4", *METHODS[method]]
+    words = METHODS[method]
     whole = run(*words)
     assert records(whole, "val_loss")[20] == pytest.approx(GOLDEN[method], rel=1e-4)
     out = stopped_copy(whole, 10, whole.with_name("parts"))
@@ -106,7 +106,7 @@ SHORT = ("--steps=8", "--restart_every=3", "--eval_every=4", "--save_every=4")
 
 def test_two_processes_equal_one(run, group, config):
     """The losses are equal to float32 rounding, across two restarts; ranks agree bit for bit."""
-    words, folder = ["--groups=permute", *SHORT], config.parent
+    words, folder = ["--groups=permute", "--micro_batch=2", *SHORT], config.parent
     one, two = run(*words), folder / "two"
     config.write_text(config.read_text() + SPY.replace("FOLDER", repr(str(folder))))
     ended = finish(group(2, *words, f"--out={two}"))
@@ -130,9 +130,8 @@ def equal_records(one, two):
 SHARDED = {
     "full": ["--method=full", "--restart_every=0"],
     "muon": ["--method=full", "--restart_every=0", "--optimizer=muon"],
-    "mora": ["--groups=permute"],
-    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks",
-             "--micro_batch=4"],
+    "mora": ["--groups=permute", "--micro_batch=2"],
+    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks"],
     "mixed": ["--groups=permute", "--rank=4", "--lora_rank=2", "--optimizer=muon"],
 }
 
@@ -160,7 +159,7 @@ def test_sharded_processes_equal_one(run, group, config, method):
 
 @pytest.mark.parametrize("shard", ("true", "false"))
 def test_two_killed_processes_resume_bitwise(group, config, shard):
-    words = [*SHORT, "--groups=permute", "--micro_batch=4", f"--shard={shard}"]
+    words = [*SHORT, "--groups=permute", f"--shard={shard}"]
     whole, killed = config.parent / "whole", config.parent / "killed"
     assert finish(group(2, *words, f"--out={whole}"))[0] == [0, 0]
     processes = group(2, *words, f"--out={killed}")
@@ -175,7 +174,7 @@ def test_two_killed_processes_resume_bitwise(group, config, shard):
 
 def test_sharded_samples(fit, group, pairs, config):
     """3 of the 11 validation samples are left when one of two processes has none."""
-    words = [f"--data={pairs}", "--seq_len=64", "--steps=2", "--micro_batch=4"]
+    words = [f"--data={pairs}", "--seq_len=64", "--steps=2"]
     one, two = fit("--steps=2"), config.parent / "two"
     assert finish(group(2, *words, "--shard", f"--out={two}"))[0] == [0, 0]
     assert records(two, "val_loss") == pytest.approx(records(one, "val_loss"), rel=1e-5)
