@@ -164,8 +164,7 @@ def attempt(name, plan, out):
     """Return the record of a run, or of its error; plan: the values of the plan's file."""
     file, words = plan["RUNS"][name]
     prepare = plan.get("PREPARE", contextlib.nullcontext)
-    if "PREPARE" in plan and not plan.get("RESUMES"):
-        # no checkpoint has what the context collects: start anew
+    if not continues(plan):
         shutil.rmtree(out / "runs" / name, ignore_errors=True)
     try:
         with prepare(name) as more:
@@ -192,11 +191,19 @@ def planned_steps(words):
     return steps
 
 
+def continues(plan):
+    """Return whether a plan's runs continue from their checkpoints: no checkpoint has what the
+    context of PREPARE collects, unless the plan says so."""
+    return "PREPARE" not in plan or plan.get("RESUMES", False)
+
+
 def share_left(folder, steps):
     """Return the share of a run's steps after its newest checkpoint; 1 without one or --steps."""
     import checkpoint
     saved = checkpoint.steps_of(folder)
-    return 1 - int(saved[-1].name.removeprefix("step-")) / steps if saved and steps > 1 else 1
+    if not saved or steps == 1:
+        return 1
+    return 1 - int(saved[-1].name.removeprefix("step-")) / steps
 
 
 def trained_steps(line):
@@ -238,7 +245,7 @@ def work(path, out, deadline, per_gpu=1):
                   if "seconds" in line]  # not in a resumed run's
         steps = {name: planned_steps(plan["RUNS"][name][1]) for name in claims}
         seconds = {name: would_take(steps[name], own, others) for name in claims}
-        if "PREPARE" not in plan or plan.get("RESUMES"):
+        if continues(plan):
             for name in claims:
                 seconds[name] *= share_left(out / "runs" / name, steps[name])
         name = claim_first(claims, seconds, deadline)

@@ -374,8 +374,6 @@ def test_alternate_groups_have_the_short_runs_of_mora_share():
     found = module.long_runs(lengths, "remora_alternate", "muon")
     assert {prefix: [run["config"]["lr"] for run in seeds] for prefix, seeds in found.items()} == {
         "": [2e-3], "at_0.004_0.032.": [4e-3]}
-    plan = runpy.run_path(str(FILE.parent.parent / "pretrain_250m" / "plan.py"))
-    assert {group[0]: other[0] for group, other in plan["GRID_OF"].items()} == module.GRID_OF
 
 
 def test_of_short_runs_one_seed_chooses_the_rates_that_all_its_numbers_are_of(numbers_of):

@@ -19,6 +19,12 @@ LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
 
 
+def drawn(run, benched):
+    """Return a run with the speed that it has alone on a GPU, and without its first losses."""
+    losses = [[step, loss] for step, loss in run["val_losses"] if step >= FROM]
+    return run | benched | {"per_gpu": 1, "val_losses": losses}
+
+
 def main():
     lengths = by_length(read_with_diverged(FOLDER / "sweep.jsonl"))
     runs, bench = {}, read_bench(FOLDER)
@@ -29,9 +35,7 @@ def main():
                 benched = alone(bench, method, optimizer)
                 if not benched:
                     raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
-                runs[method, optimizer] = [
-                    run | benched | {"per_gpu": 1, "val_losses": [
-                        pair for pair in run["val_losses"] if pair[0] >= FROM]} for run in seeds]
+                runs[method, optimizer] = [drawn(run, benched) for run in seeds]
     if not runs:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
     draw_curves(FOLDER / "curves.png", runs, LABELS, "r = 128, FP8")

@@ -21,6 +21,7 @@ as the sweep's runs did; .loss_difference_STEP is its validation loss minus that
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,11 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 import pretraining  # noqa: E402
 
-LONG, SHORT = 2000, 200  # steps
+PLAN = runpy.run_path(str(FOLDER / "plan.py"))
+LONG, SHORT, GRID_OF = PLAN["LONG"], PLAN["SHORT"], PLAN["GRID_OF"]
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
            "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
-GRID_OF = {"remora_alternate": "mora_share"}  # as in plan.py
 NAME = re.compile(r"(\w+)-(\w+)-.+-steps(\d+)")  # as plan.py writes it
 
 
@@ -107,8 +108,8 @@ def by_length(runs):
 def long_runs(lengths, method, optimizer):
     """Return {"": [seeds at the rates that short runs chose], "at_LR_RESTLR.": [at others]}. A
     method without short runs has those of another, by GRID_OF."""
-    grid_of = GRID_OF.get(method, method)
-    best = pretraining.best_of(lengths.get((grid_of, optimizer, SHORT), []))
+    group = GRID_OF.get((method, optimizer), (method, optimizer))
+    best = pretraining.best_of(lengths.get((*group, SHORT), []))
     result = {}
     for run in lengths.get((method, optimizer, LONG), []):
         if "error" in run:
