@@ -28,9 +28,9 @@ def picture(file, rows=1, columns=1, figsize=None, **options):
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     yield axes
     for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
+        if lines := axis.get_legend_handles_labels()[0]:
             axis.grid(alpha=0.3)
-            axis.legend()
+            axis.legend(ncols=1 + len(lines) // 6)
     with as_user_error(f"--png={file} cannot be written", ValueError):  # no format of this ending
         figure.savefig(file, dpi=120)
     print(f"wrote {file}")

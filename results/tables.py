@@ -95,12 +95,13 @@ TABLES = {
     }, (*grid_columns("Muon"), *grid_columns("AdamW"))),
     "pretrain_250m": ({
         "full rank": "full.muon", "full rank, older": "full_fp8.muon",
-        "full rank, 60M's": "full.muon.at_0.004_0.064",
         "MoRA, share": "mora_share.muon", "MoRA, older": "mora_fp8.muon",
         "LoRA": "lora.muon", "LoRA, 2nd": "lora.muon.at_0.002_0.016",
         "pair": "best.muon", "pair, 2nd": "best.muon.at_0.002_0.016",
         "alternate": "remora_alternate.muon",
-        "full, AdamW": "full.adamw", "share, AdamW": "mora_share.adamw",
+        "full, AdamW": "full.adamw", "full, AdamW, 2nd": "full.adamw.at_0.0005_0.016",
+        "share, AdamW": "mora_share.adamw",
+        "share, AdamW, 2nd": "mora_share.adamw.at_0.0005_0.016",
         "LoRA, AdamW": "lora.adamw", "alternate, AdamW": "remora_alternate.adamw",
     }, (
         Column("lr", "{}.lr", "rate"), Column("rest_lr", "{}.rest_lr", "rate"),

@@ -2,14 +2,16 @@
 
     python results/pretrain_250m/curves.py
 
-curves.png: validation loss against tokens and GPU seconds. spectra.png, as Figure 5 of the paper:
-how many singular values of a run's whole change dW are above 0.1, by kind of projection.
+curves.png, as Figure 4 of the paper: validation loss against tokens and GPU seconds. Runs at other
+rates than the short runs chose have these in their labels. spectra.png, as Figure 5: how many
+singular values of a run's whole change dW are above 0.1, by kind of projection, at the rates of the
+short runs.
 """
 import sys
 
-from metrics import FOLDER, alone, by_length, long_runs, read_bench
+from metrics import BENCH_CARD, FOLDER, alone, by_length, long_runs, read_bench
 from pictures import OPTIMIZERS, draw_curves
-from pretraining import read_with_diverged
+from pretraining import rates_of, read_with_diverged
 
 sys.path.append(str(FOLDER.parents[1]))
 from docs.figures import draw_spectra  # noqa: E402
@@ -22,25 +24,34 @@ LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
 def drawn(run, benched):
     """Return a run with the speed that it has alone on a GPU, and without its first losses."""
     losses = [[step, loss] for step, loss in run["val_losses"] if step >= FROM]
-    return run | benched | {"per_gpu": 1, "val_losses": losses}
+    return run | benched | {"device": BENCH_CARD, "per_gpu": 1, "val_losses": losses}
+
+
+def read_runs(optimizer):
+    """Return {label: [runs by seed]} of an optimizer's long runs; see drawn."""
+    lengths, bench = by_length(read_with_diverged(FOLDER / "sweep.jsonl")), read_bench(FOLDER)
+    runs = {}
+    for method, label in LABELS.items():
+        benched = alone(bench, method, optimizer)
+        for prefix, seeds in sorted(long_runs(lengths, method, optimizer).items()):
+            if not benched:
+                raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
+            rates = ", {:g} and {:g}".format(*rates_of(seeds[0])) if prefix else ""
+            runs[f"{label}{rates}"] = [drawn(run, benched) for run in seeds]
+    return runs
 
 
 def main():
-    lengths = by_length(read_with_diverged(FOLDER / "sweep.jsonl"))
-    runs, bench = {}, read_bench(FOLDER)
-    for optimizer in OPTIMIZERS:
-        for method in LABELS:
-            seeds = long_runs(lengths, method, optimizer).get("")
-            if seeds:
-                benched = alone(bench, method, optimizer)
-                if not benched:
-                    raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
-                runs[method, optimizer] = [drawn(run, benched) for run in seeds]
-    if not runs:
+    runs = {optimizer: read_runs(optimizer) for optimizer in OPTIMIZERS}
+    by_label = {(label, optimizer): seeds for optimizer, own in runs.items()
+                for label, seeds in own.items()}
+    if not by_label:
         raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
-    draw_curves(FOLDER / "curves.png", runs, LABELS, "r = 128, FP8")
-    spectra = {f"{LABELS[method]}, {OPTIMIZERS[optimizer]}": seeds[0]["spectra"]
-               for (method, optimizer), seeds in runs.items() if "spectra" in seeds[0]}
+    labels = {label: label for label, _ in by_label}
+    draw_curves(FOLDER / "curves.png", by_label, labels, "r = 128, FP8")
+    spectra = {f"{label}, {OPTIMIZERS[optimizer]}": seeds[0]["spectra"]
+               for (label, optimizer), seeds in by_label.items()
+               if label in LABELS.values() and "spectra" in seeds[0]}
     if spectra:
         draw_spectra(FOLDER / "spectra.png", spectra)
 

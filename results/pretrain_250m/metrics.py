@@ -9,7 +9,8 @@ ones on both sides of both rates. METHOD.OPTIMIZER.wiki_ppl and the numbers besi
 several seeds, means. wiki_ppl is the last validation, best_ppl the lowest, at best_step.
 
 Two runs shared a GPU in the sweep. Short runs therefore have no tokens_per_s, and long runs have
-tokens_per_s (restarts included) and peak_gib of a run that is alone on a GPU, from bench.json:
+tokens_per_s (restarts included) and peak_gib of a run that is alone on a GPU, from bench.json; what
+bench.py printed is in bench.txt:
 
     M=full_muon_fp8,mora_muon_fp8,lora_muon_fp8,mixed_muon_fp8,full_fp8,mora_fp8,lora_fp8
     python bench.py --shape=250m --accumulate=2 --methods=$M \
@@ -36,6 +37,7 @@ LONG, SHORT, GRID_OF = PLAN["LONG"], PLAN["SHORT"], PLAN["GRID_OF"]
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
            "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
+BENCH_CARD = "NVIDIA H200"
 NAME = re.compile(r"(\w+)-(\w+)-.+-steps(\d+)")  # as plan.py writes it
 
 

@@ -39,10 +39,10 @@ CENTRES = {("full", "muon"): (4e-3, 6.4e-2), ("mora_share", "muon"): (2e-3, 3.2e
 # a short run ends before the first restart, so that its grid would be the other method's again
 GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
            for optimizer in ("muon", "adamw")}
-# {(method, optimizer): (lr, rest_lr) of one more long run}: 2e-3 and 1.6e-2, of which full rank and
-# MoRA have logs, and 60m's rates
+# {(method, optimizer): (lr, rest_lr) of one more long run}: with Muon those of the older logs of
+# full rank and MoRA, with AdamW an lr between that of 200 steps and 60m's
 FURTHER = {("lora", "muon"): (2e-3, 1.6e-2), ("best", "muon"): (2e-3, 1.6e-2),
-           ("full", "muon"): CENTRES["full", "muon"]}
+           ("full", "adamw"): (5e-4, 1.6e-2), ("mora_share", "adamw"): (5e-4, 1.6e-2)}
 # their grids and long runs come after all others'
 LAST = [("lora", "adamw"), ("mora_share", "adamw")]
 SHORT, LONG = 200, 2000  # steps
