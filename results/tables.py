@@ -99,7 +99,7 @@ TABLES = {
         "LoRA": "lora.muon", "LoRA, 2nd": "lora.muon.at_0.002_0.016",
         "pair": "best.muon", "pair, 2nd": "best.muon.at_0.002_0.016",
         "alternate": "remora_alternate.muon",
-        "full, AdamW": "full.adamw", "full, AdamW, 2nd": "full.adamw.at_0.0005_0.016",
+        "full, AdamW": "full.adamw", "full, AdamW, 2nd": "full.adamw.at_0.0005_0.032",
         "share, AdamW": "mora_share.adamw",
         "share, AdamW, 2nd": "mora_share.adamw.at_0.0005_0.016",
         "LoRA, AdamW": "lora.adamw", "alternate, AdamW": "remora_alternate.adamw",

@@ -3,13 +3,14 @@
     python results/pretrain_250m/curves.py
 
 curves.png, as Figure 4 of the paper: validation loss against tokens and GPU seconds. Runs at other
-rates than the short runs chose have these in their labels. spectra.png, as Figure 5: how many
-singular values of a run's whole change dW are above 0.1, by kind of projection, at the rates of the
-short runs.
+rates than the short runs chose have these in their labels; the older logs, of another card, are
+drawn against tokens only. spectra.png, as Figure 5: how many singular values of a run's whole change
+dW are above 0.1, by kind of projection, at the rates of the short runs.
 """
+import json
 import sys
 
-from metrics import BENCH_CARD, FOLDER, alone, by_length, long_runs, read_bench
+from metrics import BENCH_CARD, FOLDER, alone, by_length, long_runs, of_run, read_bench
 from pictures import OPTIMIZERS, draw_curves
 from pretraining import rates_of, read_with_diverged
 
@@ -19,12 +20,23 @@ from docs.figures import draw_spectra  # noqa: E402
 FROM = 500  # step; earlier losses would leave no room for the differences of later ones
 LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
+OLDER = {("full", "muon"): "full_fp8", ("mora_share", "muon"): "mora_fp8"}  # their logs
 
 
 def drawn(run, benched):
     """Return a run with the speed that it has alone on a GPU, and without its first losses."""
     losses = [[step, loss] for step, loss in run["val_losses"] if step >= FROM]
     return run | benched | {"device": BENCH_CARD, "per_gpu": 1, "val_losses": losses}
+
+
+def read_older(stem):
+    """Return an older log as a run of the sweep; its card is not BENCH_CARD, so that draw_curves
+    draws it against tokens only."""
+    path = FOLDER / f"{stem}.jsonl"
+    head = json.loads(path.read_text().splitlines()[0])
+    _, config, losses, _ = of_run(path)
+    return {"config": config, "device": head["device"],
+            "val_losses": [[step, loss] for step, loss in losses.items() if step >= FROM]}
 
 
 def read_runs(optimizer):
@@ -38,6 +50,9 @@ def read_runs(optimizer):
                 raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
             rates = ", {:g} and {:g}".format(*rates_of(seeds[0])) if prefix else ""
             runs[f"{label}{rates}"] = [drawn(run, benched) for run in seeds]
+        if (method, optimizer) in OLDER:
+            run = read_older(OLDER[method, optimizer])
+            runs["{}, older, {:g} and {:g}".format(label, *rates_of(run))] = [run]
     return runs
 
 

@@ -42,7 +42,7 @@ GRID_OF = {("remora_alternate", optimizer): ("mora_share", optimizer)
 # {(method, optimizer): (lr, rest_lr) of one more long run}: with Muon those of the older logs of
 # full rank and MoRA, with AdamW an lr between that of 200 steps and 60m's
 FURTHER = {("lora", "muon"): (2e-3, 1.6e-2), ("best", "muon"): (2e-3, 1.6e-2),
-           ("full", "adamw"): (5e-4, 1.6e-2), ("mora_share", "adamw"): (5e-4, 1.6e-2)}
+           ("full", "adamw"): (5e-4, 3.2e-2), ("mora_share", "adamw"): (5e-4, 1.6e-2)}
 # their grids and long runs come after all others'
 LAST = [("lora", "adamw"), ("mora_share", "adamw")]
 SHORT, LONG = 200, 2000  # steps
