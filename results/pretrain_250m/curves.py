@@ -4,8 +4,8 @@
 
 curves.png, as Figure 4 of the paper: validation loss against tokens and GPU seconds. Runs at other
 rates than the short runs chose have these in their labels; the older logs, of another card, are
-drawn against tokens only. spectra.png, as Figure 5: how many singular values of a run's whole change
-dW are above 0.1, by kind of projection, at the rates of the short runs.
+drawn against tokens only. spectra.png, as Figure 5: how many singular values of a run's dW
+are above 0.1, by kind of projection, at the rates of the short runs.
 """
 import json
 import sys
