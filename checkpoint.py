@@ -291,14 +291,12 @@ def verify(path, resuming=True):
     raise UserError(f"{reason}; {whole} is whole: {advice if resuming else 'name it instead'}")
 
 
-def read_step(path, resuming=True):
-    """({name: weight}, state dict of the optimizer or None) of a checkpoint, on the CPU."""
+def read_step(path):
+    """({name: weight}, state dict of the optimizer) of a checkpoint, on the CPU."""
     weights, file = base_weights(path / "base"), path / "optimizer.pt"
     layers = adapters.read(path / "adapter")[1] if (path / "adapter").is_dir() else {}
     for layer, tensors in layers.items():
         weights |= {f"{layer}.update.{key}": tensor for key, tensor in tensors.items()}
-    if not resuming:
-        return weights, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
