@@ -42,12 +42,7 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):  # torch's own has no fused kernel for bfloat16 with float32 weights
     def forward(self, x):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -159,9 +154,8 @@ class Llama(nn.Module):
         self.cfg = cfg
         self.compute_dtype, self.loss_kernel = torch.float32, softmax_gradient
         self.checkpoint_blocks = False  # True: keep a block's input alone, compute the rest again
-        weight = torch.empty(cfg.vocab_size, cfg.hidden_size)
-        if not weight.is_meta:  # normal_ of a meta tensor imports torch._dynamo, which takes 1.2 s
-            nn.init.normal_(weight)
+        # nn.Embedding draws with normal_, which on meta imports torch._dynamo: that takes 1.2 s
+        weight = torch.randn(cfg.vocab_size, cfg.hidden_size)
         self.model = nn.ModuleDict({  # Hugging Face's name for all but the head
             "embed_tokens": nn.Embedding.from_pretrained(weight, freeze=False),
             "layers": nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers)),
