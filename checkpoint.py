@@ -291,29 +291,24 @@ def verify(path, resuming=True):
     raise UserError(f"{reason}; {whole} is whole: {advice if resuming else 'name it instead'}")
 
 
-def read_step(path):
-    """({name: weight}, state dict of the optimizer) of a checkpoint, on the CPU."""
+def resume(path, model, optimizer):
+    """Load a checkpoint into a model of its shape and method and its optimizer; its state.json."""
     weights, file = base_weights(path / "base"), path / "optimizer.pt"
     layers = adapters.read(path / "adapter")[1] if (path / "adapter").is_dir() else {}
     for layer, tensors in layers.items():
         weights |= {f"{layer}.update.{key}": tensor for key, tensor in tensors.items()}
+    load_weights(model, weights, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
             # mapped, so that the processes of one machine do not hold a copy each
-            return weights, torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            optimizer_state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file raises almost anything
         # torch's own text is left out: it recommends weights_only=False, which would run the file
         raise UserError(f"{file} cannot be loaded ({type(error).__name__}): it is no state of an "
                         "optimizer that this program wrote") from None
-
-
-def resume(path, model, optimizer):
-    """Load a checkpoint into a model of its shape and method and its optimizer; its state.json."""
-    weights, optimizer_state = read_step(path)
-    load_weights(model, weights, path)
     # a file of another form raises almost anything
-    with as_user_error(f"{path / 'optimizer.pt'} does not fit the optimizer", Exception):
+    with as_user_error(f"{file} does not fit the optimizer", Exception):
         numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(numbers, parameters, strict=True):
