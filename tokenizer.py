@@ -71,7 +71,11 @@ class Tiktoken:
         self.bos_ids, self.decode = [self.eos_id], encoding.decode
 
     def encode(self, text):
-        return self.encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
+        text = without_surrogates(text)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its own regex runs out of stack in a million spaces, Python's does not
+            return np.array(self.encoding._encode_only_native_bpe(text), dtype=np.uint32)
 
     encode_part = encode
 

@@ -184,3 +184,13 @@ def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
     for text in ("a", "a text of more than 4 bytes"):
         for encode in (tok.encode, tok.encode_part, tok.encode_template):
             assert encode(text).tolist() == list(text.encode())
+
+
+def test_a_text_with_a_million_spaces():
+    """tiktoken's regular expressions run out of stack at the end of such a run."""
+    tok, spaces = small_bpe(), " " * 10 ** 6
+    with pytest.raises(ValueError, match="stack"):
+        tok.encoding.encode_to_numpy(f"a{spaces}x")
+    ids = [*tok.encode("a"), *tok.encode(spaces[1:]), *tok.encode(" x\n\ufffd")]
+    assert tok.encode(f"a{spaces}x\n\ud800").tolist() == ids
+    assert tok.encode("x").dtype == tok.encode(f"{spaces}x").dtype == "uint32"
