@@ -638,7 +638,9 @@ def restart(model, optimizer, cycle, seed=0, keep=0.0):
     counts too; keep > 0: only this part of Adam's first moments, the largest, is left instead.
     Returns {"states": how many were forgotten or pruned, "update_norm": the Frobenius norm of what
     was merged}. Raises RuntimeError if an adapter has no state to forget, ValueError for weights of
-    16 bits and for the cycle that a MoRA is in already."""
+    16 bits, for the cycle that a MoRA is in already and for another `keep` than from 0 to 1."""
+    if not isinstance(keep, int | float) or not 0 <= keep <= 1:
+        raise ValueError(f"keep must be a number from 0 to 1, got {keep!r}")
     layers = adapted_layers(model)
     for name, layer in layers:
         if layer.weight.dtype.itemsize < 4:

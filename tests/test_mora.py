@@ -418,6 +418,17 @@ def test_a_restart_takes_another_cycle():
     mora.restart(model, optimizer, cycle=2)
 
 
+@pytest.mark.parametrize("keep", (2, -0.1, float("nan"), "0.5"))
+def test_a_restart_keeps_a_share_of_the_moments(keep):
+    model = adapted("mora", {})
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    before = model["q_proj"].weight.clone()
+    with pytest.raises(ValueError, match=f"keep must be a number from 0 to 1, got {keep!r}"):
+        mora.restart(model, optimizer, cycle=1, keep=keep)
+    assert torch.equal(model["q_proj"].weight, before)
+
+
 def test_a_restart_that_cannot_keep_moments_changes_nothing():
     model = adapted("mora", {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
