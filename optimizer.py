@@ -46,7 +46,8 @@ def build_optimizer(cfg, model, device):
             ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
                     "muon": uses_muon and not is_rest and not is_vector}
-        key = (is_vector, is_b, is_rest and (ratio != 1 or uses_muon))
+        # rates may become equal in a resumed run: they choose no group, so optimizer.pt still fits
+        key = (is_vector, is_b, is_rest and (cfg.rest_lr > 0 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
     return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,  # optimizer.pt's order
                      betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")

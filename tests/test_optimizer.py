@@ -9,9 +9,10 @@ from test_model import ours, theirs
 from test_train import records, same
 from torch.nn import functional as F
 
+import checkpoint
 import mora
 import optimizer
-from config import Config, schedule_warnings
+from config import Config, UserError, schedule_warnings
 from model import Llama, LlamaConfig
 
 SHAPES = [(16, 16), (24, 40), (40, 24), (13, 13), (7, 30), (16, 16)]
@@ -173,6 +174,16 @@ def test_rest_lr_is_of_embeddings_head_and_norms_alone(method, kind):
         assert group["weight_decay"] == (0.0 if is_vector else 0.1), name
         assert group["muon"] == (kind == "muon" and not is_rest and not is_vector), name
     assert {name for name in groups if groups[name]["ratio"] == pytest.approx(5.0)}
+
+
+@pytest.mark.parametrize("lr", (5e-3, 1e-2))
+def test_rates_that_become_equal_or_differ_do_not_stop_a_resumed_run(run, lr):
+    """Groups that depended on lr = rest_lr ordered optimizer.pt otherwise than the new lr does."""
+    run(f"--lr={lr}", "--rest_lr=5e-3", "--steps=4")
+    out = run("--lr=2e-2" if lr == 5e-3 else "--lr=5e-3", "--rest_lr=5e-3", "--steps=5", "--resume")
+    assert checkpoint.read_state(checkpoint.steps_of(out)[-1])["step"] == 5
+    with pytest.raises(UserError, match="another experiment: rest_lr was 0.005, now 0.0$"):
+        run("--lr=5e-3", "--steps=5", "--resume")
 
 
 def test_a_step_takes_the_rates_of_the_groups():
