@@ -39,8 +39,8 @@ from shards import Samples, fingerprint, open_split
 
 GRADIENT_STEPS = 4  # the first ones, whose batches choose the groups "gradient"
 # keys that a resumed run may not change, beside the model's shape and the adapters' settings
-FIXED = ("method", "seed", "data", "seq_len", "batch_size", "init_from", "restart_every",
-         "restart_steps", "lora_plus_ratio", "optimizer", "rest_lr", "residual_init", "base_dtype")
+FIXED = ("method", "seed", "seq_len", "batch_size", "init_from", "restart_every", "restart_steps",
+         "lora_plus_ratio", "optimizer", "rest_lr", "residual_init", "base_dtype")
 
 
 def train(cfg):
@@ -186,8 +186,8 @@ def check_run_folder(cfg, rank):
     changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
                if now[key] != before[key] and key not in ("out", "resume")}
     changed = [change for key, change in changes.items() if key in fixed]
-    if state["corpus"] != fingerprint(cfg.data):
-        changed.append(f"the tokens in {cfg.data} changed since")
+    if state["corpus"] != fingerprint(cfg.data):  # the folder's name may be spelled in many ways
+        changed.append(changes.get("data", f"the tokens in {cfg.data} changed since"))
     need(not changed, f"{newest} is of another experiment: {'; '.join(changed)}")
     need(state["step"] <= cfg.steps, f"{newest} is past the last step: steps is {cfg.steps}; take "
          f"--steps={state['step']} or more")

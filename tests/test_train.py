@@ -301,6 +301,18 @@ def test_two_runs_do_not_mix(run):
     assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
 
 
+def test_a_resumed_run_takes_the_same_tokens_from_any_folder(run, corpus, tmp_path, capsys):
+    run("--steps=2")
+    spelled = f"{corpus.parent}/./{corpus.name}"
+    assert max(records(run("--steps=3", "--resume", f"--data={spelled}"))) == 3
+    printed = capsys.readouterr().out
+    assert f"note: since step-00000002 data was '{corpus}', now '{spelled}'" in printed
+    data.prepare(tmp_path / "other", tokenizer.load("bytes"), {"source": "test"},
+                 [(lambda: ["another text"] * 200, [])])
+    with pytest.raises(UserError, match=f"experiment: data was '{spelled}', now '.*other'$"):
+        run("--steps=4", "--resume", f"--data={tmp_path / 'other'}")
+
+
 def test_a_run_does_not_write_into_a_model(run):
     """Its config.json would replace the model's, and later commands would load the run instead."""
     base = run("--steps=1", "--method=full") / "step-00000001" / "base"
