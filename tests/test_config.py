@@ -236,6 +236,8 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--method=lora", "--operator=rotate"], "method lora takes no operator, got 'rotate'"),
     ("", ["--operator=rotat"], "did you mean rotate"),
     ("", ["--method=full", "--restart_every=5"], "no update to restart"),
+    ("", ["--method=full", "--rank=8"], "method full takes no rank, got 8; only lora and mora can"),
+    ("method = 'frozen'", ["--rank=4"], "method frozen takes no rank, got 4; only lora and mora"),
     ("", ["--restart_every=5", "--restart_steps=7,9"], "give one of them"),
     ("", ["--restart_steps=9,7"], "restart_steps must rise"),
     ("", ["--restart_steps=a"], "whole numbers with commas between, got"),
@@ -287,6 +289,10 @@ def test_no_number_is_nan_or_infinite(tmp_path):
     assert refused([path]) == f"lr in {path} must be a number from 1e-30 to 4294967295, got nan"
     for word in ("nan", "inf", "1e999"):
         assert "lr must be a number from 1e-30" in refused([write(tmp_path, ""), f"--lr={word}"])
+
+
+def test_a_rank_of_the_file_does_not_stop_another_method(tmp_path):
+    assert load([write(tmp_path, "rank = 128"), "--method=full"], None).rank == 128
 
 
 @pytest.mark.parametrize("words", [
