@@ -110,6 +110,8 @@ def join_processes(cfg):
     world = int(os.environ.get("WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
     kind = cfg.device.replace("auto", "cuda" if gpus else ("mps" if mps else "cpu"))
+    if cfg.shard and world == 1:
+        print("note: shard has no effect on one process: start more with torchrun --nproc_per_node")
     need(kind != "mps" or mps, "device mps is one process on a Mac: take --device=cpu or another")
     device, gpu = torch.device(kind), None
     if kind == "cuda":

@@ -172,6 +172,12 @@ def test_two_killed_processes_resume_bitwise(group, config, shard):
     assert same(whole / "step-00000008", killed / "step-00000008")
 
 
+def test_shard_tells_that_one_process_holds_everything(run, capsys):
+    run("--shard", "--steps=1")
+    assert "note: shard has no effect on one process: start more with torchrun" in (
+        capsys.readouterr().out)
+
+
 def test_sharded_samples(fit, group, pairs, config):
     """3 of the 11 validation samples are left when one of two processes has none."""
     words = [f"--data={pairs}", "--seq_len=64", "--steps=2"]
