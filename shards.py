@@ -276,6 +276,8 @@ class Tokens:
         self.totals = self.manifest["splits"][split]
         need(self.totals["shards"], f"{folder} has no {split} documents: prepare it again with "
              "more text, or with --val FILES")
+        need(self.totals["bytes"], f"{folder}: the responses of all {self.totals['documents']} "
+             f"{split} samples are empty: prepare it again with others")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.shards = list(pool.map(self._map_shard, self.totals["shards"]))
         self.shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])

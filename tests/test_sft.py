@@ -432,3 +432,13 @@ def test_a_first_row_of_nulls_does_not_decide_the_format(tmp_path, monkeypatch):
     write_rows(tmp_path / "a.jsonl", rows)
     data.main(["sft", "first", "a.jsonl", "--tokenizer=bytes"])
     assert open_split("data/first", "train").totals["missing"] == 1
+
+
+def test_a_split_of_empty_responses_is_refused(tmp_path):
+    """It has no byte to share the loss: bits per byte divided by zero."""
+    full, empty = ([{"prompt": "a", "response": text}] for text in ("b", ""))
+    stages = [(lambda: full, ["train"]), (lambda: empty * 2, ["val"])]
+    sft.prepare(tmp_path / "pairs", "bytes", {"source": "test"}, stages, "prompt")
+    assert len(open_split(tmp_path / "pairs", "train")) == 4
+    with pytest.raises(UserError, match="pairs: the responses of all 2 val samples are empty: pre"):
+        open_split(tmp_path / "pairs", "val")
