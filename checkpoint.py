@@ -312,12 +312,11 @@ def resume(path, model, optimizer):
         numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(numbers, parameters, strict=True):
-            values = optimizer_state["state"].get(i, {})
-            for key, value in values.items():
+            for key, value in optimizer_state["state"].get(i, {}).items():
                 need(value.shape in ((), p.shape), f"{key} has the shape {tuple(value.shape)}, "
                      f"its parameter {tuple(p.shape)}")
-                values[key] = mora.as_sharded(value, p) if value.ndim else value
-        optimizer.load_state_dict(optimizer_state)
+                own = mora.as_sharded(value, p) if value.ndim else value
+                optimizer.state[p][key] = own.to(p.device)  # rates and betas are those of this run
     state = read_state(path)
     fit_scales(model)  # a run that goes on with FP8 has stored none
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON

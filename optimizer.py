@@ -89,14 +89,6 @@ class AdamWMuon(torch.optim.AdamW):
                 updates = [mora.as_sharded(u, p) for u, p in zip(updates, batch, strict=True)]
                 torch._foreach_add_(batch, updates, alpha=-group["lr"] * scale)
 
-    def __setstate__(self, state):
-        """Take a state as it is; Adam's own expects a step count of each, Muon has none."""
-        torch.optim.Optimizer.__setstate__(self, state)
-
-    def load_state_dict(self, state_dict):
-        """Take the state of the parameters alone: rates, decay and betas are those of this run."""
-        super().load_state_dict(state_dict | {"param_groups": self.state_dict()["param_groups"]})
-
 
 def orthogonalize(matrices):
     """Return matrices of one shape with their singular values moved to about 1, in float32.
