@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, need, read_json, read_text, write_json
+from config import as_user_error, need, read_json, read_text, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
@@ -49,11 +49,9 @@ def load(name, folder=None):
     names = tiktoken.list_encoding_names()
     need(name in names, f"unknown tokenizer {name!r}: take bytes, {', '.join(names)}, or a folder "
          "with a tokenizer.json")
-    try:
+    with as_user_error(f"tokenizer {name} could not be downloaded (run once with a network, or "
+                       "set TIKTOKEN_CACHE_DIR to a cache of it)", OSError):  # requests raises it
         return Tiktoken(tiktoken.get_encoding(name))
-    except OSError as error:  # the exceptions of requests are OSErrors
-        raise UserError(f"tokenizer {name} could not be downloaded ({type(error).__name__}): run "
-                        "once with a network, or set TIKTOKEN_CACHE_DIR to a cache of it") from None
 
 
 def without_surrogates(text):

@@ -365,14 +365,12 @@ class Log:
 
 def tracker(cfg, settings):
     """Return a function (key, value, step) that sends a number to wandb or TensorBoard."""
-    try:
+    with as_user_error(f"log_to={cfg.log_to} needs pip install {cfg.log_to}", ImportError):
         if cfg.log_to == "wandb":
             import wandb
             wandb.init(project="mora", name=Path(cfg.out).name, config=settings, dir=cfg.out)
             return lambda key, value, step: wandb.log({key: value}, step=step)
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(f"log_to={cfg.log_to} needs a package: pip install {cfg.log_to}") from None
     return SummaryWriter(cfg.out).add_scalar
 
 
