@@ -36,6 +36,8 @@ def first_weights(step):
          "are unknown: set --since to the checkpoint to compare with")
     cfg = Config(**checkpoint.read_state(step)["config"])
     if cfg.init_from:
+        need(not checkpoint.steps_of(cfg.init_from), f"{step} began with a step of the "
+             f"run {cfg.init_from}, not known which: name it, as --since={cfg.init_from}/step-...")
         return weights(cfg.init_from)[0]
     vocab_size = read_json(step / "base" / "config.json")["vocab_size"]
     shape = LlamaConfig(vocab_size=vocab_size, **cfg.model())

@@ -74,6 +74,22 @@ def test_spectra_of_a_run_count_its_rank(run, restarts, rank):
     assert means["q_proj"]["rank"] == means["down_proj"]["rank"] == rank
 
 
+def test_the_first_weights_of_a_run_that_began_with_another_one(run, tmp_path):
+    """The other run may have gone on since: the weights of its newest step are not those."""
+    first = run("--steps=10", f"--out={tmp_path / 'first'}")
+    begun = checkpoint.steps_of(first)[-1]
+    words = "--steps=2", "--method=full"
+    of_run = run(*words, f"--init_from={first}", f"--out={tmp_path / 'second'}")
+    of_step = run(*words, f"--init_from={begun}", f"--out={tmp_path / 'third'}")
+    run("--steps=12", f"--out={first}", "--resume")
+    step = checkpoint.steps_of(of_run)[-1]
+    with pytest.raises(UserError, match=f"{step} began with a step of the run {first}, not known "
+                                        f"which: name it, as --since={first}/step-...$"):
+        analyze.first_weights(step)
+    before, weights = analyze.weights(begun)[0], analyze.first_weights
+    torch.testing.assert_close(weights(checkpoint.steps_of(of_step)[-1]), before, rtol=0, atol=0)
+
+
 def test_a_run_that_is_missing_is_found_before_the_others_are_computed(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(analyze, "spectra", None)
