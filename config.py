@@ -148,12 +148,9 @@ class Config:
 
     def adapter(self):
         """The arguments of mora.adapt, or {} for full-rank training."""
-        if self.method == "full":
-            return {}
-        own = [name for name, field in FIELDS.items() if self.method in field.metadata["only"]
-               and name != "lora_plus_ratio"]  # of the optimizer
-        names = ["method", "targets", "train_rest", "seed", *own] + (["rank"] if own else [])
-        return {name: getattr(self, name) for name in names}
+        names = ("method", "rank", "operator", "groups", "lora_rank", "alpha", "rslora", "lora_A",
+                 "dora", "dropout", "targets", "train_rest", "seed")
+        return {} if self.method == "full" else {name: getattr(self, name) for name in names}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -144,9 +144,9 @@ def test_resume_with_muon_is_bitwise_identical(run):
 # groups and rates
 
 REST = ("embed_tokens", "lm_head", "norm")
-METHODS = {"full": {"method": "full", "operator": ""}, "mora": {},
-           "lora": {"method": "lora", "operator": ""},
-           "lora+": {"method": "lora", "operator": "", "lora_plus_ratio": 4.0},
+METHODS = {"full": {"method": "full"}, "mora": {},
+           "lora": {"method": "lora"},
+           "lora+": {"method": "lora", "lora_plus_ratio": 4.0},
            "dora": {"dora": True}}
 
 
@@ -198,7 +198,7 @@ def test_a_step_takes_the_rates_of_the_groups():
 
 @pytest.mark.parametrize("clip", (0.0, 1e-3))
 def test_a_step_returns_the_mean_loss_and_the_norm_before_clipping(clip):
-    cfg, model = tiny(method="full", operator="")
+    cfg, model = tiny(method="full")
     generator, before = torch.Generator().manual_seed(0), copy.deepcopy(model)
     ids, targets = (torch.cat(parts) for parts in zip(
         *[batch_of(generator) for _ in range(3)], strict=True))
