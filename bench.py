@@ -48,7 +48,7 @@ METHODS |= {f"{name}_muon": METHODS[name] | {"optimizer": "muon"}
 METHODS |= {f"{name}_fp8": keys | {"matmul": "fp8"} for name, keys in METHODS.items()}
 METHODS["mora_fp8_base"] = {"method": "mora", "base_dtype": "float8"}
 # columns of the table: title, key of the numbers, width, format
-COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to full", "to_full", 8, ".3f"),
+COLUMNS = (("tokens/s", "tokens_per_s", 10, ",.0f"), ("to first", "to_first", 8, ".3f"),
            ("MFU", "mfu", 6, ".3f"), ("peak GiB", "peak_gib", 9, ".2f"),
            ("trainable", "trainable_parameters", 14, ","), ("restart ms", "restart_ms", 10, ".1f"))
 
@@ -143,7 +143,8 @@ def run_child(argv, name, processes):
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()]
-    print(f"{name:16} failed:", next((x for x in lines if x.startswith("error")), lines[-1]))
+    errors = [line for line in lines if line.startswith("error")]
+    print(f"{name:16} failed:", (errors or lines)[-1])
     return None
 
 
@@ -154,13 +155,16 @@ def compare(args, argv):
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    full, failed, prefix = math.nan, [], f"ddp{args.processes}." if args.processes > 1 else ""
-    for name in args.methods.split(","):
-        if not (row := run_child(argv, name, args.processes)):
+    prefix, names = f"ddp{args.processes}." if args.processes > 1 else "", args.methods.split(",")
+    first, failed = math.nan, []  # tokens/s of the first method; the names of those that failed
+    for name in names:
+        row = run_child(argv, name, args.processes)
+        if row is None:
             failed.append(name)
             continue
-        full = row["tokens_per_s"] if name == "full" else full
-        shown = row | {"to_full": row["tokens_per_s"] / full}
+        if name == names[0]:
+            first = row["tokens_per_s"]
+        shown = row | {"to_first": row["tokens_per_s"] / first}
         print(f"{name:24}", *(f"{shown.get(key, math.nan):{width}{style}}"
                               for _, key, width, style in COLUMNS), flush=True)
         numbers |= {f"{prefix}{args.shape}.{name}.{key}": value for key, value in row.items()}

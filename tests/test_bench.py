@@ -44,7 +44,7 @@ def test_two_processes_are_measured_together(tmp_path, capsys):
     keys = {f"ddp2.tiny.full.{key}" for key in KEYS}
     assert set(json.loads(file.read_text())) == keys | {"before"}
     head, row = capsys.readouterr().out.splitlines()[1:]
-    assert head.split()[:4] == ["method", "tokens/s", "to", "full"]
+    assert head.split()[:4] == ["method", "tokens/s", "to", "first"]
     assert row.split()[0] == "full" and row.split()[2] == "1.000" and row.split()[4] == "nan"
     assert len(head) == len(row)
 
@@ -66,6 +66,18 @@ def test_a_failed_method_fails_the_command_after_the_others_are_measured(monkeyp
         bench.main([*SMALL, "--methods=full,mora,lora,frozen"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["mora", "frozen"]
+
+
+def test_speeds_are_relative_to_the_first_method(monkeypatch, capsys):
+    speeds = {"full_muon_fp8": 4.0, "mora": 5.0, "full": 2.0}
+    monkeypatch.setattr(bench, "run_child", lambda argv, name, processes:
+                        {"tokens_per_s": speeds[name]} if name in speeds else None)
+    bench.main([*SMALL, f"--methods={','.join(speeds)}"])
+    with pytest.raises(UserError):
+        bench.main([*SMALL, "--methods=lora,mora"])
+    ratios = [line.split()[2] for line in capsys.readouterr().out.splitlines()
+              if line.split()[0] in speeds]
+    assert ratios == ["1.000", "1.250", "0.500", "nan"]  # without the first there is none
 
 
 def test_a_missing_folder_of_json_is_named_before_anything_is_measured(tmp_path, monkeypatch):
