@@ -1,4 +1,5 @@
 """Small corpora and runs of a second that the tests share."""
+import gc
 import multiprocessing
 import os
 import shutil
@@ -7,14 +8,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "results")]
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch, here and in the processes that tests start
 
 TINY = """
 seq_len, batch_size, micro_batch = 16, 8, 4
@@ -30,15 +30,36 @@ def texts(count=200):
     return [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leaves the objects of imported modules, a million, to no search for garbage: they stay.
+
+    This file imports no torch itself, since the first process of pytest -n runs no test.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)  # 700, 10, 10 is for programs that live long
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items):
-    """The slowest file first, so that no worker of pytest -n is left alone with it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """The slowest tests first, so that no worker of pytest -n is left alone with them in the end.
+
+    Those of several processes come before all others: one worker takes them and alone starts the
+    server of their processes.
+    """
+    items.sort(key=lambda item: ("group" not in item.fixturenames,
+                                 item.path.name != "test_train.py"))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers whatever ran before it."""
-    torch.manual_seed(0)
+    import torch
+    torch.default_generator.manual_seed(0)  # torch.manual_seed looks for GPUs, half a millisecond
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +104,7 @@ def train_in_group(words, output, environment, kill_after):
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     os.environ |= environment
     signal.setitimer(signal.ITIMER_REAL, kill_after)  # SIGALRM ends the process, 0: never
+    config.time = SimpleNamespace(sleep=str)  # rank 1 waits 3 s so that rank 0 tells of an error
     sys.argv[1:] = words
     config.command_line(train.main)
 
@@ -96,8 +118,7 @@ def group(config, monkeypatch):
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS.parent, TESTS))))
     server, started = multiprocessing.get_context("forkserver"), []
-    # torch imports _dynamo in the first step of an optimizer, which takes a second
-    server.set_forkserver_preload(["train", "conftest", "torch._dynamo"])
+    server.set_forkserver_preload(["server"])
 
     def start(world, *overrides, kill_after=0.0):
         with socket.socket() as free:
@@ -138,6 +159,7 @@ def finish(processes):
 
 def prompts(count=103):
     """Rows with prompts and responses of many lengths; some responses are empty."""
+    import numpy as np
     generator = np.random.default_rng(0)
     rows = []
     for i in range(count):
