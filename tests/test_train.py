@@ -101,7 +101,7 @@ def _spy(model, *args):
     return _perplexity(model, *args)
 _train.perplexity = _spy
 """
-SHORT = ("--steps=8", "--restart_every=3", "--eval_every=4", "--save_every=4")
+SHORT = ("--steps=6", "--restart_every=2", "--eval_every=3", "--save_every=3")
 
 
 def test_two_processes_equal_one(run, group, config):
@@ -116,60 +116,78 @@ def test_two_processes_equal_one(run, group, config):
     assert first.keys() == second.keys()
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert any(key.endswith("fold_in.order") for key in first)
-    assert records(two, "restart") == {3: 1, 6: 2}
+    assert records(two, "restart") == {2: 1, 4: 2}
 
 
 def equal_records(one, two):
     """The numbers of `two` are those of `one`, to float32 rounding; `two` may lack its first."""
     for key in ("loss", "val_loss", "grad_norm"):
         expected, found = records(one, key), records(two, key)
-        assert 8 in found
+        assert 6 in found
         assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5), key
 
 
+SHAPES = "--targets=q_proj,k_proj,up_proj,down_proj"  # one projection of each shape of a block
 SHARDED = {
     "full": ["--method=full", "--restart_every=0"],
     "muon": ["--method=full", "--restart_every=0", "--optimizer=muon"],
-    "mora": ["--groups=permute", "--micro_batch=2"],
-    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks"],
-    "mixed": ["--groups=permute", "--rank=4", "--lora_rank=2", "--optimizer=muon"],
+    "mora": ["--groups=permute", "--micro_batch=2", SHAPES],
+    "lora": ["--method=lora", "--dora", "--restart_keep=0.5", "--checkpoint_blocks", SHAPES],
+    "mixed": ["--groups=permute", "--rank=4", "--lora_rank=2", "--optimizer=muon", SHAPES],
 }
 
 
+@pytest.fixture(scope="module")
+def whole_runs():
+    """{words: folder}; see two_processes."""
+    return {}
+
+
+@pytest.fixture
+def two_processes(group, whole_runs, tmp_path_factory):
+    """two_processes("--key=value", ...) is the folder of a run of two; it is trained once."""
+    def start(*words):
+        if words not in whole_runs:
+            out = tmp_path_factory.mktemp("whole") / "two"
+            ended = finish(group(2, *words, f"--out={out}"))
+            assert ended[0] == [0, 0], ended
+            whole_runs[words] = out
+        return whole_runs[words]
+
+    return start
+
+
 @pytest.mark.parametrize("method", SHARDED)
-def test_sharded_processes_equal_one(run, group, config, method):
-    """So does each half of a run that continues the other's checkpoint of step 4."""
+def test_sharded_processes_equal_one(run, group, two_processes, method):
+    """So does each half of a run that continues the other's checkpoint of step 3."""
     words = [*SHORT, *SHARDED[method]]
-    one, two = run(*words), config.parent / "two"
-    ended = finish(group(2, *words, "--shard", f"--out={two}"))
-    assert ended[0] == [0, 0], ended
+    one, two = run(*words), two_processes(*words, "--shard=true")
     equal_records(one, two)
-    halves = [stopped_copy(out, 4, out.with_name(f"{out.name}_half")) for out in (one, two)]
-    ended = finish(group(2, *words, "--shard", f"--out={halves[0]}", "--resume"))
+    halves = [stopped_copy(out, 3, out.with_name(f"{out.name}_half")) for out in (one, two)]
+    ended = finish(group(2, *words, "--shard=true", f"--out={halves[0]}", "--resume"))
     assert ended[0] == [0, 0], ended
     run(*words, f"--out={halves[1]}", "--resume")
-    last = contents(one / "step-00000008")
+    last = contents(one / "step-00000006")
     for other in (two, *halves):
         equal_records(one, other)
-        tensors = contents(other / "step-00000008")
+        tensors = contents(other / "step-00000006")
         assert tensors.keys() == last.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("shard", ("true", "false"))
-def test_two_killed_processes_resume_bitwise(group, config, shard):
-    words = [*SHORT, "--groups=permute", f"--shard={shard}"]
-    whole, killed = config.parent / "whole", config.parent / "killed"
-    assert finish(group(2, *words, f"--out={whole}"))[0] == [0, 0]
+def test_two_killed_processes_resume_bitwise(group, config, two_processes, shard):
+    words = [*SHORT, *SHARDED["mora"], f"--shard={shard}"]
+    whole, killed = two_processes(*words), config.parent / "killed"
     processes = group(2, *words, f"--out={killed}")
-    wait_for(processes[0], (killed / "step-00000004").exists)
+    wait_for(processes[0], (killed / "step-00000003").exists)
     for process in processes:
         process.kill()
     finish(processes)
     ended = finish(group(2, *words, f"--out={killed}", "--resume"))
     assert ended[0] == [0, 0], ended
-    assert same(whole / "step-00000008", killed / "step-00000008")
+    assert same(whole / "step-00000006", killed / "step-00000006")
 
 
 def test_shard_tells_that_one_process_holds_everything(run, capsys):
