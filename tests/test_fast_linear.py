@@ -4,12 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sympy import Integer
 from test_mora import SHAPES
 from torch import nn
-from torch._inductor.choices import InductorChoices
-from torch._inductor.sizevars import SizeVarAllocator
-from torch._inductor.virtualized import V
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -328,6 +324,10 @@ def test_autocast_rounds_no_weight_that_is_merged():
 
 def test_rows_are_held_in_registers():
     """By the installed torch, which must call the method as ours expects; other reductions stay."""
+    from sympy import Integer
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch._inductor.virtualized import V
     hints = torch._inductor.runtime.hints.ReductionHint
     sizes = SimpleNamespace(sizevars=SizeVarAllocator())
 
