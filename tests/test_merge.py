@@ -264,7 +264,7 @@ def test_readme_commands_run(call):
     """The newcomer's commands, cut to a few steps, and what a run prints as the next commands."""
     listed = readme_commands()
     first = next(c for c in listed if c.endswith("&& torchrun train.py")).partition("&& ")[2]
-    output = call(first, "--steps=3", "--eval_tokens=2000", "--device=cpu")
+    output = call(first, "--steps=3", "--batch_size=2", "--eval_tokens=2000", "--device=cpu")
     assert "tokens/s" in output and "left" in output and "perplexity" in output
     merging, sampling = (line.strip() for line in output.splitlines() if "  python" in line)
     evaluating = "python evaluate.py out/tiny_mora data/stdlib"

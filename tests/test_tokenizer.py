@@ -65,6 +65,9 @@ def test_the_exported_tokenizer_gives_tiktokens_ids(tmp_path, make):
         stream = exported.decoder()
         assert "".join(stream(i) for i in ids).rstrip("\ufffd") == text
     assert theirs.eos_token_id == tok.eos_id == exported.eos_id
+    padded = theirs(["a", "a longer text"], padding=True).input_ids
+    short, long = (tok.encode(text).tolist() for text in ("a", "a longer text"))
+    assert padded == [short + [tok.eos_id] * (len(long) - len(short)), long]
     assert exported.vocab_size == tok.vocab_size
     # the one known difference: transformers takes the name of a special token for the token
     assert theirs("<|endoftext|>").input_ids == [tok.eos_id]

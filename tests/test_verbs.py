@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_sft import chat_folder
-from test_tokenizer import gpt2, small_bpe
+from test_tokenizer import small_bpe
 
 import bench
 import checkpoint
@@ -172,8 +172,8 @@ def test_a_merged_directory_keeps_special_tokens_and_generation_config(run, tmp_
         checkpoint.load(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("make", (small_bpe, gpt2, lambda: tokenizer.load("bytes")),
-                         ids=("small", "gpt2", "bytes"))
+@pytest.mark.parametrize("make", (small_bpe, lambda: tokenizer.load("bytes")),
+                         ids=("small", "bytes"))
 def test_transformers_pads_with_a_written_tokenizer(tmp_path, make):
     from transformers import AutoTokenizer
     tok = make()
