@@ -339,6 +339,8 @@ def conflicts(cfg):
     yield muon and method == "frozen", "muon has no matrix to train with method frozen: use adamw"
     yield method == "frozen" and not cfg.train_rest, "frozen without train_rest trains nothing"
     yield muon and cfg.restart_keep, f"restart_keep {cfg.restart_keep:g} needs optimizer adamw"
+    yield (cfg.restart_keep and not restarts, f"restart_keep {cfg.restart_keep:g} has no effect "
+           "without restart_every or restart_steps: use restart_keep 0")
     yield small and method == "full", "method full freezes nothing: use base_dtype float32"
     yield small and cfg.dora, f"dora rescales rows by a little, which base_dtype {base} rounds away"
     yield small and fp8, f"matmul fp8 needs float32 weights to round from, got base_dtype {base}"

@@ -265,6 +265,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--optimizer=muon", "--method=frozen"], "muon has no matrix to train with method frozen"),
     ("", ["--method=frozen", "--train_rest=false"], "frozen without train_rest trains nothing"),
     ("", ["--optimizer=muon", "--restart_every=5", "--restart_keep=.1"], "needs optimizer adamw"),
+    ("", ["--restart_keep=.1"], "restart_keep 0.1 has no effect without restart_every or restart"),
     ("", ["--keep_best", "--eval_every=2", "--save_every=4"], "2 is no multiple of save_every 4"),
     ("", ["--residual_init", "--init_from=x"], "init_from x loads them"),
     ("", ["--matmul=fp16"], "matmul must be one of bf16, fp8, got 'fp16'"),
