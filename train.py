@@ -244,9 +244,11 @@ def prepare_model(cfg, model, device, cycle, losses=None):
 
 
 def data_parallel(model):
-    """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang."""
-    buffers = [name for name, _ in model.named_buffers()]  # they are equal on all ranks
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    """Wrap a model in DDP without its broadcast of buffers, which would make an evaluation hang,
+    and of weights in 8 bits, which gloo refuses. All of them are equal on all ranks."""
+    ignored = [name for name, _ in model.named_buffers()]
+    ignored += [n for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     return DistributedDataParallel(model)
 
 

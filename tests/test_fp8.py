@@ -351,6 +351,17 @@ def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
         checkpoint.load(moved / "run")
 
 
+def test_two_processes_with_a_float8_base_equal_one(run, group, tmp_path):
+    """Its weights are equal on all ranks: gloo cannot broadcast them."""
+    base = run("--hidden_size=32", "--intermediate_size=48", "--method=full", "--steps=1",
+               f"--out={tmp_path / 'first'}") / "step-00000001" / "base"
+    words = [*FLOAT8_BASE, f"--init_from={base}", "--steps=10"]
+    one, two = run(*words), tmp_path / "two"
+    ended = finish(group(2, *words, f"--out={two}"))
+    assert ended[0] == [0, 0], ended
+    assert records(two) == pytest.approx(records(one), rel=2e-3)
+
+
 def test_only_adapted_weights_are_kept_in_float8():
     model = llama("mora", targets=("q_proj", "up_proj"))
     keep_in_fp8(model)
