@@ -155,7 +155,8 @@ def compare(args, argv):
     print(f"{args.shape}, {args.processes} x {machine}, torch {torch.__version__}, "
           f"{args.seq_len} tokens per sequence")
     print(f"{'method':24}", *(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    prefix, names = f"ddp{args.processes}." if args.processes > 1 else "", args.methods.split(",")
+    prefix = f"ddp{args.processes}." if args.processes > 1 else ""
+    names = args.methods.split(",")
     first, failed = math.nan, []  # tokens/s of the first method; the names of those that failed
     for name in names:
         row = run_child(argv, name, args.processes)

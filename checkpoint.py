@@ -292,7 +292,8 @@ def verify(path, resuming=True):
 
 
 def resume(path, model, optimizer):
-    """Load a checkpoint into a model of its shape and method and its optimizer; its state.json."""
+    """Load a checkpoint into a model of its shape and method, and into the model's optimizer, whose
+    rates, decay and betas stay. Returns its state.json."""
     weights, file = base_weights(path / "base"), path / "optimizer.pt"
     layers = adapters.read(path / "adapter")[1] if (path / "adapter").is_dir() else {}
     for layer, tensors in layers.items():
@@ -316,7 +317,7 @@ def resume(path, model, optimizer):
                 need(value.shape in ((), p.shape), f"{key} has the shape {tuple(value.shape)}, "
                      f"its parameter {tuple(p.shape)}")
                 own = mora.as_sharded(value, p) if value.ndim else value
-                optimizer.state[p][key] = own.to(p.device)  # rates and betas are those of this run
+                optimizer.state[p][key] = own.to(p.device)
     state = read_state(path)
     fit_scales(model)  # a run that goes on with FP8 has stored none
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON

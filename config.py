@@ -183,7 +183,7 @@ def load(argv, default):
     values["out"] = values.get("out") or f"out/{path.stem}{f'_{variant}' if variant else ''}"
     cfg = Config(**values)
     check(cfg)
-    need(cfg.method in ADAPTERS or "rank" not in dict(overrides),  # that of a file serves others
+    need(cfg.method in ADAPTERS or "rank" not in dict(overrides),  # a file has one for all
          f"method {cfg.method} takes no rank, got {cfg.rank}; only lora and mora can have it")
     return cfg
 

@@ -4,7 +4,7 @@ At 60M it has the lowest perplexity per token of the adapters with 10 % of the b
 With 25 %, as here, it is level with LoRA. Its rates are 60M's. On runs of 200 steps here a quarter
 of its rest_lr is better. When both run at 4e-3 and 8e-3, it is 4 % ahead of LoRA after 66 M tokens
 of Wikipedia and level after 131 M, 3.7 passes, one seed. After 131 M LoRA at 2e-3 and 1.6e-2 is 2 %
-ahead of both; neither there nor at the rates below has the pair run so long. See
+ahead of both. The pair has run that long neither at those rates nor at the ones below. See
 results/pretrain_250m.
 """
 from configs.c4_250m import *

@@ -28,9 +28,10 @@ def picture(file, rows=1, columns=1, figsize=None, **options):
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     yield axes
     for axis in axes.flat:
-        if lines := axis.get_legend_handles_labels()[0]:
+        _, labels = axis.get_legend_handles_labels()
+        if labels:
             axis.grid(alpha=0.3)
-            axis.legend(ncols=1 + len(lines) // 6)
+            axis.legend(ncols=1 + len(labels) // 6)
     with as_user_error(f"--png={file} cannot be written", ValueError):  # no format of this ending
         figure.savefig(file, dpi=120)
     print(f"wrote {file}")

@@ -30,26 +30,34 @@ def texts(count=200):
     return [f"document {i}: {i * i} é\n" * 3 for i in range(count)]
 
 
+def freeze_imports():
+    """Exclude what modules hold, a million objects, from all later garbage collections.
+
+    A collection writes to every object, and a forked process copies the pages that are written to.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # fewer collections than Python's 700, 10, 10: tests are short
+    gc.enable()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Leaves the objects of imported modules, a million, to no search for garbage: they stay.
+    """Collect no garbage while test files are imported.
 
-    This file imports no torch itself, since the first process of pytest -n runs no test.
+    This file does not import torch at its top, since the first process of pytest -n runs no test.
     """
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)  # 700, 10, 10 is for programs that live long
-        gc.enable()
+        freeze_imports()
 
 
 def pytest_collection_modifyitems(items):
     """The slowest tests first, so that no worker of pytest -n is left alone with them in the end.
 
-    Those of several processes come before all others: one worker takes them and alone starts the
-    server of their processes.
+    Tests of several processes come before all others, so that one worker runs most of them and
+    starts the server of their processes.
     """
     items.sort(key=lambda item: ("group" not in item.fixturenames,
                                  item.path.name != "test_train.py"))
@@ -59,7 +67,7 @@ def pytest_collection_modifyitems(items):
 def seeded():
     """Every test draws the same numbers whatever ran before it."""
     import torch
-    torch.default_generator.manual_seed(0)  # torch.manual_seed looks for GPUs, half a millisecond
+    torch.default_generator.manual_seed(0)  # torch.manual_seed looks for GPUs: 0.5 ms
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +112,7 @@ def train_in_group(words, output, environment, kill_after):
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     os.environ |= environment
     signal.setitimer(signal.ITIMER_REAL, kill_after)  # SIGALRM ends the process, 0: never
-    config.time = SimpleNamespace(sleep=str)  # rank 1 waits 3 s so that rank 0 tells of an error
+    config.time = SimpleNamespace(sleep=str)  # no wait: rank 1 sleeps 3 s before it prints an error
     sys.argv[1:] = words
     config.command_line(train.main)
 

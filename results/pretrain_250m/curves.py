@@ -7,10 +7,11 @@ rates than the short runs chose have these in their labels; the older logs, of a
 drawn against tokens only. spectra.png, as Figure 5: how many singular values of a run's dW
 are above 0.1, by kind of projection, at the rates of the short runs.
 """
+import itertools
 import json
 import sys
 
-from metrics import BENCH_CARD, FOLDER, alone, by_length, long_runs, of_run, read_bench
+from metrics import FOLDER, alone, by_length, long_runs, of_run, read_bench
 from pictures import OPTIMIZERS, draw_curves
 from pretraining import rates_of, read_with_diverged
 
@@ -20,13 +21,19 @@ from docs.figures import draw_spectra  # noqa: E402
 FROM = 500  # step; earlier losses would leave no room for the differences of later ones
 LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
+BENCH_CARD = "NVIDIA H200"  # of bench.json, see bench.txt
 OLDER = {("full", "muon"): "full_fp8", ("mora_share", "muon"): "mora_fp8"}  # their logs
+
+
+def late(losses):
+    """Return [[step, loss]] from step FROM on, of pairs from step 0 on."""
+    return [[step, loss] for step, loss in losses if step >= FROM]
 
 
 def drawn(run, benched):
     """Return a run with the speed that it has alone on a GPU, and without its first losses."""
-    losses = [[step, loss] for step, loss in run["val_losses"] if step >= FROM]
-    return run | benched | {"device": BENCH_CARD, "per_gpu": 1, "val_losses": losses}
+    return run | benched | {"device": BENCH_CARD, "per_gpu": 1,
+                            "val_losses": late(run["val_losses"])}
 
 
 def read_older(stem):
@@ -35,40 +42,34 @@ def read_older(stem):
     path = FOLDER / f"{stem}.jsonl"
     head = json.loads(path.read_text().splitlines()[0])
     _, config, losses, _ = of_run(path)
-    return {"config": config, "device": head["device"],
-            "val_losses": [[step, loss] for step, loss in losses.items() if step >= FROM]}
+    return {"config": config, "device": head["device"], "val_losses": late(losses.items())}
 
 
-def read_runs(optimizer):
-    """Return {label: [runs by seed]} of an optimizer's long runs; see drawn."""
+def read_runs():
+    """Return {(label, optimizer): [runs by seed]} of the long runs; see drawn."""
     lengths, bench = by_length(read_with_diverged(FOLDER / "sweep.jsonl")), read_bench(FOLDER)
     runs = {}
-    for method, label in LABELS.items():
+    for optimizer, (method, label) in itertools.product(OPTIMIZERS, LABELS.items()):
         benched = alone(bench, method, optimizer)
         for prefix, seeds in sorted(long_runs(lengths, method, optimizer).items()):
             if not benched:
                 raise SystemExit(f"bench.json lacks {method} with {optimizer}: see metrics.py")
             rates = ", {:g} and {:g}".format(*rates_of(seeds[0])) if prefix else ""
-            runs[f"{label}{rates}"] = [drawn(run, benched) for run in seeds]
+            runs[f"{label}{rates}", optimizer] = [drawn(run, benched) for run in seeds]
         if (method, optimizer) in OLDER:
             run = read_older(OLDER[method, optimizer])
-            runs["{}, older, {:g} and {:g}".format(label, *rates_of(run))] = [run]
+            rates = "{:g} and {:g}".format(*rates_of(run))
+            runs[f"{label}, older, {rates}", optimizer] = [run]
     return runs
 
 
 def main():
-    runs = {optimizer: read_runs(optimizer) for optimizer in OPTIMIZERS}
-    by_label = {(label, optimizer): seeds for optimizer, own in runs.items()
-                for label, seeds in own.items()}
-    if not by_label:
-        raise SystemExit("sweep.jsonl has no run of 131 M tokens yet: plan.py makes them")
-    labels = {label: label for label, _ in by_label}
-    draw_curves(FOLDER / "curves.png", by_label, labels, "r = 128, FP8")
+    runs = read_runs()
+    labels = {label: label for label, _ in runs}
+    draw_curves(FOLDER / "curves.png", runs, labels, "r = 128, FP8")
     spectra = {f"{label}, {OPTIMIZERS[optimizer]}": seeds[0]["spectra"]
-               for (label, optimizer), seeds in by_label.items()
-               if label in LABELS.values() and "spectra" in seeds[0]}
-    if spectra:
-        draw_spectra(FOLDER / "spectra.png", spectra)
+               for (label, optimizer), seeds in runs.items() if label in LABELS.values()}
+    draw_spectra(FOLDER / "spectra.png", spectra)
 
 
 if __name__ == "__main__":

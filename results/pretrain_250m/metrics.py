@@ -37,7 +37,6 @@ LONG, SHORT, GRID_OF = PLAN["LONG"], PLAN["SHORT"], PLAN["GRID_OF"]
 # {method: (its name in bench.py, steps between restarts or 0)}
 BENCHED = {"full": ("full", 0), "mora_share": ("mora", 0), "lora": ("lora", 0),
            "best": ("mixed", 10), "remora_alternate": ("mora", 400)}
-BENCH_CARD = "NVIDIA H200"
 NAME = re.compile(r"(\w+)-(\w+)-.+-steps(\d+)")  # as plan.py writes it
 
 
