@@ -11,10 +11,10 @@ line with "error". To run it again, remove its line and start the sweep again.
 
 A worker reads the plan before each run, since RUNS may depend on sweep.jsonl and grow. It waits
 while other workers' runs may make the plan grow. No run starts that would end after --seconds, by
-the times of earlier runs; one that is longer than all of them may end later. A stopped sweep can be
-started again. It continues runs from their checkpoints in OUT/runs, those of a plan with PREPARE
-only if it says RESUMES = True; such a run has "resumed" in its line, and no "seconds" and no
-"peak_gib". Logs: OUT/*.log.
+the times of earlier runs; one that is longer than all of them may end later. A sweep ends if its
+first three runs fail. A stopped sweep can be started again. It continues runs from their
+checkpoints in OUT/runs, those of a plan with PREPARE only if it says RESUMES = True; such a run has
+"resumed" in its line, and no "seconds" and no "peak_gib". Logs: OUT/*.log.
 """
 import contextlib
 import json
@@ -233,12 +233,23 @@ def claim_first(claims, seconds, deadline):
     return None
 
 
+def is_hopeless(lines):
+    """Return whether all runs so far, three at least, failed for another reason than diverging, so
+    that those left would fail, too: a file that is not there, say."""
+    return len(lines) >= 3 and all("error" in line and not rates.diverged(line) for line in lines)
+
+
 def work(path, out, deadline, per_gpu=1):
     """Run what is neither done nor claimed and would end in time, in the plan's order. A line has
-    per_gpu, the processes that shared the GPU: its speed is to be read with that."""
+    per_gpu, the processes that shared the GPU: its speed is to be read with that. Exits if the
+    first three runs fail, and leaves the others for the next start."""
     done, own = path.with_name("sweep.jsonl"), []
+    earlier = rates.read(done)
     while time.time() <= deadline:
         finished = rates.read(done)  # before the plan, so that it has the runs that follow
+        new = [line for name, line in finished.items() if name not in earlier]
+        if is_hopeless(new):
+            raise SystemExit(f"all runs fail, no more start: {new[-1]['error']}")
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
         others = [(trained_steps(line), line["seconds"]) for line in finished.values()

@@ -22,6 +22,7 @@ import mora
 import sft
 import tokenizer
 import train
+from config import Config
 
 
 @pytest.fixture
@@ -335,6 +336,29 @@ def test_no_run_runs_twice(sweeping):
     join(sweeping.fork(4))
     lines = sweeping.plan.with_name("sweep.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["name"] for line in lines) == sorted(names)
+
+
+def test_a_sweep_whose_runs_all_fail_ends(sweeping):
+    """Without its base model it would write an error for every run of the plan."""
+    sweeping.write("a")
+    sweeping.work()  # an earlier sweep
+    sweeping.write("abcdef")
+    with pytest.raises(SystemExit, match="all runs fail.*CONFIG of d"):
+        sweeping.work(fail)
+    assert list(sweeping.records()[1]) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["works", "diverges"])
+def test_a_sweep_whose_runs_fail_now_and_then_goes_on(sweeping, name):
+    def run_one(name, *rest):
+        if name == "diverges":
+            raise checkpoint.diverged(Config(), 3, "loss nan")
+        return (fake if name == "works" else fail)(name, *rest)
+
+    names = ["a", "b", name, "c", "d"]
+    sweeping.write(names)
+    sweeping.work(run_one)
+    assert list(sweeping.records()[1]) == names
 
 
 def test_a_dead_workers_claim_blocks_its_run_alone(sweeping):
