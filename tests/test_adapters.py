@@ -649,6 +649,11 @@ def test_operators_of_many_blocks_are_refused_or_cut_to_a_rank(operator, tmp_pat
         adapters.as_lora(model, tmp_path)
     errors = [adapters.as_lora(model, tmp_path, rank=rank)["error"] for rank in (4, 16, 32)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    shares = []
+    for _, layer in mora.adapted_layers(model):
+        values = torch.linalg.svdvals(layer.update.delta().detach())
+        shares.append(float(values[4:].norm() / values.norm()))
+    assert errors[0] == pytest.approx(max(shares), rel=1e-4) and shares[-1] < max(shares)
     loaded = adapters.load(plain_model("qwen2"), tmp_path)
     torch.testing.assert_close(small_logits(loaded), small_logits(model), rtol=0, atol=1e-5)
     theirs = peft.PeftModel.from_pretrained(plain_model("qwen2"), tmp_path)

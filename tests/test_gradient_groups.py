@@ -19,7 +19,7 @@ import checkpoint
 import merge
 import mora
 import train
-from batches import Batches
+from batches import Batches, SampleBatches
 from config import Config, UserError
 from model import Llama, LlamaConfig
 from shards import open_split
@@ -323,6 +323,16 @@ def test_the_first_steps_are_read_without_changing_them(corpus):
     halves = [sum(train.first_losses(model, Batches(tokens, 0, 16, 8, 2, rank=rank, world=2)))
               for rank in (0, 1)]
     assert sum(halves) == whole
+
+
+def test_the_first_steps_of_samples_weigh_every_learned_token_alike(pairs):
+    def model(inputs, targets):
+        return targets[targets != -100].float().mean()
+
+    samples = open_split(pairs, "train")
+    whole, parts = (sum(train.first_losses(model, SampleBatches(samples, 0, 64, 8, micro_batch)))
+                    for micro_batch in (8, 2))
+    assert float(parts) == pytest.approx(4 * float(whole), rel=1e-5)
 
 
 def test_the_pass_keeps_inputs_of_blocks_alone():

@@ -227,9 +227,24 @@ def test_a_stop_leaves_no_best_step_unscored(run, config, monkeypatch, signal_at
     assert checkpoint.steps_of(out)[-1].name == f"step-{signal_at:08d}"
 
 
+# for a config file: every rank's seeds of dropout, one per step, are left in a file
+SEEDS = """
+import os as _os, torch as _torch
+_manual_seed = _torch.manual_seed
+def _spy(number):
+    with open(FOLDER + f"/seeds{_os.environ['RANK']}", "a") as _file:
+        print(number, file=_file)
+    return _manual_seed(number)
+_torch.manual_seed = _spy
+"""
+
+
 def test_a_signal_to_one_rank_stops_all_together(group, config):
-    out = config.parent / "stopped"
-    processes = group(2, f"--out={out}", "--log_every=4", "--steps=100000", "--save_every=100000")
+    """Until then no two steps and no two ranks have drawn dropout's masks with one seed."""
+    out, folder = config.parent / "stopped", config.parent
+    config.write_text(config.read_text() + SEEDS.replace("FOLDER", repr(str(folder))))
+    processes = group(2, f"--out={out}", "--log_every=4", "--steps=100000", "--save_every=100000",
+                      "--dropout=0.1")
     wait_for(processes[0], lambda: " 4/" in processes[0].output.read_text())
     os.kill(processes[1].pid, signal.SIGTERM)
     codes, outputs = finish(processes)
@@ -237,6 +252,8 @@ def test_a_signal_to_one_rank_stops_all_together(group, config):
     number = int(step.name.removeprefix("step-"))
     assert codes == [130, 0] and number % 4 == 0
     assert f"stopped and saved at step {number}:" in outputs[0]
+    seeds = [(folder / f"seeds{rank}").read_text().split() for rank in (0, 1)]
+    assert len({*seeds[0], *seeds[1]}) == 2 * number == len(seeds[0]) + len(seeds[1])
 
 
 def test_machines_that_share_no_folder_do_not_resume(group, config):
