@@ -119,7 +119,9 @@ def test_a_fingerprint_is_of_the_tokens(files):
     assert one == same != other and len(one) == 16
     file = files / "data" / "same" / "manifest.json"
     manifest = json.loads(file.read_text())
-    for change in ({"tokenizer": "gpt2"}, {"vocab_size": 300}, {"kind": "samples", "format": ""}):
+    other_val = manifest["splits"] | {"val": manifest["splits"]["train"]}
+    for change in ({"tokenizer": "gpt2"}, {"vocab_size": 300}, {"kind": "samples", "format": ""},
+                   {"dtype": "uint32"}, {"splits": other_val}):
         for totals in manifest["splits"].values():
             totals["learned"] = 0
         file.write_text(json.dumps(manifest | change))

@@ -106,6 +106,12 @@ def test_norms_are_those_of_the_gradient_and_leave_no_trace():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
+def test_norms_of_weights_in_bfloat16_are_float32():
+    model = llama().bfloat16()
+    norms = mora.gradient_norms(model, losses(model, 0))
+    assert {part.dtype for pair in norms.values() for part in pair} == {torch.float32}
+
+
 def test_features_are_in_descending_order():
     model = llama()
     norms = mora.gradient_norms(model, losses(model, 0))
