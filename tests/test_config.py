@@ -1,5 +1,6 @@
 """A config means what it states, or one line explains what is wrong."""
 import dataclasses
+import inspect
 import itertools
 import math
 import subprocess
@@ -21,6 +22,7 @@ from config import (
     read_file,
     schedule_warnings,
 )
+from model import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -314,6 +316,17 @@ def test_choices_are_those_of_the_code_that_takes_them():
     assert choices["method"] == ("full", *mora.METHODS)
     assert choices["operator"] == mora.OPERATORS
     assert (choices["groups"], choices["lora_A"]) == (mora.GROUPS, lora.KINDS_OF_A)
+
+
+def test_models_and_adapters_get_every_key_that_they_know():
+    values = {"hidden_size": 96, "intermediate_size": 24, "num_hidden_layers": 3,
+              "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True,
+              "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+    shape = LlamaConfig(vocab_size=7, **Config(seq_len=40, **values).model())
+    assert dataclasses.asdict(shape) == values | {
+        "vocab_size": 7, "max_position_embeddings": 40, "rope_scaling": None}
+    arguments = inspect.signature(mora.adapt).parameters.keys() - {"model", "cycle", "gradients"}
+    assert Config().adapter() == {name: getattr(Config, name) for name in arguments}
 
 
 def test_help_lists_every_key_with_default_and_explanation():

@@ -18,7 +18,7 @@ import checkpoint
 import data
 import tokenizer
 import train
-from config import Config, UserError, lock
+from config import Config, UserError, load, lock
 
 
 def records(run, key="loss"):
@@ -340,6 +340,24 @@ def test_two_runs_do_not_mix(run):
                                         r"--steps=10 or more$"):
         run("--steps=9", "--resume")
     assert max(records(run("--steps=12", "--resume"))) == 12  # the same run may become longer
+
+
+FREE = {"micro_batch", "restart_warmup", "restart_keep", "steps", "epochs", "schedule", "lr",
+        "min_lr_ratio", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "log_every",
+        "eval_every", "eval_tokens", "save_every", "keep", "keep_best", "log_to", "device", "dtype",
+        "matmul", "shard", "checkpoint_blocks", "compile"}
+
+
+def test_a_resumed_run_may_change_these_keys_alone(run, config):
+    run("--steps=1")
+    cfg = load([str(config), "--steps=1", "--resume"], None)
+    for name in Config.__dataclass_fields__.keys() - {"out", "data", "resume"}:
+        value = getattr(cfg, name)
+        others = {bool: not value, str: f"{value}?", tuple: (7,)}
+        changed = dataclasses.replace(cfg, **{name: others.get(type(value), 7)})
+        refused = pytest.raises(UserError, match=f"of another experiment: {name} was")
+        with contextlib.nullcontext() if name in FREE else refused:
+            train.check_run_folder(changed, 0)
 
 
 def test_a_resumed_run_takes_the_same_tokens_from_any_folder(run, corpus, tmp_path, capsys):
