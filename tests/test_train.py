@@ -348,10 +348,14 @@ FREE = {"micro_batch", "restart_warmup", "restart_keep", "steps", "epochs", "sch
         "matmul", "shard", "checkpoint_blocks", "compile"}
 
 
-def test_a_resumed_run_may_change_these_keys_alone(run, config):
-    run("--steps=1")
-    cfg = load([str(config), "--steps=1", "--resume"], None)
-    for name in Config.__dataclass_fields__.keys() - {"out", "data", "resume"}:
+@pytest.mark.parametrize("method, names", [
+    ("mora", Config.__dataclass_fields__.keys() - {"out", "data", "resume"}),
+    ("full", ("method", "seed", "lr"))])
+def test_a_resumed_run_may_change_these_keys_alone(run, config, method, names):
+    words = [f"--method={method}", "--steps=1"]
+    run(*words)
+    cfg = load([str(config), *words, "--resume"], None)
+    for name in names:
         value = getattr(cfg, name)
         others = {bool: not value, str: f"{value}?", tuple: (7,)}
         changed = dataclasses.replace(cfg, **{name: others.get(type(value), 7)})
