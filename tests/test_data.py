@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import types
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,8 @@ def test_another_corpus_is_not_overwritten(files):
     data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
     with pytest.raises(UserError, match="holds another corpus .*: remove it or rename it$"):
         data.main(["text", "one", "a.jsonl", "b.json.gz", "--tokenizer=bytes"])
+    with pytest.raises(UserError, match="another corpus .key was text, now url"):
+        data.main(["text", "one", "a.jsonl", "--tokenizer=bytes", "--key=url"])
 
 
 def test_one_changed_letter_in_the_middle_of_a_file_is_another_corpus(files):
@@ -312,6 +316,22 @@ def test_damage_is_seen(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="should hold .* bytes and holds 0"):
         Tokens(tmp_path / "d", "train")
+
+
+def test_check_reads_the_ids_of_every_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(shards, "CHUNK_DOCUMENTS", 4)
+    monkeypatch.chdir(tmp_path)
+    manifest = prepare(Path("data/d"), lambda: MIXED * 50)
+    data.main(["check", "d"])
+    last = manifest["splits"]["train"]["shards"][2]
+    file = tmp_path / "data/d" / last["file"]
+    words = file.read_bytes()[:-2] + b"\x01\x01"  # 257
+    file.write_bytes(words)
+    last["crc32"] = zlib.crc32(words)
+    Path("data/d/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="token id 257 lies outside the vocabulary of 257"):
+        data.main(["check", "d"])
 
 
 def test_windows_cross_shards(tmp_path, monkeypatch):

@@ -309,6 +309,10 @@ def test_files_become_a_folder_whose_manifest_describes_it(tmp_path, monkeypatch
     ids, learned = train.sample(7)
     assert bytes(ids[learned][:-1].astype(np.uint8)).decode() == rows[7]["answer"]
     data.main(["check", "q"])
+    data.main(["sft", "cut", "a.jsonl", "--val", "b.jsonl", "--tokenizer=bytes", "--seq_len=350",
+               "--long=truncate"])
+    cut = data.read_manifest("data/cut")["splits"]["train"]
+    assert (cut["documents"], cut["truncated"]) == (300, totals["dropped"]) and "dropped" not in cut
 
 
 @pytest.mark.parametrize("words, message", [
@@ -334,23 +338,28 @@ def test_the_recipes_stream_from_the_hub(tmp_path, monkeypatch):
 
     def load_dataset(name, config, split, streaming):
         requests.append((name, config, split, streaming))
-        rows = [{"query": f"{i}?", "response": "y", "text": "x" * 99 if i % 50 else None}
-                for i in range(200)]
+        rows = [{"query": f"{i}?", "response": "y", "text": split[0] * 99} if i % 50 else
+                {"query": None, "response": "y", "text": None} for i in range(200)]
         if "tulu" in name:
             rows = [{"messages": CHAT[:2], "id": str(i)} for i in range(200)]
         return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("tulu", "metamath"):
-        data.main([name, "--tokenizer=bytes", "--seq_len=2048"])
+    for name, count in (("tulu", 198), ("metamath", 194)):
+        data.main([name, "--tokenizer=bytes", "--seq_len=2048", "--long=truncate", "--skip_bad=5"])
         counts = [len(open_split(f"data/{name}", split).lengths) for split in ("train", "val")]
-        assert counts == [198, 2]
+        request = data.read_manifest(f"data/{name}")["request"]
+        assert counts == [count, 2] and (request["seq_len"], request["long"]) == (2048, "truncate")
     with pytest.raises(UserError, match="4 of 200 rows cannot be used, .* --skip_bad=PERCENT"):
         data.main(["c4", "--tokenizer=bytes"])
     requests.pop()
     data.main(["c4", "--tokenizer=bytes", "--train_tokens=1e4", "--val_tokens=1050",
                "--skip_bad=5"])
-    assert [len(open_split("data/c4", split)) for split in ("train", "val")] == [10_000, 1100]
+    splits = [open_split("data/c4", split) for split in ("train", "val")]
+    assert [len(split) for split in splits] == [10_000, 1100]
+    assert [chr(split.read(0, 1)[0]) for split in splits] == ["t", "v"]  # train and validation
+    with pytest.raises(UserError, match="another corpus .val_tokens was 1050, now 1060"):
+        data.main(["c4", "--tokenizer=bytes", "--train_tokens=1e4", "--val_tokens=1060"])
     assert requests == [("allenai/tulu-v2-sft-mixture", None, "train", True),
                         ("meta-math/MetaMathQA", None, "train", True),
                         ("allenai/c4", "en", "validation", True),
@@ -385,6 +394,8 @@ def test_uuids_are_pairs_by_seed(tmp_path, monkeypatch):
     assert first == {"prompt": texts[0][0] + "\n", "response": texts[0][1]}
     assert list(sft.uuid_pairs(300, 0)) == list(sft.uuid_pairs(300, 0))
     assert list(sft.uuid_pairs(300, 0)) != list(sft.uuid_pairs(300, 1))
+    with pytest.raises(UserError, match="another corpus .seed was 0, now 1.: remove it"):
+        data.main(["uuid", "--pairs=300", "--tokenizer=bytes", "--seed=1"])
 
 
 @pytest.mark.parametrize("row, message", [

@@ -361,7 +361,7 @@ def test_a_resumed_run_may_change_these_keys_alone(run, config, method, names):
         changed = dataclasses.replace(cfg, **{name: others.get(type(value), 7)})
         refused = pytest.raises(UserError, match=f"of another experiment: {name} was")
         with contextlib.nullcontext() if name in FREE else refused:
-            train.check_run_folder(changed, 0)
+            train.check_run_folder(changed, rank=1)
 
 
 def test_a_resumed_run_takes_the_same_tokens_from_any_folder(run, corpus, tmp_path, capsys):
