@@ -191,11 +191,13 @@ def test_sample_streams_from_a_run_and_from_a_directory(run, capsys):
     out = run("--steps=10")
     merge.main([str(out)])
     texts = []
-    for path in (out, out / "merged"):
+    for path, *words in ((out, "--seed=3"), (out / "merged", "--seed=3"), (out, "--seed=4"),
+                         (out, "--temperature=0"), (out, "--top_k=1")):
         capsys.readouterr()
-        sample.main([str(path), "--prompt=docu", "--max_new_tokens=20", "--seed=3"])
+        sample.main([str(path), "--prompt=docu", "--max_new_tokens=20", *words])
         texts.append(capsys.readouterr().out.split("\n[")[0])
     assert texts[0] == texts[1] and texts[0].startswith("docu") and len(texts[0]) > 4
+    assert texts[3] == texts[4] and len({*texts}) == 3  # the likeliest; another seed, another text
 
 
 def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):

@@ -182,3 +182,29 @@ def test_transformers_pads_with_a_written_tokenizer(tmp_path, make):
     lengths = [len(tok.encode(text)) for text in ("a", "a longer text")]
     assert [sum(mask) for mask in batch.attention_mask] == lengths
     assert batch.input_ids[0][lengths[0]:] == [tok.eos_id] * (lengths[1] - lengths[0])
+
+
+class Constant(torch.nn.Module):
+    """The same probabilities of four tokens after every text."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.4, 0.3, 0.2, 0.1]).log())
+
+    def new_cache(self):
+        return []
+
+    def hidden(self, ids, cache):
+        return ids[..., None]
+
+    def logits(self, x):
+        return self.weight
+
+
+def test_draws_follow_the_temperature_among_the_likeliest():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [*sample.generate(Constant(), [0], 4, 2000, 0.5, 3, generator=generator)]
+    shares = torch.bincount(torch.tensor(tokens), minlength=4) / 2000
+    expected = torch.tensor([0.16, 0.09, 0.04, 0.0]) / 0.29
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)
+    assert shares[3] == 0
