@@ -21,8 +21,9 @@ def test_a_method_is_measured(capsys):
     assert numbers["trainable_parameters"] == 223_308  # train.py's for tiny_mora
 
 
-def test_tokens_of_all_batches_of_a_step_count(monkeypatch, capsys):
-    """A step of one second."""
+@pytest.mark.parametrize("world", (1, 2))
+def test_tokens_of_all_batches_and_processes_of_a_step_count(monkeypatch, capsys, world):
+    """A step of one second; three seconds for a matrix product."""
     shapes = []
 
     def three_seconds(work, repeats):
@@ -32,9 +33,17 @@ def test_tokens_of_all_batches_of_a_step_count(monkeypatch, capsys):
     monkeypatch.setattr(bench, "optimizer_step", lambda model, optimizer, ids, *rest:
                         shapes.append((*ids.shape,)))
     monkeypatch.setattr(bench, "seconds", three_seconds)
+    monkeypatch.setattr(bench, "join_processes", lambda cfg: (0, world, torch.device("cpu")))
+    monkeypatch.setattr(bench, "data_parallel", lambda model: model)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     bench.main([*SMALL, "--steps=3", "--accumulate=5", "--child=full"])
-    assert json.loads(capsys.readouterr().out)["tokens_per_s"] == 5 * 2 * 16
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["tokens_per_s"] == numbers["tokens_per_step"] == world * 5 * 2 * 16
     assert shapes == [(2, 5, 2, 16)] * 6  # the warm-up's three steps, then a block of three
+    flops = 160 * 6 * (4 * (4 * 128 * 128 + 3 * 128 * 352) + 128 * 257 + 16 * 128 * 4)
+    peak = 2 * 512 ** 3 / 3
+    assert numbers["gemm_tflops"] == pytest.approx(peak / 1e12)
+    assert numbers["mfu"] == pytest.approx(flops / peak)  # of one process
 
 
 def test_two_processes_are_measured_together(tmp_path, capsys):

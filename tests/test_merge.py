@@ -220,6 +220,8 @@ def test_a_mora_run_becomes_a_lora_that_peft_loads(run, tmp_path, capsys):
     for name, dtype in (("lora", torch.float32), ("half", torch.bfloat16)):
         tensors = load_file(tmp_path / name / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    merge.main([str(out), str(tmp_path / "cut"), "--as_lora", "--rank=3"])
+    assert checkpoint.read_json(tmp_path / "cut" / "adapter_config.json")["r"] == 3 < config["r"]
     with pytest.raises(UserError, match="needs a TARGET"):
         merge.main([str(out), "--as_lora"])
     with pytest.raises(UserError, match="exists and is not empty"):

@@ -14,6 +14,7 @@ import mora
 import sample
 import tokenizer
 from config import UserError
+from model import Llama, LlamaConfig
 from shards import open_split
 
 MIXED = ["plain text\n\n  indented", "naïve café — 日本語 🙂👩‍👩‍👧", "it's  we'll", " ", "",
@@ -160,7 +161,11 @@ def test_a_document_opens_without_the_token_that_ends_it(form, opening, tmp_path
         single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    assert tokenizer.load(str(tmp_path)).bos_ids == [tokens[token] for token in opening]
+    tok, model = tokenizer.load(str(tmp_path)), Llama(LlamaConfig(4, 8, 8, 1, 2, 2))
+    assert tok.bos_ids == [tokens[token] for token in opening]
+    checkpoint.write_hugging_face(tmp_path / "model", model.state_dict(), model, tok)
+    config = checkpoint.read_json(tmp_path / "model" / "config.json")
+    assert ([config["bos_token_id"]], config["eos_token_id"]) == (tok.bos_ids, tokens["</s>"])
 
 
 def test_ids_may_leave_gaps(tmp_path):

@@ -117,6 +117,9 @@ def test_two_processes_equal_one(run, group, config):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert any(key.endswith("fold_in.order") for key in first)
     assert records(two, "restart") == {2: 1, 4: 2}
+    for key in ("update_norm", "states"):
+        logged = records(two, key)
+        assert logged == pytest.approx(records(one, key), rel=1e-5) and {*logged} == {2, 4}
 
 
 def equal_records(one, two):
