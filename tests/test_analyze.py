@@ -41,6 +41,14 @@ def test_measures_of_a_known_spectrum():
     assert nothing["rank"] == nothing["largest"] == nothing["stable_rank"] == 0
 
 
+def test_measures_are_means_over_the_layers_of_a_kind():
+    values = {f"layers.{i}.{kind}.weight": torch.tensor([1.0 + i + j, 0.0])
+              for i in range(3) for j, kind in enumerate(analyze.mora.PROJECTIONS)}
+    means = analyze.mean_measures(values)
+    assert [row["largest"] for row in means.values()] == [2, 3, 4, 5, 6, 7, 8, 5]
+    assert [*means] == [*analyze.mora.PROJECTIONS, "all"]
+
+
 def layers(out_features, in_features, delta=0.0):
     """One weight per kind of layer, all equal to delta."""
     return {f"model.layers.0.{kind}.weight": torch.full((out_features, in_features), delta)

@@ -28,7 +28,7 @@ def test_tokens_of_all_batches_and_processes_of_a_step_count(monkeypatch, capsys
 
     def three_seconds(work, repeats):
         work()
-        return [3.0] * repeats
+        return [3.0] * 13 if repeats == 13 else [4.0, 2.0, 3.0]
 
     monkeypatch.setattr(bench, "optimizer_step", lambda model, optimizer, ids, *rest:
                         shapes.append((*ids.shape,)))
@@ -44,6 +44,18 @@ def test_tokens_of_all_batches_and_processes_of_a_step_count(monkeypatch, capsys
     peak = 2 * 512 ** 3 / 3
     assert numbers["gemm_tflops"] == pytest.approx(peak / 1e12)
     assert numbers["mfu"] == pytest.approx(flops / peak)  # of one process
+    assert numbers["slowest_over_fastest"] == 2
+
+
+@pytest.mark.parametrize("method, merges", (("mora", True), ("mora_two_paths", False)))
+def test_two_paths_are_measured_unmerged(monkeypatch, capsys, method, merges):
+    def step(model, *rest):
+        found.extend(layer.merges for _, layer in bench.mora.adapted_layers(model))
+
+    found = []
+    monkeypatch.setattr(bench, "optimizer_step", step)
+    bench.main([*SMALL, "--quick", f"--child={method}"])
+    assert {*found} == {merges}
 
 
 def test_two_processes_are_measured_together(tmp_path, capsys):

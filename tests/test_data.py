@@ -95,6 +95,14 @@ def test_another_corpus_is_not_overwritten(files):
         data.main(["text", "one", "a.jsonl", "--tokenizer=bytes", "--key=url"])
 
 
+def test_the_library_of_another_python_is_another_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "stdlib_texts", lambda: MIXED * 50)
+    data.prepare_stdlib(tmp_path / "stdlib")
+    monkeypatch.setattr(data.platform, "python_version", lambda: "3.99")
+    with pytest.raises(UserError, match="another corpus .source was Python .*, now Python 3.99 "):
+        data.prepare_stdlib(tmp_path / "stdlib")
+
+
 def test_one_changed_letter_in_the_middle_of_a_file_is_another_corpus(files):
     rows = [json.dumps({"text": "plain text" * 3000}) + "\n"] * 100  # 3 MB
     (files / "a.jsonl").write_text("".join(rows))
