@@ -495,7 +495,13 @@ def test_updates_of_16_bits_weights_are_float32_and_merged_weights_keep_their_dt
     model = small_model().bfloat16()
     mora.adapt(model, method, rank=3, targets=("q_proj", "up_proj"), **options)
     assert {p.dtype for _, p in mora.adapter_parameters(model)} == {torch.float32}
-    assert {weight.dtype for weight in mora.merged_weights(model).values()} == {torch.bfloat16}
+    for _, parameter in mora.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    sums = {f"{name}.weight": (layer.weight.float() + layer.delta()).bfloat16()  # rounded once
+            for name, layer in mora.adapted_layers(model)}
+    for merged in (mora.merged_weights(model), mora.merge(model).state_dict()):
+        assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+        assert all(torch.equal(merged[name], weight) for name, weight in sums.items())
 
 
 def test_mistakes_are_named():
