@@ -162,9 +162,10 @@ def test_epochs_are_steps_of_a_text_too(run, corpus):
 
 def test_a_seq_len_below_the_longest_sample_is_an_error_with_the_number(fit, pairs):
     longest = open_split(pairs, "train").lengths.max()
-    message = f"a train sample of {longest} tokens, seq_len is 30: take --seq_len={longest}"
-    with pytest.raises(UserError, match=message):
-        fit("--seq_len=30")
+    for seq_len in (30, longest - 1):
+        message = f"sample of {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}"
+        with pytest.raises(UserError, match=f"a train {message}"):
+            fit(f"--seq_len={seq_len}")
     with pytest.raises(UserError, match="fewer than batch_size 104"):
         fit("--batch_size=104", "--micro_batch=104")
 
