@@ -440,6 +440,18 @@ def test_a_run_tells_how_often_it_reads_its_data(run, corpus, capsys):
     assert f"; {5 * 8 / windows:.3g} passes over the data\n" in capsys.readouterr().out
 
 
+def test_a_log_line_has_the_mean_loss_the_last_norm_and_the_last_rate(run, config):
+    each = run("--steps=10")
+    fifth = run("--steps=10", "--log_every=5", f"--out={each.with_name('fifth')}")
+    losses, norms = records(each), records(each, "grad_norm")
+    means = {last: sum(losses[step] for step in range(last - 4, last + 1)) / 5 for last in (5, 10)}
+    assert records(fifth) == pytest.approx(means)
+    assert records(fifth, "grad_norm") == pytest.approx({last: norms[last] for last in (5, 10)})
+    cfg = load([str(config), "--steps=10"], None)
+    rates = {step: train.learning_rate(step - 1, cfg) for step in range(1, 11)}
+    assert records(each, "lr") == pytest.approx(rates)
+
+
 def test_a_resume_tells_which_keys_changed(run, capsys):
     """Apart from those that may not: a forgotten --steps or --lr would be another experiment."""
     run("--steps=4", "--lr=1e-3")
