@@ -337,11 +337,26 @@ def test_uuids_run_r_8_with_muon_first_and_other_seeds_last():
     plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
     order = [("mora_r8", "muon", 1337), ("mora_r8", "adamw", 1337), ("fft", "muon", 1337),
              ("fft", "adamw", 1337), ("share_gradient_r8", "muon", 1337), ("mora_r8", "muon", 1338)]
-    places = [plan["place"](rates.name_of(("falling", method, optimizer), seed, 1e-3))
-              for method, optimizer, seed in order]
-    assert places == sorted(places) and len(set(places)) == len(places)
+
+    def names(order):
+        return [rates.name_of(("falling", method, optimizer), seed, 1e-3)
+                for method, optimizer, seed in order]
+
+    def places(names, records):
+        return [plan["place"](name, records) for name in names]
+
+    found = places(names(order), {})
+    assert found == sorted(found) and len(set(found)) == len(found)
     falling = [name for name in plan["RUNS"] if name.startswith("falling-")]
-    assert falling == sorted(falling, key=plan["place"]) != []
+    assert len(falling) > 1
+    assert places(falling, plan["RECORDS"]) == sorted(places(falling, plan["RECORDS"]))
+    # the seeds of a method's better optimizer come first: here AdamW's of fft
+    firsts = names([("fft", "muon", 1337), ("fft", "adamw", 1337), ("mora_r8", "muon", 1337)])
+    scores = dict(zip(firsts, (0.5, 0.9, 0.2), strict=True))
+    records = {name: {"curve": [[500, digits, 10000]]} for name, digits in scores.items()}
+    found = places(names([("mora_r8", "muon", 1338), ("fft", "adamw", 1338),
+                          ("fft", "muon", 1338)]), records)
+    assert found == sorted(found) and len(set(found)) == len(found)
 
 
 def test_earlier_runs_of_uuids_count_if_they_went_to_the_end_or_reached_99_percent():

@@ -4,10 +4,11 @@ The search of rates, and the seeds after it, have linear schedules to 0 after a 
 1,000 steps at r = 8, 500 for the rest. With constant rates (task "uuid": runs.jsonl, of an earlier
 program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends when 99.9
 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others likewise, groups
-chosen by the gradient. The runs that are done, in sweep.jsonl beside this file, decide what
-follows.
+chosen by the gradient; then more seeds, those of every method's better optimizer first. The runs
+that are done, in sweep.jsonl beside this file, decide what follows.
 """
 import json
+from functools import partial
 from pathlib import Path
 
 import answered
@@ -75,15 +76,25 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-def place(name):
+def is_behind(group, records):
+    """Return whether a method's best rate with its other optimizer has a better score."""
+    task, method, optimizer = group
+    other = task, method, "adamw" if optimizer == "muon" else "muon"
+    own, others = (min(rates.scores_of(records, group, score).values(), default=rates.WORST)
+                   for group in (group, other))
+    return others < own
+
+
+def place(name, records):
     """Return the place of a run in the order, for sorting; what is False comes first."""
-    (_, method, optimizer), seed, _ = rates.parts_of(name)
-    return (seed != rates.SEED, method in GRADIENT, not method.endswith("_r8"),
-            optimizer == "adamw")
+    (task, method, optimizer), seed, _ = rates.parts_of(name)
+    is_seed = seed != rates.SEED
+    return (is_seed, is_seed and is_behind((task, method, optimizer), records),
+            method in GRADIENT, not method.endswith("_r8"), optimizer == "adamw")
 
 
 RECORDS = read()
 RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
         for group, lr in CONSTANT.items()}
 SEARCH = rates.runs(FALLING, RECORDS, score, make)
-RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=place)}
+RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=partial(place, records=RECORDS))}
