@@ -4,7 +4,7 @@
     torchrun train.py configs/gsm8k.py mora_r8 --init_from=PATH
     python evaluate.py out/gsm8k_mora_r8 data/gsm8k --answers
 
-3 epochs x 7,473 / 128 = 174 steps of about 28,000 tokens: 4.9 M tokens.
+3 epochs x 58 whole batches of 128 = 174 steps of about 28,000 tokens: 4.9 M tokens.
 A model of 135 M parameters trains in 18-27 s on one H200 that a second run shares, and answers
 the test questions in 12-20 s (results/gsm8k: 7,000 questions, micro_batch 128).
 The paper has no such run. The protocol is MetaMath's (appendix A) with a shorter warm-up: the

@@ -3,8 +3,8 @@
     python data.py tulu --tokenizer=PATH --seq_len=2048
     torchrun train.py configs/tulu.py mora_r8 --init_from=PATH
 
-Every 100th chat is kept for validation: 2 epochs x 323k / 128 = 5,043 steps. Chats longer than
---seq_len are dropped and counted.
+Every 100th chat is kept for validation: 2 epochs x 323k / 128, about 5,040 steps. Chats longer
+than --seq_len are dropped and counted.
 PATH is the base model; the paper's is LLaMA-2 7B (its memory on one H200: see metamath.py).
 The table gives the trained parameters of LLaMA-2 7B, the paper's scores on MMLU, 0-shot and
 5-shot (Table 1), and the rates that the paper searched; each variant takes the highest of them.
