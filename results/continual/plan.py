@@ -2,9 +2,9 @@
 
 Biomedical text once, 212 steps of 32 x 1,024 tokens; finance three times, 209 steps of 16 x 1,024.
 The paper's methods with AdamW come first, then groups chosen by the gradient beside others of the
-same rank (biomedical text alone), then Muon, then the rates half way from LoRA's and MoRA's best
-ones to their neighbours. The runs that are done, in sweep.jsonl beside this file, decide which
-rates and seeds follow.
+same rank (biomedical text alone), then Muon, then the rates half way from the best ones of LoRA,
+MoRA and permuted share to their neighbours. The runs that are done, in sweep.jsonl beside this
+file, decide which rates and seeds follow.
 """
 from pathlib import Path
 
@@ -32,7 +32,8 @@ TIERS = [{(domain, method, "adamw"): lr for domain in DOMAINS for method, lr in 
          {(domain, method, "muon"): lr for domain in DOMAINS for method, lr in MUON.items()}]
 GROUPS = TIERS[0] | TIERS[1] | TIERS[2]
 REFINED = [(domain, method, "adamw") for domain in DOMAINS
-           for method in ("lora_r8", "mora_r8", "lora_r256", "mora_r256")] + [*TIERS[2]]
+           for method in ("lora_r8", "mora_r8", "lora_r256", "mora_r256")]
+REFINED += [("biomed", "share_permute_r8", "adamw"), *TIERS[2]]
 
 
 def words_of(method):
