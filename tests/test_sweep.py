@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import answered
 import pytest
@@ -23,6 +24,7 @@ import sft
 import tokenizer
 import train
 from config import Config
+from model import Llama, LlamaConfig, block_linears
 
 
 @pytest.fixture
@@ -73,6 +75,21 @@ def test_the_spectrum_is_that_of_the_change_since_the_first_weights(swept, words
     assert record["spectra"].keys() == expected.keys()
     for kind, measures in expected.items():
         assert record["spectra"][kind] == pytest.approx(measures, rel=1e-3)
+
+
+def test_a_spectrum_counts_singular_values_of_a_thousandth_of_the_largest():
+    """Their squares are a millionth of its square, which float32 tells from others only roughly."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}
+    first, last = (Llama(LlamaConfig(vocab_size=8, **shape), seed=0) for _ in range(2))
+    for layer, start in zip(block_linears(last).values(), block_linears(first).values(),
+                            strict=True):
+        torch.nn.init.zeros_(start.weight)
+        u, values, v = torch.linalg.svd(torch.randn(layer.weight.shape), full_matrices=False)
+        values[:] = 0.98e-3
+        values[:5] = torch.tensor([1.0, *[1.02e-3] * 4])
+        layer.weight.data = u * values @ v
+    assert sweep.measure_blocks(last, first)["spectrum"]["rank"] == 5
 
 
 def test_the_trainable_share_of_the_blocks(swept):
@@ -132,14 +149,14 @@ def test_a_record_has_the_last_scores_and_the_median_speed_of_a_log(tmp_path):
     steps = [{"step": step, "loss": 5 - step + 1e-6, "tokens_per_s": speed}
              for step, speed in ((1, 10.0), (2, 70.0), (3, 90.0), (4, 80.0))]
     scores = [{"step": step, "val_loss": 1 / loss, "val_ppl": loss, "val_bits_per_byte": -loss}
-              for step, loss in ((0, 9.0), (4, 3.0))]
-    lines = [head, scores[0], *steps, scores[1]]
+              for step, loss in ((0, 9.0), (2, 2.0), (4, 3.0))]
+    lines = [head, scores[0], *steps, *scores[1:]]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert sweep.record("name", tmp_path, {"more": 1}) == {
         "name": "name", "val_ppl": 3.0, "val_loss": 1 / 3, "bits_per_byte": -3.0, "more": 1,
         "tokens_per_s": 80.0, "losses": [[1, 4.0], [2, 3.0], [3, 2.0], [4, 1.0]],
-        "val_losses": [[0, 0.1111], [4, 0.3333]], "trainable_parameters": 7, "device": "H100",
-        "torch": "2", "config": {"out": "name", "lr": 0.5}}
+        "val_losses": [[0, 0.1111], [2, 0.5], [4, 0.3333]], "trainable_parameters": 7,
+        "device": "H100", "torch": "2", "config": {"out": "name", "lr": 0.5}}
 
 
 def test_the_speed_of_a_resumed_run_is_of_the_card_that_ended_it(tmp_path):
@@ -412,6 +429,35 @@ __main__.run_one, __main__.LOOK_EVERY = run_one, 0.01
     (record,) = rates.read(tmp_path / "sweep.jsonl").values()
     assert record["per_gpu"] == 1
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
+
+
+def test_each_gpu_has_its_workers_whose_lines_tell_how_many_share_it(sweeping, monkeypatch,
+                                                                     handlers):
+    """The speed of a run is that of a process with a part of the GPU."""
+    commands, cards = [], []
+
+    def start(command, env, **options):
+        commands.append([*map(str, command[1:])])
+        cards.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    sweeping.write("a")
+    words = [sweep.__file__, str(sweeping.plan), str(sweeping.out), "--per_gpu=2"]
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sweep, "run_one", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for visible, expected in ((None, "0101"), ("3,5", "3535")):
+        cards.clear()
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(sys, "argv", [*words, "--gpus=2"])
+        with pytest.raises(SystemExit) as end:
+            sweep.main()
+        assert "".join(cards) == expected and not end.value.code
+    monkeypatch.setattr(sys, "argv", commands[0])
+    sweep.main()
+    (line,) = rates.read(sweeping.plan.with_name("sweep.jsonl")).values()
+    assert line["per_gpu"] == 2
 
 
 def test_a_sweep_that_is_stopped_leaves_no_worker(tmp_path):
