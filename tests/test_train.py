@@ -223,10 +223,12 @@ def test_a_stop_leaves_no_best_step_unscored(run, config, monkeypatch, signal_at
     out = config.parent / "run"
     with pytest.raises(SystemExit) if signal_at < 6 else contextlib.nullcontext():
         run("--steps=6", "--eval_every=2", "--save_every=2", "--log_every=1", "--keep=0", *words)
-    assert sorted(records(out, "val_loss")) == validated
-    scored = [step for step in checkpoint.steps_of(out)
-              if checkpoint.read_state(step)["val_loss"] is not None]
-    assert [int(step.name[5:]) for step in scored] == validated[1:]
+    losses = records(out, "val_loss")
+    assert sorted(losses) == validated
+    saved = {int(step.name[5:]): checkpoint.read_state(step)["val_loss"]
+             for step in checkpoint.steps_of(out)}
+    assert {step: saved[step] for step in saved if saved[step] is not None} == {
+        step: losses[step] for step in validated[1:]}
     assert checkpoint.steps_of(out)[-1].name == f"step-{signal_at:08d}"
 
 
