@@ -24,7 +24,8 @@ def stubs(monkeypatch):
         found.asked.append(pairs)
         return found.shares.pop(0)
 
-    monkeypatch.setattr(answered, "open_split", lambda *name, **_: SimpleNamespace(format="prompt"))
+    monkeypatch.setattr(answered, "open_split", lambda folder, split, **_: SimpleNamespace(
+        format="prompt", split=split))
     monkeypatch.setattr(answered, "share", share)
     monkeypatch.setattr(evaluate, "perplexity", lambda *arguments: {"loss": 2.0})
     monkeypatch.setattr(answered.os, "kill", lambda pid, number: found.sent.append(number))
@@ -53,7 +54,7 @@ def test_an_answer_is_right_if_its_number_is_the_references(stubs, tmp_path, mon
     texts = [("so #### 2", "1 + 1\n#### 2"), ("#### 3", "#### 2"), ("no idea", "#### 5"),
              ("#### 1,000.0", "#### 1000"), ("#### 7", "#### -7")]
     records = [{"question": "?", "answer": a, "reference": b} for a, b in texts]
-    monkeypatch.setattr(answered, "answers", lambda model, samples: records)
+    monkeypatch.setattr(answered, "answers", lambda model, samples: {"val": records}[samples.split])
     monkeypatch.setattr(train, "train", lambda cfg: "model")
     cfg = SimpleNamespace(data="data", out=str(tmp_path / "runs" / "name"))
     with answered.at_the_end("name") as found:
@@ -73,12 +74,14 @@ def test_a_model_in_training_is_not_changed_by_its_answers(monkeypatch):
     torch.nn.init.ones_(model["layer"].update.M)
     before, layer, seen = copy.deepcopy(dict(model.named_parameters())), model["layer"], []
     monkeypatch.setattr(answered.tokenizer, "load", lambda *names: None)
-    monkeypatch.setattr(evaluate, "answers", lambda model, *settings: seen.append(model))
-    answered.answers(model, SimpleNamespace(tokenizer="bytes", folder="data"))
+    monkeypatch.setattr(evaluate, "answers", lambda model, tok, samples, batch, limit: seen.extend(
+        (model, batch, limit)))
+    answered.answers(model, SimpleNamespace(tokenizer="bytes", folder="data"), 3, batch=5)
     after = dict(model.named_parameters())
     assert model["layer"] is layer and model.training and after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert seen[0]["layer"] is not layer and not hasattr(seen[0]["layer"], "update")
+    assert seen[1:] == [5, 3]
 
 
 def test_some_pairs_at_each_evaluation_and_all_at_the_last_step(stubs, run_of, monkeypatch):
