@@ -52,15 +52,15 @@ def run_of(stubs, tmp_path):
 
 def test_an_answer_is_right_if_its_number_is_the_references(stubs, tmp_path, monkeypatch):
     texts = [("so #### 2", "1 + 1\n#### 2"), ("#### 3", "#### 2"), ("no idea", "#### 5"),
-             ("#### 1,000.0", "#### 1000"), ("#### 7", "#### -7")]
+             ("#### 1,000.0", "#### 1000"), ("#### 7", "#### -7"), ("none", "####")]
     records = [{"question": "?", "answer": a, "reference": b} for a, b in texts]
     monkeypatch.setattr(answered, "answers", lambda model, samples: {"val": records}[samples.split])
     monkeypatch.setattr(train, "train", lambda cfg: "model")
     cfg = SimpleNamespace(data="data", out=str(tmp_path / "runs" / "name"))
     with answered.at_the_end("name") as found:
         assert train.train(cfg) == "model"
-    assert found["right"] == "10010" and found["numbers"] == 0.4
-    assert found["answers"] == ["2", "3", None, "1000.0", "7"]
+    assert found["right"] == "100100" and found["numbers"] == 1 / 3
+    assert found["answers"] == ["2", "3", None, "1000.0", "7", None]
     assert 0 <= found["answer_seconds"] < 60
     lines = lzma.open(tmp_path / "answers-name.jsonl.xz", "rt").read().splitlines()
     assert [json.loads(line) for line in lines] == records
