@@ -13,6 +13,8 @@ import evaluate
 import mora
 import train
 
+EVALUATION = "the model", "samples", 64, 4, 0, 1, 1000  # arguments of perplexity
+
 
 @pytest.fixture
 def stubs(monkeypatch):
@@ -27,7 +29,8 @@ def stubs(monkeypatch):
     monkeypatch.setattr(answered, "open_split", lambda folder, split, **_: SimpleNamespace(
         format="prompt", split=split))
     monkeypatch.setattr(answered, "share", share)
-    monkeypatch.setattr(evaluate, "perplexity", lambda *arguments: {"loss": 2.0})
+    monkeypatch.setattr(evaluate, "perplexity", lambda *arguments: {EVALUATION: {"loss": 2.0}}[
+        arguments])
     monkeypatch.setattr(answered.os, "kill", lambda pid, number: found.sent.append(number))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train.stop_on_signal()
@@ -43,7 +46,7 @@ def run_of(stubs, tmp_path):
 
     def trained(cfg):
         for _ in [*range(0, cfg.steps, cfg.eval_every), cfg.steps]:
-            assert train.perplexity("the model", "samples") == {"loss": 2.0}
+            assert train.perplexity(*EVALUATION) == {"loss": 2.0}
             if stubs.sent:
                 raise SystemExit(128 + stubs.sent[0])
         return "model"
@@ -113,9 +116,9 @@ def test_a_run_ends_once_all_pairs_are_right_and_goes_on_if_only_some_are(
 def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_killed(stubs, tmp_path, monkeypatch):
     """train.py's handler takes one signal; the next one, at 99.9 %, would kill the process."""
     def trained(cfg):
-        train.perplexity("the model", "samples")  # that of step 0
+        train.perplexity(*EVALUATION)  # that of step 0
         signal.raise_signal(signal.SIGTERM)       # from another process
-        train.perplexity("the model", "samples")
+        train.perplexity(*EVALUATION)
         raise SystemExit(130)
 
     monkeypatch.setattr(train, "train", trained)
