@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -443,15 +444,53 @@ def test_a_run_tells_how_often_it_reads_its_data(run, corpus, capsys):
 
 
 def test_a_log_line_has_the_mean_loss_the_last_norm_and_the_last_rate(run, config):
-    each = run("--steps=10")
-    fifth = run("--steps=10", "--log_every=5", f"--out={each.with_name('fifth')}")
+    """Of the steps since the last line. A save has one before it, and so has the end."""
+    each = run("--steps=11")
+    fourth = run("--steps=11", "--log_every=4", "--save_every=5",
+                 f"--out={each.with_name('fourth')}")
     losses, norms = records(each), records(each, "grad_norm")
-    means = {last: sum(losses[step] for step in range(last - 4, last + 1)) / 5 for last in (5, 10)}
-    assert records(fifth) == pytest.approx(means)
-    assert records(fifth, "grad_norm") == pytest.approx({last: norms[last] for last in (5, 10)})
-    cfg = load([str(config), "--steps=10"], None)
-    rates = {step: train.learning_rate(step - 1, cfg) for step in range(1, 11)}
+    spans = {4: (1, 2, 3, 4), 5: (5,), 8: (6, 7, 8), 10: (9, 10), 11: (11,)}
+    means = {last: sum(losses[step] for step in steps) / len(steps)
+             for last, steps in spans.items()}
+    assert records(fourth) == pytest.approx(means)
+    assert records(fourth, "grad_norm") == pytest.approx({last: norms[last] for last in spans})
+    cfg = load([str(config), "--steps=11"], None)
+    rates = {step: train.learning_rate(step - 1, cfg) for step in range(1, 12)}
     assert records(each, "lr") == pytest.approx(rates)
+
+
+def test_the_speed_of_a_log_line_is_that_of_its_steps_tokens(monkeypatch):
+    lines, batches = {}, types.SimpleNamespace(count_tokens=lambda step: 10 ** step)
+    monkeypatch.setattr(train.Log, "__call__", lambda log, step, line, **values: lines.update(
+        {step: (line, values["tokens_per_s"])}))
+    log = train.Log(Config(steps=9), 1, None)
+    log.steps(6, [2.0, 4.0], [5.0, 7.0], 1e-3, 3.0, batches)  # the fifth and the sixth: 4 and 5
+    (line, speed), = lines.values()
+    assert speed == (10 ** 4 + 10 ** 5) / 3 and line.endswith(" 0:00:04 left")
+
+
+def test_tokens_per_second_are_those_of_training_alone(run, monkeypatch):
+    """A step takes a second here, an evaluation 100, a save 1,000."""
+    now = [0.0]
+
+    def lasting(seconds, function):
+        def call(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+        return call
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: now[0], strftime=str))
+    monkeypatch.setattr(train, "optimizer_step", lasting(1, train.optimizer_step))
+    monkeypatch.setattr(train, "perplexity", lasting(100, train.perplexity))
+    monkeypatch.setattr(checkpoint, "save", lasting(1000, checkpoint.save))
+    out = run("--steps=7", "--log_every=2", "--eval_every=3", "--save_every=4")
+    assert records(out, "tokens_per_s") == dict.fromkeys((2, 4, 6, 7), 8 * 16)
+
+
+def test_a_gradient_norm_that_is_not_finite_stops_the_run():
+    numbers = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.inf])]
+    with pytest.raises(UserError, match="^step 5: loss 1.0, gradient norm inf;"):
+        train.agree(numbers, False, 1, 5, Config())
 
 
 def test_a_resume_tells_which_keys_changed(run, capsys):
