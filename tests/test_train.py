@@ -571,7 +571,7 @@ def test_learning_rate_golden():
     assert train.learning_rate(300, plain) == pytest.approx(0.89472, abs=1e-5)
     assert train.learning_rate(1000, plain) == pytest.approx(0.1)
     constant = dataclasses.replace(plain, min_lr_ratio=1.0, warmup=0)
-    assert train.learning_rate(500, constant) == 1.0
+    assert train.learning_rate(0, constant) == train.learning_rate(500, constant) == 1.0
     line = dataclasses.replace(plain, schedule="linear", min_lr_ratio=0.2)
     golden = {49: 0.5, 99: 1.0, 100: 1.0, 550: 0.6, 1000: 0.2}
     rates = {step: train.learning_rate(step, line) for step in golden}
