@@ -76,6 +76,14 @@ def test_samples_of_similar_length_share_a_micro_batch(twelve_steps):
     assert longest != sorted(longest)  # short and long batches are mixed
 
 
+def test_processes_take_turns_so_that_none_waits_for_longer_samples(pairs):
+    """The rows of a step are sorted by length."""
+    samples = open_split(pairs, "train")
+    parts = [SampleBatches(samples, 1, 64, 8, 2, rank=rank, world=2).own_rows(np.arange(8))
+             for rank in range(2)]
+    assert [part.tolist() for part in parts] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
 def test_a_row_is_padded_to_the_longest_of_its_micro_batch_and_a_multiple_of_8(twelve_steps):
     for step in range(24):
         which = twelve_steps.samples_of(step)
