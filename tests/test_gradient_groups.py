@@ -90,6 +90,15 @@ def test_held_is_the_part_of_a_matrix_in_the_space_of_the_updates(operator, grou
     torch.testing.assert_close(held(layer.update, basis[3].view(17, 11)), torch.tensor(1.0))
 
 
+def test_held_by_the_best_lora_is_the_part_of_the_largest_singular_values():
+    measure = runpy.run_path(str(ROOT / "results" / "continual" / "held.py"))["measure"]
+    measure.__globals__["KINDS"] = ()
+    half = torch.diag(torch.tensor([2.0] * 8 + [1.0] * 32))
+    numbers = measure(None, {}, {"change": {"a": half, "b": torch.eye(40)}})
+    assert numbers == {"lora_best_r8.change": (0.5 + 0.2) / 2,
+                       "lora_best_r32.change": (56 / 64 + 0.8) / 2}
+
+
 def test_norms_are_those_of_the_gradient_and_leave_no_trace():
     model, expected = llama(), gradients_of(llama(), seed=0)
     model.model.layers[0].requires_grad_(False)

@@ -209,6 +209,18 @@ def test_an_evaluation_drops_nothing_and_leaves_the_mode(pairs, training):
     assert model.training == training
 
 
+def test_losses_of_many_batches_are_added_in_float64(monkeypatch):
+    """Float32 holds no odd number above 2 ** 24: what is added to a large sum would be lost."""
+    class Model(torch.nn.Linear):
+        def forward(self, inputs, targets):
+            return torch.tensor(next(losses))
+
+    losses, batch = iter((2.0 ** 24, 1.0, 1.0)), (torch.zeros(1, 1), torch.zeros(1, 1))
+    monkeypatch.setattr(evaluate, "every_token_once", lambda *settings: [batch] * 3)
+    tokens = SimpleNamespace(totals={"tokens": 3, "bytes": 3})
+    assert evaluate.perplexity(Model(1, 1), tokens, 1, 1)["loss"] == (2 ** 24 + 2) / 3
+
+
 def test_a_limit_below_the_first_sample_is_that_sample(pairs):
     samples = open_split(pairs, "train")
     batches = list(every_sample_once(samples, 64, 4, limit=1))
