@@ -99,6 +99,7 @@ def test_the_trainable_share_of_the_blocks(swept):
     lora = sum(2 * sum(change.shape) for change in changes.values())  # of rank 2
     total = sum(change.numel() for change in changes.values())
     assert record["trainable_block_fraction"] == pytest.approx(lora / total, abs=1e-4)
+    assert record["trainable_parameters"] == lora + (2 * 257 + 5) * 16  # embeddings, head, norms
 
 
 def test_frozen_blocks_change_by_nothing(swept):

@@ -20,6 +20,7 @@ import data
 import tokenizer
 import train
 from config import Config, UserError, load, lock
+from model import Llama
 
 
 def records(run, key="loss"):
@@ -502,6 +503,17 @@ def test_a_resume_tells_which_keys_changed(run, capsys):
         capsys.readouterr().out)
     run("--steps=6", "--lr=2e-3", "--resume")
     assert "note: since" not in capsys.readouterr().out
+
+
+def test_a_new_model_has_the_weights_of_its_seed_and_residual_init():
+    built = []
+    for residual_init in (False, True):
+        cfg = Config(hidden_size=16, num_attention_heads=2, residual_init=residual_init, seed=5)
+        _, model = train.build_model(cfg, types.SimpleNamespace(vocab_size=65))
+        built.append(model.state_dict())
+        expected = Llama(model.cfg, 5, residual_init).state_dict()
+        torch.testing.assert_close(built[-1], expected, rtol=0, atol=0)
+    assert any(not torch.equal(built[0][name], built[1][name]) for name in built[0])
 
 
 def test_full_rank_warm_start(run, capsys):
