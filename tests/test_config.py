@@ -318,7 +318,7 @@ def test_choices_are_those_of_the_code_that_takes_them():
     assert (choices["groups"], choices["lora_A"]) == (mora.GROUPS, lora.KINDS_OF_A)
 
 
-def test_models_and_adapters_get_every_key_that_they_know():
+def test_models_and_adapters_get_all_of_their_keys():
     values = {"hidden_size": 96, "intermediate_size": 24, "num_hidden_layers": 3,
               "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True,
               "rope_theta": 5e5, "rms_norm_eps": 1e-5}
