@@ -1,4 +1,5 @@
 """Small corpora and runs of a second that the tests share."""
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -110,6 +111,7 @@ def train_in_group(words, output, environment, kill_after):
     import train
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    faulthandler.enable()  # a crash leaves its stack in the output
     os.environ |= environment
     signal.setitimer(signal.ITIMER_REAL, kill_after)  # SIGALRM ends the process, 0: never
     config.time = SimpleNamespace(sleep=str)  # no wait: rank 1 sleeps 3 s before it prints an error
