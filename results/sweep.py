@@ -241,15 +241,12 @@ def is_hopeless(lines):
 
 def work(path, out, deadline, per_gpu=1):
     """Run what is neither done nor claimed and would end in time, in the plan's order. A line has
-    per_gpu, the processes that shared the GPU: its speed is to be read with that. Exits if the
-    first three runs fail, and leaves the others for the next start."""
+    per_gpu, the processes that shared the GPU: its speed is to be read with that. If the first
+    three runs fail, no more start, unless one that is under way succeeds."""
     done, own = path.with_name("sweep.jsonl"), []
     earlier = rates.read(done)
     while time.time() <= deadline:
         finished = rates.read(done)  # before the plan, so that it has the runs that follow
-        new = [line for name, line in finished.items() if name not in earlier]
-        if is_hopeless(new):
-            raise SystemExit(f"all runs fail, no more start: {new[-1]['error']}")
         plan = runpy.run_path(str(path))
         claims = {name: out / "claims" / name for name in plan["RUNS"] if name not in finished}
         others = [(trained_steps(line), line["seconds"]) for line in finished.values()
@@ -259,7 +256,8 @@ def work(path, out, deadline, per_gpu=1):
         if continues(plan):
             for name in claims:
                 seconds[name] *= share_left(out / "runs" / name, steps[name])
-        name = claim_first(claims, seconds, deadline)
+        new = [line for name, line in finished.items() if name not in earlier]
+        name = None if is_hopeless(new) else claim_first(claims, seconds, deadline)
         if name is None:
             if not any(file.exists() and is_running(file) for file in claims.values()):
                 break

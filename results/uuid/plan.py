@@ -8,7 +8,6 @@ chosen by the gradient; then more seeds, those of every method's better optimize
 that are done, in sweep.jsonl beside this file, decide what follows.
 """
 import json
-from functools import partial
 from pathlib import Path
 
 import answered
@@ -76,25 +75,23 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-def is_behind(group, records):
-    """Return whether a method's best rate with its other optimizer has a better score."""
-    task, method, optimizer = group
-    other = task, method, "adamw" if optimizer == "muon" else "muon"
-    own, others = (min(rates.scores_of(records, group, score).values(), default=rates.WORST)
-                   for group in (group, other))
-    return others < own
+def best_score(group, records):
+    """Return the score of a group's best rate so far."""
+    return min(rates.scores_of(records, group, score).values(), default=rates.WORST)
 
 
 def place(name, records):
     """Return the place of a run in the order, for sorting; what is False comes first."""
-    (task, method, optimizer), seed, _ = rates.parts_of(name)
-    is_seed = seed != rates.SEED
-    return (is_seed, is_seed and is_behind((task, method, optimizer), records),
-            method in GRADIENT, not method.endswith("_r8"), optimizer == "adamw")
+    group, seed, _ = rates.parts_of(name)
+    task, method, optimizer = group
+    other = task, method, "adamw" if optimizer == "muon" else "muon"
+    is_behind = best_score(other, records) < best_score(group, records)
+    return (seed != rates.SEED, seed != rates.SEED and is_behind, method in GRADIENT,
+            not method.endswith("_r8"), optimizer == "adamw")
 
 
 RECORDS = read()
 RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
         for group, lr in CONSTANT.items()}
 SEARCH = rates.runs(FALLING, RECORDS, score, make)
-RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=partial(place, records=RECORDS))}
+RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=lambda name: place(name, RECORDS))}
