@@ -40,7 +40,7 @@ def curves_of(plan):
 
 def draw(curves, file):
     """Draw a panel per rank; curves: see curves_of."""
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained",
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 5), layout="constrained",
                                    sharey=True)
     for axis, (title, methods) in zip(axes, PANELS.items(), strict=True):
         for color, (label, method) in enumerate(methods.items()):
@@ -51,7 +51,7 @@ def draw(curves, file):
                               linewidth=width, label=f"{label}, {suffix}")
         axis.axhline(0.99, color="gray", linewidth=0.5)
         axis.set(title=title, xlabel="step")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes[0].set_ylabel("share of right digits")
     figure.savefig(file, dpi=100)
 
