@@ -15,6 +15,9 @@ sys.path.insert(0, str(FOLDER.parent))
 import rates  # noqa: E402
 
 SHOWN = (100, 300, 500, 700, 900)  # steps
+# without a suffix: constant rates with AdamW, the first runs, and what was searched with Muon
+SUFFIXES = {("uuid", "adamw"): "", ("falling", "muon"): "",
+            ("uuid", "muon"): ".constant", ("falling", "adamw"): ".falling"}
 
 
 def of_seeds(name, records, is_inside, plan):
@@ -44,9 +47,7 @@ def summarize(plan):
     numbers = {}
     found = rates.report(plan["read"](), plan["GROUPS"], plan["score"])
     for (task, method, optimizer), seeds, is_inside in found:
-        name = rates.name_in_metrics(method, optimizer)
-        if task == "falling":
-            name += ".falling"
+        name = rates.name_in_metrics(method, optimizer) + SUFFIXES[task, optimizer]
         numbers |= of_seeds(name, seeds, is_inside, plan)
     return numbers
 
