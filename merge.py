@@ -80,8 +80,7 @@ def main(argv):
     base = (adapters.base_of(folder, args.base) if is_adapter else folder / "base").resolve()
     with written_whole(target) as new:
         if args.as_lora:
-            named = args.base or (base if base.is_dir() else None)
-            made = adapters.as_lora(model, new, dtype, args.rank, named)
+            made = adapters.as_lora(model, new, dtype, args.rank, args.base or base)
             text = (f"a LoRA of rank {made['rank']}, {made['bytes']:,} bytes, relative error of an "
                     f"update at most {made['error']:.2g}")
         else:
