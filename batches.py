@@ -11,7 +11,7 @@ import torch
 
 from config import need
 
-SORTED_STEPS = 32  # the samples of this many steps are sorted by length together
+SORTED_STEPS = 32  # their samples are sorted by length, so that a micro-batch holds similar ones
 
 
 class Prefetcher:
@@ -72,9 +72,8 @@ class Batches(Prefetcher):
 
 
 class SampleBatches(Prefetcher):
-    """Training batches of whole samples, each sample at most once per epoch.
-    An epoch is shuffled; its last, incomplete batch is left out, a different one each epoch. Steps
-    are sorted, SORTED_STEPS at a time, so that a micro-batch holds samples of similar length."""
+    """Training batches of whole samples, each at most once per epoch. Every epoch is shuffled anew
+    and, SORTED_STEPS at a time, sorted by length; its last, incomplete batch is left out."""
 
     def __init__(self, samples, *settings, **options):
         super().__init__(samples, *settings, **options)
