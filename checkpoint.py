@@ -263,8 +263,7 @@ def read_state(path):
 
 
 def damage(path, resuming):
-    """The first damage of a checkpoint in words, or None: files are compared with state.json.
-    resuming: optimizer.pt is needed too."""
+    """The first damage of a checkpoint in words, or None; of optimizer.pt only if `resuming`."""
     try:
         for name, record in read_state(path)["files"].items():
             if resuming or name != "optimizer.pt":
