@@ -240,7 +240,7 @@ TOKENS = at_least(0, largest=10 ** 13)
 OPTIONS = {
     "name": dict(type=folder_name, help="of the folder, data/NAME"),
     "files": dict(nargs="*", type=Path),
-    "--val": dict(nargs="+", type=Path, default=[], help="files of validation"),
+    "--val": dict(nargs="+", action="extend", type=Path, default=[], help="files of validation"),
     "--tokenizer": dict(default="gpt2", help="bytes, a name of tiktoken's (default gpt2), or a "
                         "folder with a tokenizer.json"),
     "--key": dict(default="text", help="of the text in .json, .jsonl and .parquet"),

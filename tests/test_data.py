@@ -76,6 +76,13 @@ def test_files_of_every_type(files):
     data.main(["check", "all"])
 
 
+def test_files_of_every_val_are_read(files):
+    for name in ("one", "two"):  # the second preparation has no files of the first
+        data.main(["text", name, "a.jsonl", "--val", "d.txt", "--val=c.parquet",
+                   "--tokenizer=bytes"])
+        assert stored(f"data/{name}", "val") == expected(MIXED[:1] + MIXED)
+
+
 @pytest.mark.parametrize("words, message", [
     (["k", "a.jsonl", "--tokenizer=bytes", "--key=body"],
      "a.jsonl, row 1: no key 'body', its keys are text, url: choose one with --key"),
