@@ -165,6 +165,7 @@ def load(argv, default):
         if word in argv:
             print(text())
             raise SystemExit(0)
+    overrides = [read_override(word) for word in argv if word.startswith("-")]
     words = [word for word in argv if not word.startswith("-")]
     need(len(words) <= 2, f"one config file and one variant at a time, got {' '.join(words)}; "
          "overrides are written --key=value")
@@ -175,7 +176,6 @@ def load(argv, default):
     need(not variants or variant in variants, f"{path} has variants, name one of "
          f"{', '.join(variants)}: torchrun train.py {path} NAME, got {variant or 'none'}"
          f"{hint(variant, variants)}")
-    overrides = [read_override(word) for word in argv if word.startswith("-")]
     for name, value in [*variants.get(variant, {}).items(), *overrides]:
         values[name] = value
         if name == "steps":

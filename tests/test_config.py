@@ -217,6 +217,7 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     ("", ["--hiden_size=8"], "did you mean hidden_size"),
     ("larning_rate = 1", [], "unknown key 'larning_rate' in"),
     ("", ["--rank"], "--rank needs a value: --rank=8"),
+    ("", ["--rank", "4"], "--rank needs a value: --rank=8"),
     ("", ["--rank=1.5"], "rank must be a whole number from 1 to 4294967295, got 1.5"),
     ("", ["--steps=1e999"], "steps must be a whole number from 1 to 4294967295, got inf"),
     ("", ["--seed=1e10"], "seed must be a whole number from 0 to 4294967295, got 10000000000"),
