@@ -117,7 +117,8 @@ def read_hugging_face(folder):
          f"{cfg.num_hidden_layers}, but the directory holds {len(weights)} tensors in all")
     with torch.device("meta"):  # wrong shapes are found before memory is taken for them
         model = Llama(cfg)
-    copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+    copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()
+              if not name.endswith("rotary_emb.inv_freq")}  # older files store what is computed
     load_weights(model, copies, folder, assign=True)
     must_be_finite(copies, lambda reason: UserError(f"{folder}: {reason}"))
     model.inherited = ({key: config[key] for key in SPECIAL_TOKENS if key in config},

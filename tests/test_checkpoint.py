@@ -347,6 +347,14 @@ def test_an_index_of_another_form_is_named(directory):
         checkpoint.load(directory)
 
 
+def test_rotations_in_an_older_directory_are_left_out(directory):
+    """Older files of Llama hold them; transformers, too, computes them anew."""
+    file, whole = directory / "model.safetensors", checkpoint.load(directory)[0].state_dict()
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    save_file(load_file(file) | old, file)
+    torch.testing.assert_close(checkpoint.load(directory)[0].state_dict(), whole, rtol=0, atol=0)
+
+
 def test_weights_of_a_directory_that_are_not_finite_are_named(directory):
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][1] = float("nan")
