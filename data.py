@@ -12,7 +12,7 @@ A corpus becomes the folder data/NAME (see shards.py). The same command continue
 Without --val every 100th document is validation. A .txt file is one document. .json and .jsonl
 hold one object per line, or one array of objects, and may be compressed with gzip. A value that is
 not text stops the preparation with the file and row; --skip_bad=5 leaves out up to 5 % of the rows.
-Rows without the key are left out; more than 1 % of them stop the preparation too.
+Rows without the key and chats without an answer are left out; more than 1 % of them stop it too.
 """
 import codecs
 import gzip

@@ -73,12 +73,14 @@ def left_out(row, keys, advice=""):
 
 
 def usable(row, format_name):
-    """The row, or a LeftOut if its keys are missing or hold something else than text."""
+    """The row, or a LeftOut if keys or an answer are missing or hold something else than text."""
     messages = row.get("messages")
     if format_name == "messages" and messages is not None:
         valid = isinstance(messages, list) and all(
             isinstance(message, dict) and isinstance(message.get(key), str)
             for message in messages for key in ("role", "content"))
+        if valid and all(message["role"] != "assistant" for message in messages):
+            return LeftOut("missing", f"no message has the role 'assistant', got {messages!r:.80}")
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
     keys = list(ROW_FORMATS[format_name][:2])

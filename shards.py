@@ -37,7 +37,7 @@ PAD_TO = 8              # rows of samples are padded to a multiple of it
 # counters of a split beside tokens, documents and bytes, and their names in a summary
 COUNTERS = {"learned": "learned tokens", "longest": "tokens in the longest", "dropped": "dropped",
             "refused": "of them refused by the chat template", "truncated": "truncated",
-            "missing": "left out without the key", "bad": "left out as no text",
+            "missing": "left out without the key or an answer", "bad": "left out as no text",
             "empty": "left out as empty"}
 
 # an example of each JSON file, see check_value

@@ -132,7 +132,9 @@ TABLE = [
     ({"a.jsonl": "{}\n"}, SFT,
      "a.jsonl, row 1: no sample can be made of the keys (none); known are messages; ins", 2),
     ({"a.jsonl": "nonsense\n"}, SFT, "a.jsonl, row 1: the line is not JSON", 2),
-    ({"a.jsonl": {"messages": CHAT[:1]}}, SFT, "no document was found: train 0 samples of", 2),
+    ({"a.jsonl": {"messages": CHAT[:1]}}, SFT, "1 of 1 rows cannot be used, more than 1 %; the "
+     "first is a.jsonl, row 1: no message has the role 'assistant', got [{'role': 'user', ", 2),
+    ({"a.jsonl": {"messages": []}}, SFT, "row 1: no message has the role 'assistant', got []", 2),
     ({"a.jsonl": PAIR}, SFT + " --seq_len=1",
      "no document of at most 1 tokens was found: train 0 samples of 0 tokens (0.0 MB), 1 ", 2),
     # the command line
