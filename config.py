@@ -273,7 +273,7 @@ def cast(name, value, where=""):
     need(fits, f"{subject} must be {WORDS[kind]}, got {value!r:.80}")
     need(not allowed or value in allowed, f"{subject} must be one of "
          f"{', '.join(filter(None, allowed))}, got {value!r}{hint(value, allowed)}")
-    return value
+    return os.path.expanduser(value) if kind is str else value  # not bash in --out=~/run
 
 
 def one_line(error):

@@ -162,6 +162,12 @@ def test_steps_given_last_replace_epochs(tmp_path):
     assert (load([path, "b"], None).epochs, load([path, "b"], None).steps) == (0, 9)
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = load([write(tmp_path, "data = '~/data'"), "--out=~/run"], None)
+    assert (cfg.out, cfg.data) == ("/home/me/run", "/home/me/data")
+
+
 def test_the_command_line_overrides_the_variant_overrides_the_file(tmp_path):
     path = write(tmp_path, "rank = 1\nlr = 1\nseed = 1\nvariants = {'a': dict(rank=2, lr=2)}")
     cfg = load(["--lr=3", path, "a"], None)
