@@ -184,7 +184,7 @@ def check_run_folder(cfg, rank):
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
     before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    fixed = {*FIXED, *cfg.model(), *cfg.adapter()}
+    fixed = {*FIXED, *cfg.model(), *cfg.adapter(), *(["eval_tokens"] if cfg.keep_best else [])}
     changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
                if now[key] != before[key] and key not in ("out", "resume")}
     changed = [change for key, change in changes.items() if key in fixed]

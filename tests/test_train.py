@@ -370,6 +370,14 @@ def test_a_resumed_run_may_change_these_keys_alone(run, config, method, names):
             train.check_run_folder(changed, rank=1)
 
 
+def test_losses_of_other_tokens_are_not_compared_for_the_best(run, config):
+    words = ["--steps=1", "--eval_every=10", "--save_every=10", "--keep_best"]
+    run(*words)
+    cfg = load([str(config), *words, "--resume", "--eval_tokens=16"], None)
+    with pytest.raises(UserError, match="of another experiment: eval_tokens was 0, now 16$"):
+        train.check_run_folder(cfg, rank=1)
+
+
 def test_a_resumed_run_takes_the_same_tokens_from_any_folder(run, corpus, tmp_path, capsys):
     run("--steps=2")
     spelled = f"{corpus.parent}/./{corpus.name}"
