@@ -206,7 +206,7 @@ def read_override(word):
 
 def read_file(path):
     """(first docstring line, {key: value}, {variant: {key: value}}) of a config file."""
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":  # lines of JSON are Python without a key
         typed = {file.stem: str(file) for file in _shipped()}
         typed |= {f"{stem}_{variant}": f"{file} {variant}" for stem, file in typed.items()
                   for variant in read_file(Path(file))[2]}

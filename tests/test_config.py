@@ -217,6 +217,11 @@ def test_an_unknown_file_gets_a_hint(monkeypatch, name, line):
     assert line in refused([name])
 
 
+def test_a_file_of_data_is_no_config_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 2)
+    assert "no config file" in refused([str(tmp_path / "train.jsonl")])
+
+
 # ---- keys
 
 @pytest.mark.parametrize("text, words, line", [
