@@ -4,6 +4,7 @@
     python analyze.py schedule configs/250m_remora.py --png=docs/schedule.png
 """
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def picture(file, rows=1, columns=1, figsize=None, **options):
             axis.grid(alpha=0.3)
             axis.legend(ncols=1 + len(labels) // 6)
     with as_user_error(f"--png={file} cannot be written", ValueError):  # no format of this ending
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, format=Path(file).suffix[1:] or "png")  # to this very file
     print(f"wrote {file}")
 
 

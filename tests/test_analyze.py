@@ -260,6 +260,15 @@ def test_a_png_that_cannot_be_written_and_unknown_words_are_one_line(log, tmp_pa
             analyze.main(words)
 
 
+def test_a_picture_is_written_to_the_very_file(log, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "curve.png").write_text("of another run")
+    analyze.main(["losses", str(log), f"--png={tmp_path / 'curve'}"])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'curve'}\n"
+    assert (tmp_path / "curve").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "curve.png").read_text() == "of another run"
+
+
 def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
     figure = runpy.run_path(Path(__file__).parent.parent / "docs" / "figures.py")
     square, wide, merged = figure["operator_panels"]()
