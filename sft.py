@@ -83,10 +83,8 @@ def usable(row, format_name):
             return LeftOut("missing", f"no message has the role 'assistant', got {messages!r:.80}")
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
-    keys = list(ROW_FORMATS[format_name][:2])
-    if format_name == "alpaca" and row.get("input") is not None:
-        keys.append("input")
-    return left_out(row, keys) or row
+    more = ["input"] if format_name == "alpaca" and row.get("input") is not None else []
+    return left_out(row, [*ROW_FORMATS[format_name][:2], *more]) or row
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
