@@ -120,7 +120,8 @@ def join_processes(cfg):
         device = gpu = torch.device(kind, local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        with as_user_error(f"WORLD_SIZE is {world}, for processes of torchrun", ValueError):
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     return rank, world, device
 
 

@@ -370,6 +370,12 @@ def test_a_resumed_run_may_change_these_keys_alone(run, config, method, names):
             train.check_run_folder(changed, rank=1)
 
 
+def test_a_part_of_torchruns_environment_is_one_line(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, for processes of torchrun: .* RANK exp"):
+        run("--steps=1")
+
+
 def test_losses_of_other_tokens_are_not_compared_for_the_best(run, config):
     words = ["--steps=1", "--eval_every=10", "--save_every=10", "--keep_best"]
     run(*words)
