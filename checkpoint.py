@@ -115,6 +115,8 @@ def read_hugging_face(folder):
     cfg, weights = llama_config(config, file), base_weights(folder)
     need(cfg.num_hidden_layers <= len(weights), f"{file}: num_hidden_layers is "
          f"{cfg.num_hidden_layers}, but the directory holds {len(weights)} tensors in all")
+    for name, weight in weights.items():  # a cast would take quantised integers for weights
+        need(weight.is_floating_point(), f"{folder}: {name} must be floats, got {weight.dtype}")
     with torch.device("meta"):  # wrong shapes are found before memory is taken for them
         model = Llama(cfg)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()

@@ -6,8 +6,7 @@
 
 A corpus is a folder of shards, files of raw uint16 or uint32 words, and manifest.json. The manifest
 is written last: a folder with a manifest is complete. In a text a word is a token id, and
-end-of-text follows every document. In samples a word has 32 bits: a token id and the flags FIRST
-and LEARNED. Shards are mapped into memory, not loaded.
+end-of-text follows every document. In samples a word has 32 bits: a token id, FIRST and LEARNED.
 """
 import hashlib
 import json

@@ -307,7 +307,10 @@ class Log:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         config.write_json(out / "config.json", head["config"])
-        self.file = open(out / "log.jsonl", "a" if head["start"] else "w", buffering=1)
+        file = out / "log.jsonl"
+        if head["start"] and file.exists():  # without half a line, which a full disk leaves
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        self.file = open(file, "a" if head["start"] else "w", buffering=1)
         self.file.write(json.dumps(head) + "\n")
         changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
                    if getattr(cfg, name) != field.default]

@@ -355,6 +355,15 @@ def test_rotations_in_an_older_directory_are_left_out(directory):
     torch.testing.assert_close(checkpoint.load(directory)[0].state_dict(), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", (torch.int8, torch.bool, torch.complex64))
+def test_weights_of_a_directory_that_are_no_floats_are_named(directory, dtype):
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.norm.weight must be floats, got {dtype}$"):
+        checkpoint.load(directory)
+
+
 def test_weights_of_a_directory_that_are_not_finite_are_named(directory):
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][1] = float("nan")

@@ -451,6 +451,17 @@ def test_a_run_that_starts_again_starts_its_log_again(run):
     assert max(line.get("step", 0) for line in lines) == 2
 
 
+def test_half_a_line_at_the_end_of_the_log_is_cut_off_by_a_resume(run):
+    """A full disk leaves it. The new head joined it, and no curve could be read any more."""
+    out = run("--steps=2")
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')
+    run("--steps=4", "--resume", f"--out={out}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["config" in line for line in lines].count(True) == 2
+    assert lines[-1]["step"] == 4
+
+
 def test_a_run_tells_how_often_it_reads_its_data(run, corpus, capsys):
     run("--steps=5")
     windows = (len(data.open_split(corpus, "train")) - 1) // 16
