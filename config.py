@@ -206,7 +206,7 @@ def read_override(word):
 
 def read_file(path):
     """(first docstring line, {key: value}, {variant: {key: value}}) of a config file."""
-    if not path.is_file() or path.suffix != ".py":  # lines of JSON are Python without a key
+    if not path.is_file() or path.suffix != ".py":  # lines of JSON are valid Python
         typed = {file.stem: str(file) for file in _shipped()}
         typed |= {f"{stem}_{variant}": f"{file} {variant}" for stem, file in typed.items()
                   for variant in read_file(Path(file))[2]}
@@ -273,7 +273,7 @@ def cast(name, value, where=""):
     need(fits, f"{subject} must be {WORDS[kind]}, got {value!r:.80}")
     need(not allowed or value in allowed, f"{subject} must be one of "
          f"{', '.join(filter(None, allowed))}, got {value!r}{hint(value, allowed)}")
-    return os.path.expanduser(value) if kind is str else value  # not bash in --out=~/run
+    return os.path.expanduser(value) if kind is str else value  # bash leaves ~ in --out=~/run
 
 
 def one_line(error):

@@ -110,7 +110,8 @@ def main(argv):
     args = parser.parse_args(argv)
     need(args.answers or not (args.out or args.limit or args.max_new_tokens),
          "--out, --limit and --max_new_tokens are of answers: add --answers")
-    need(not args.answers or not args.seq_len + args.tokens, "--answers has no --seq_len, --tokens")
+    need(not args.answers or not (args.seq_len or args.tokens),
+         "--seq_len and --tokens are of losses: leave them out, or --answers")
     model, tok, folder = checkpoint.load(args.checkpoint, best=args.best)
     tokens = open_split(args.data, args.split)
     tokens.must_suit(model, tok, folder)

@@ -130,8 +130,7 @@ def encode(tok, row, format_name, seq_len=0, too_long="drop"):
 
 def encode_row(tok, row, format_name):
     """(ids with the flag LEARNED, bytes of the responses without end-of-text) of a row.
-    A response ends with end-of-text, which is learned. A chat template writes end-of-text itself;
-    if it does not, only the last answer gets one. Text that the template writes after end-of-text
+    If a chat template writes no end-of-text, the last answer alone gets one. Text after end-of-text
     (a line break) is not learned, and what follows the last learned token is left out."""
     by_template = format_name == "messages" and tok.chat_template
     if by_template:

@@ -308,7 +308,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         config.write_json(out / "config.json", head["config"])
         file = out / "log.jsonl"
-        if head["start"] and file.exists():  # without half a line, which a full disk leaves
+        if head["start"] and file.exists():  # a full disk leaves half a line: cut it off
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
         self.file = open(file, "a" if head["start"] else "w", buffering=1)
         self.file.write(json.dumps(head) + "\n")

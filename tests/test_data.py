@@ -77,7 +77,7 @@ def test_files_of_every_type(files):
 
 
 def test_files_of_every_val_are_read(files):
-    for name in ("one", "two"):  # the second preparation has no files of the first
+    for name in ("one", "two"):  # files of one command do not stay for the next
         data.main(["text", name, "a.jsonl", "--val", "d.txt", "--val=c.parquet",
                    "--tokenizer=bytes"])
         assert stored(f"data/{name}", "val") == expected(MIXED[:1] + MIXED)

@@ -434,7 +434,7 @@ def test_equal_time_has_the_ranks_and_restarts_of_the_runs_at_60m(monkeypatch, p
     ("uuid", ("uuid",), ".falling"), ("gsm8k", ("gsm8k",), ""),
     ("continual", ("continual", "continual/groups"), "")])
 def test_a_search_has_a_row_in_a_table_and_a_row_its_search(folder, names, end):
-    """end: of the names of AdamW's numbers."""
+    """end: the suffix of AdamW's names."""
     plan = runpy.run_path(str(RESULTS / folder / "plan.py"))
     found = {rates.name_in_metrics(*group[1:]) + end * (group[2] == "adamw")
              for group in searched_by(plan)}

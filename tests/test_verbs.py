@@ -143,8 +143,8 @@ def test_answers_are_kept_with_their_questions_and_references(tmp_path, monkeypa
     shortened = [json.loads(line)["answer"] for line in open("short.jsonl", encoding="utf-8")]
     assert len(shortened) == 20 and max(map(len, shortened)) == 2
     for words, line in ((["--out=x"], "add --answers"),
-                        (["--answers", "--tokens=5"], "--answers has no --seq_len, --tokens"),
-                        (["--answers", "--seq_len=5"], "--answers has no --seq_len, --tokens"),
+                        (["--answers", "--tokens=5"], "are of losses: leave them out, or --ans"),
+                        (["--answers", "--seq_len=5"], "--seq_len and --tokens are of losses"),
                         (["--answers", "--out=absent/x"], "absent/x")):
         with pytest.raises((UserError, FileNotFoundError), match=line):
             evaluate.main(["model", "data/sums", *words])
