@@ -50,11 +50,11 @@ def draw_domain(axis, domain, records):
 
 def draw(domains, records, file):
     """Draw a panel per domain."""
-    figure, axes = pyplot.subplots(1, len(domains), figsize=(10, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(domains), figsize=(10, 5), layout="constrained")
     for axis, domain in zip(axes, domains, strict=True):
         draw_domain(axis, domain, records)
     axes[0].set_ylabel("Wikipedia, bits per byte")
-    axes[-1].legend(fontsize="small", loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=100)
 
 
