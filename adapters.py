@@ -24,8 +24,7 @@ BESIDE = "../base"  # the base model of a checkpoint's adapter, beside its folde
 PREFIX = "base_model.model."
 # {tensor of an update: end of its name in a file}
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "mora_M.weight",
-        "magnitude": "lora_magnitude_vector",  # of DoRA; orders: of groups chosen by the gradient
-        "fold_in.order": "mora_order_in", "fold_out.order": "mora_order_out"}
+        "magnitude": "lora_magnitude_vector"}  # of DoRA
 
 # keys of adapter_config.json, a regular expression of their JSON, and what that is in words
 COUNT, TEXT = r"[1-9]\d{0,4}", r'"([^"\\]|\\.)*"'
@@ -85,7 +84,7 @@ def save(model, folder, base=None):
     """Write the updates of an adapted torch model as an adapter folder.
     base: name or path of the base model; None: what transformers loaded it from, if it did. Raises
     UserError if other parameters train, updates are of several kinds, or a restart changed W."""
-    config, updates = config_of(model, base), mora.gather(mora.adapter_tensors(model))
+    config, updates = config_of(model, base), mora.gather(dict(mora.adapter_parameters(model)))
     parameters = mora.unwrapped(model).named_parameters()
     rest = [name for name, p in parameters if p.requires_grad and name not in updates]
     need(not rest, f"{len(rest)} parameters train beside the updates ({', '.join(rest[:2])}) and "
@@ -95,7 +94,7 @@ def save(model, folder, base=None):
 
 
 def write(folder, config, updates, metadata=None):
-    """Write {name of mora.adapter_tensors: tensor}; metadata: strings for the file's head."""
+    """Write {name of mora.adapter_parameters: tensor}; metadata: strings for the file's head."""
     tensors = {}
     for name, tensor in updates.items():
         layer, _, key = name.partition(".update.")
@@ -157,8 +156,7 @@ def read(folder):
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
         need(key and name.startswith(PREFIX), f"{file}: {name} is no part of an adapter of linear "
              f"layers ({', '.join(KEYS.values())})")
-        is_order = key.startswith("fold")  # which mora.Fold checks
-        need(is_order or tensor.is_floating_point() and tensor.float().isfinite().all(),
+        need(tensor.is_floating_point() and tensor.float().isfinite().all(),
              f"{file}: {name} ({tensor.dtype}) must hold finite real numbers")
         layer = name.removeprefix(PREFIX).removesuffix(f".{KEYS[key]}")
         part = "low_rank." if config.get("lora_rank") and key in "AB" else inner
@@ -275,8 +273,8 @@ def as_lora(model, folder, dtype=torch.float32, rank=0, base=None):
         updates[f"{name}.update.A"] = F.pad(A, (0, 0, 0, common_rank - len(A)))
         updates[f"{name}.update.B"] = F.pad(B, (0, common_rank - len(A)))
     text = json.dumps(config)
-    # a LoRA's tensors hold no order of features, nor where M ends and the LoRA beside it begins
-    restorable = not rank and config["groups"] != "gradient" and not config.get("lora_rank")
+    # a LoRA's tensors do not tell where M ends and the LoRA beside it begins
+    restorable = not rank and not config.get("lora_rank")
     metadata = {"mora": text, "crc32": checksum(text, updates.values())} if restorable else {}
     config = {key: value for key, value in config.items() if key not in mora.SETTINGS}
     config |= {"peft_type": "LORA", "r": common_rank, "lora_alpha": common_rank, "rank_pattern": {}}

@@ -175,7 +175,7 @@ def save(cfg, step, cycle, model, optimizer, tok, val_loss=None):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     must_be_finite(weights, diverged, cfg, step)
-    updates = {name: weights.pop(name) for name in mora.adapter_tensors(model)}
+    updates = {name: weights.pop(name) for name, _ in mora.adapter_parameters(model)}
     beside = out / f".writing-{final.name}"
     try:
         if cfg.base_dtype == "float8":  # the model holds W rounded; init_from holds W

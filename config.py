@@ -326,7 +326,6 @@ def conflicts(cfg):
     yield (cfg.residual_init and cfg.init_from, "residual_init draws new weights, but init_from "
            f"{cfg.init_from} loads them: remove one of the two")
     yield adapts and not cfg.targets, f"targets names no layer for method {method} to adapt"
-    yield cfg.groups == "gradient" and cfg.shard, "groups gradient needs whole weights: drop shard"
     yield "lm_head" in cfg.targets, "targets may not name lm_head: the loss reads its weight alone"
     yield cfg.rslora and not cfg.alpha, "rslora scales by alpha / sqrt(rank): give it an alpha"
     yield restarts and not adapts, f"method {method} has no update to restart, got {given}"

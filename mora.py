@@ -29,7 +29,7 @@ from lora import KINDS_OF_A, LowRank, Rescaled
 
 METHODS = ("mora", "lora", "frozen")
 OPERATORS = ("truncate", "share", "decouple", "rotate")
-GROUPS = ("strided", "contiguous", "alternate", "permute", "gradient")
+GROUPS = ("strided", "contiguous", "alternate", "permute")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = ("scale", "operator", "groups", "seed", "cycle", "lora_rank")  # dW depends on them
 ALIGNED = 8  # products are fast on rows of such multiples: 16 bytes in bfloat16
@@ -100,15 +100,15 @@ class Fold(nn.Module):
         self.groups, self.cycle, self.seed = groups, None, None  # cycle, seed: of the last `move`
         order = None if groups == "strided" else torch.arange(features, dtype=torch.int32)
         inverse = None if order is None else order.clone()
-        self.register_buffer("order", order, persistent=groups == "gradient")  # no seed draws it
+        self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", inverse, persistent=False)
         turns = rotations(width, pieces).float() if rotates else None
         self.register_buffer("turns", turns, persistent=False)
 
     def move(self, cycle, seed):
-        """Take this cycle's permutation, for `permute` this seed's."""
+        """Take this cycle's permutation, for `permute` this seed's, in place: no recompilation."""
         self.cycle, self.seed = cycle, seed
-        if self.groups in ("strided", "gradient"):
+        if self.groups == "strided":
             return
         # the permutation is made on its device: a copy to it would synchronize
         order = position = torch.arange(self.features, device=self.order.device)
@@ -116,25 +116,13 @@ class Fold(nn.Module):
             order = rolled_order(position, self.width, torch.Generator().manual_seed(seed))
         elif self.groups == "contiguous" or cycle % 2 == 1:  # alternate: the odd cycles
             order = contiguous_order(position, self.width)
-        self.set_order(order)
-
-    def set_order(self, order):
-        """Put feature order[i] at place i, in place: no recompilation."""
-        self.order.copy_(order)
+        self.order.copy_(order)  # feature order[i] at place i
         self.inverse.copy_(order.argsort())
 
     def narrow(self):
         """Hold the order in 16 bits if they suffice: read faster, but DDP cannot broadcast them."""
         if self.order is not None and self.features < 2 ** 15:
             self.order, self.inverse = self.order.short(), self.inverse.short()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Take the saved order of `gradient`. Raises RuntimeError if it is no permutation."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.groups == "gradient":
-            if self.order.sort().values.tolist() != list(range(self.features)):
-                raise RuntimeError(f"{prefix}order is no permutation of 0 ... {self.features - 1}")
-            self.set_order(self.order)
 
     def _apply(self, fn, recurse=True):
         """Fill the buffers again: `meta` empties them, casts round them, no state dict has them."""
@@ -391,15 +379,9 @@ def adapter_parameters(model):
             for key, parameter in layer.update.named_parameters()]
 
 
-def adapter_tensors(model):
-    """{name: tensor} of what a file of the updates holds: adapter_parameters, `gradient` orders."""
-    return {f"{name}.update.{key}": tensor for name, layer in adapted_layers(model)
-            for key, tensor in layer.update.state_dict().items()}
-
-
 def adapt(model, method="mora", rank=8, operator="share", groups="strided", alpha=0.0, rslora=False,
           lora_A="uniform", dora=False, dropout=0.0, targets=PROJECTIONS, train_rest=False,
-          seed=0, cycle=0, gradients=None, lora_rank=0):
+          seed=0, cycle=0, lora_rank=0):
     """Replace the linear layers that `targets` names by adapted ones in any torch module, in place,
     and return it. Updates are float32 (float64 if the weight is), on the weight's device.
 
@@ -408,7 +390,6 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     targets: as in peft: a list of last parts of module names; a string, which is such a part or a
     regular expression of whole names; or "all-linear", all but the output embeddings.
     train_rest: the other parameters train (pretraining) or are frozen (fine-tuning).
-    gradients: for groups "gradient", what gradient_norms returns; {}: load_state_dict follows.
     seed, cycle: see start_cycle. Raises ValueError for what cannot be adapted."""
     check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora_A, dora, dropout)
     if not (isinstance(seed, int) and isinstance(cycle, int) and cycle >= 0):
@@ -416,11 +397,6 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
     linears = find_targets(model, targets)
-    unfit = [name for name, linear in linears.items() if gradients
-             and tuple(map(len, gradients.get(name, ()))) != features_of(linear)]
-    if unfit or (groups == "gradient") != (gradients is not None):
-        raise ValueError("groups gradient, and no others, take gradients of every target: see "
-                         "mora.gradient_norms")
     if not train_rest:
         model.requires_grad_(False)
     oversized, input_folds = [], {}
@@ -435,11 +411,8 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
                       else Square(*shape, rank, operator, groups))
         if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
-            siblings = name if groups == "gradient" else (name.rpartition(".")[0], *shape)
+            siblings = (name.rpartition(".")[0], *shape)
             update.fold_in = input_folds.setdefault(siblings, update.fold_in)
-            if gradients:
-                update.fold_in.set_order(gradients[name][0].argsort(descending=True, stable=True))
-                update.fold_out.set_order(gradients[name][1].argsort(descending=True, stable=True))
         if sum(p.numel() for p in update.parameters()) > linear.weight.numel():
             oversized.append(name)
         model.set_submodule(name, AdaptedLinear(linear, update, dropout, dora))
@@ -474,30 +447,6 @@ def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora
         raise ValueError(f"alpha scales the update: give it an alpha above 0, got {alpha!r}")
     if dropout is True or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout}")
-
-
-def gradient_norms(model, losses, targets=PROJECTIONS):
-    """{name: (norms of the columns, norms of the rows)} of the gradient of each target's (out, in).
-    losses: yields losses of a plain model, as (loss_of(model, batch) for batch in a_few). Processes
-    add the gradients of theirs. Raises ValueError if nothing finite comes out."""
-    linears, norms = find_targets(model, targets), {}
-    frozen = [linear.weight for linear in linears.values() if not linear.weight.requires_grad]
-    for linear in linears.values():
-        linear.weight.requires_grad_().grad = torch.zeros_like(linear.weight)
-    for loss in losses:
-        loss.backward()
-    for name, linear in linears.items():
-        gradient = linear.weight.grad.float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
-        gradient = gradient.T if is_transposed(linear) else gradient
-        norms[name] = gradient.norm(dim=0), gradient.norm(dim=1)
-    for weight in frozen:
-        weight.requires_grad_(False)
-    model.zero_grad()
-    if not 0 < sum(columns.sum().item() for columns, _ in norms.values()) < math.inf:
-        raise ValueError("the losses have no finite gradient: groups gradient needs one")
-    return norms
 
 
 def is_transposed(module):
@@ -615,7 +564,7 @@ def merged_weights(model):
         merged = layer.merged().to(layer.weight.dtype)
         weights[f"{name}.weight"] = merged.T.contiguous() if layer.transposed else merged
         del weights[f"{name}._extra_state"]
-    for name in adapter_tensors(model):
+    for name, _ in adapter_parameters(model):
         del weights[name]
     return weights
 

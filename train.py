@@ -37,7 +37,6 @@ from model import Llama, LlamaConfig, block_linears, fit_scales, keep_in_fp8, us
 from optimizer import build_optimizer, learning_rate, optimizer_step
 from shards import Samples, fingerprint, open_split
 
-GRADIENT_STEPS = 4  # the first ones, whose batches choose the groups "gradient"
 # keys that a resumed run may not change, beside the model's shape and the adapters' settings
 FIXED = ("method", "seed", "seq_len", "batch_size", "init_from", "restart_every", "restart_steps",
          "lora_plus_ratio", "optimizer", "rest_lr", "residual_init", "base_dtype")
@@ -58,8 +57,7 @@ def train(cfg):
         dist.all_gather_object(all_of_them, mine)
         need(len({*all_of_them}) == 1, "the processes differ in their keys, in the newest "
              f"checkpoint in {cfg.out} or in the tokens in {cfg.data}: share these folders")
-    group_losses = None if newest else first_losses(model, batches)
-    optimizer = prepare_model(cfg, model, device, cycle, group_losses)
+    optimizer = prepare_model(cfg, model, device, cycle)
     first_step = checkpoint.resume(newest, model, optimizer)["step"] if newest else 0
     parallel = data_parallel(model) if world > 1 and not cfg.shard else model
     log = Log(cfg, rank, header(cfg, model, device, world, first_step, batches))
@@ -199,23 +197,12 @@ def check_run_folder(cfg, rank):
     return newest, state["cycle"]
 
 
-def first_losses(model, batches):
-    """Yield the losses of this process's rows of the first steps, for groups "gradient"."""
-    for step in range(GRADIENT_STEPS):
-        for inputs, targets, *weight in zip(*batches.load(step), strict=True):
-            yield model(inputs, targets) * (weight[0] if weight else 1)
-
-
-def prepare_model(cfg, model, device, cycle, losses=None):
-    """Adapt, set precision, shard, move, compile, in this order and in place; return the optimizer.
-    losses: of a new run, for groups "gradient"; a checkpoint holds the groups."""
+def prepare_model(cfg, model, device, cycle):
+    """Adapt, set precision, shard, move, compile: in this order, in place; return the optimizer."""
     on_gpu, options = device.type == "cuda", cfg.adapter()
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
     with as_user_error(f"method {cfg.method}", ValueError):
-        if cfg.groups == "gradient":
-            model.to(device).checkpoint_blocks = True  # the pass is not compiled: it takes memory
-            options["gradients"] = mora.gradient_norms(model, losses, cfg.targets) if losses else {}
         if options:
             mora.adapt(model, **options, cycle=cycle)
     model.checkpoint_blocks = cfg.checkpoint_blocks

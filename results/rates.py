@@ -58,7 +58,7 @@ def name_in_metrics(method, optimizer):
 
 
 def operator_words(method):
-    """Return the words of a method OPERATOR_GROUPS_rRANK, for example truncate_gradient_r8."""
+    """Return the words of a method OPERATOR_GROUPS_rRANK, for example share_permute_r8."""
     operator, groups, rank = method.split("_")
     return ["mora_r8", f"--rank={rank[1:]}", f"--operator={operator}", f"--groups={groups}"]
 

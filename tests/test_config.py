@@ -269,8 +269,8 @@ def test_a_file_of_data_is_no_config_file(tmp_path):
     ("", ["--method=full", "--base_dtype=bfloat16"], "method full freezes nothing"),
     ("", ["--targets=q_proj,lm_head"], "may not name lm_head"),
     ("", ["--targets="], "targets names no layer"),
-    ("", ["--groups=gradient", "--shard"], "groups gradient needs whole weights: drop shard"),
-    ("", ["--method=lora", "--groups=gradient"], "method lora takes no groups, got 'gradient'"),
+    ("", ["--method=lora", "--groups=permute"], "method lora takes no groups, got 'permute'"),
+    ("", ["--groups=gradient"], "groups must be one of strided, contiguous, alternate, permute"),
     ("", ["--num_key_value_heads=3"], "heads 8 must be a multiple of num_key_value_heads 3"),
     ("", ["--hidden_size=60"], "hidden_size 60"),
     ("", ["--rest_lr=-1"], "rest_lr must be a number from 0 to 4294967295, got -1"),
@@ -337,7 +337,7 @@ def test_models_and_adapters_get_all_of_their_keys():
     shape = LlamaConfig(vocab_size=7, **Config(seq_len=40, **values).model())
     assert dataclasses.asdict(shape) == values | {
         "vocab_size": 7, "max_position_embeddings": 40, "rope_scaling": None}
-    arguments = inspect.signature(mora.adapt).parameters.keys() - {"model", "cycle", "gradients"}
+    arguments = inspect.signature(mora.adapt).parameters.keys() - {"model", "cycle"}
     assert Config().adapter() == {name: getattr(Config, name) for name in arguments}
 
 

@@ -9,7 +9,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import mora
 from model import Llama, LlamaConfig
@@ -25,8 +27,6 @@ def square(k, d, rank, operator, groups="permute", cycle=1):
     update = mora.Square(k, d, rank, operator, groups).double()
     update.fold_in.move(cycle, seed=2 * cycle)
     update.fold_out.move(cycle, seed=2 * cycle + 1)
-    for fold in (update.fold_in, update.fold_out) if groups == "gradient" else ():
-        fold.set_order(torch.randperm(fold.features))
     with torch.no_grad():
         update.M.copy_(torch.randn(update.M.shape, dtype=torch.float64))
     return update
@@ -59,6 +59,8 @@ def train(model, optimizer, steps, seed=0):
 def test_delta_equals_apply_on_identity(operator, shape, groups):
     update = square(*shape, operator, groups)
     applied = update(torch.eye(shape[0], dtype=torch.float64)).T
+    with torch.no_grad():  # truncate reads the inputs that it keeps
+        assert torch.equal(update(torch.eye(shape[0], dtype=torch.float64)).T, applied)
     assert update.delta().shape == (shape[1], shape[0])
     torch.testing.assert_close(update.delta(), applied, rtol=1e-12, atol=1e-12)
 
@@ -216,6 +218,17 @@ def test_a_narrow_order_is_the_order(features):
     assert torch.equal(fold(x), wide)
 
 
+def test_torchs_own_ddp_broadcasts_the_order():
+    """As the Trainer wraps a model: neither gloo nor NCCL sends 16-bit integers."""
+    model = mora.adapt(nn.ModuleDict({"q": nn.Linear(24, 40)}), targets=("q",), rank=3,
+                       groups="permute")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model["q"])(torch.randn(3, 24)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_rotation_in_bfloat16_is_the_exact_one_rounded():
     """Its cosines and sines are not rounded first."""
     fold = mora.Square(512, 64, 1, "rotate").fold_in
@@ -227,12 +240,8 @@ def test_a_rotation_in_bfloat16_is_the_exact_one_rounded():
 
 METHODS = [("lora", {}), ("lora", {"lora_A": "orthogonal", "alpha": 2.0, "rslora": True}),
            ("lora", {"lora_A": "frozen"}), ("lora", {"dora": True}), ("mora", {"dora": True})]
-NORMS = {"q_proj": (torch.randn(24).abs(), torch.randn(40).abs()),
-         "up_proj": (torch.randn(40).abs(), torch.randn(24).abs())}
 METHODS += [("mora", {"operator": operator, "groups": groups})
-            for operator, groups in zip(OPERATORS, GROUPS[:4], strict=True)]
-METHODS += [("mora", {"operator": operator, "groups": "gradient", "gradients": NORMS})
-            for operator in ("truncate", "share")]
+            for operator, groups in zip(OPERATORS, GROUPS, strict=True)]
 
 
 def optimizer_of(model):
@@ -398,10 +407,10 @@ def test_restarts_need_weights_that_take_small_updates():
     train(model, optimizer, 1)
     layer = model["up_proj"]
     layer.weight.data = layer.weight.bfloat16()
-    before = copy.deepcopy(mora.adapter_tensors(model))
+    before = copy.deepcopy(dict(mora.adapter_parameters(model)))
     with pytest.raises(ValueError, match="up_proj: torch.bfloat16 rounds small updates away"):
         mora.restart(model, optimizer, cycle=1)
-    after = mora.adapter_tensors(model)
+    after = dict(mora.adapter_parameters(model))
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 

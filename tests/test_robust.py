@@ -496,12 +496,10 @@ def lora(tensors=PAIR_OF_2, **changes):
 
 
 SQUARE = {"peft_type": "MORA", "operator": "share", "groups": "permute", "seed": 0, "cycle": 1}
-IN, OUT = f"{Q_PROJ}.mora_order_in", f"{Q_PROJ}.mora_order_out"
-ORDERS = {IN: torch.arange(16).flip(0), OUT: torch.arange(16)}
 
 
-def square(tensors=(), **changes):
-    return folder(SQUARE | NAMED | changes, {M: torch.ones(8, 8), **dict(tensors)})
+def square(**changes):
+    return folder(SQUARE | NAMED | changes, {M: torch.ones(8, 8)})
 
 
 def authors(second_copy=1.0, **changes):
@@ -542,8 +540,8 @@ WRONG_VALUES = [
     (lora, "peft_type", ("LOHA", None, ["LORA"]), '"LORA" or "MORA"'),
     (square, "operator", ("twist", 5, None),
      '"truncate" or "share" or "decouple" or "rotate"'),
-    (square, "groups", (1, "strided "),
-     '"strided" or "contiguous" or "alternate" or "permute" or "gradient"'),
+    (square, "groups", (1, "strided ", "gradient"),
+     '"strided" or "contiguous" or "alternate" or "permute"'),
     (square, "seed", ("0", 1.5, None), "a whole number"),
     (square, "cycle", ("1", -1, True), "a whole number from 0"),
     (authors, "mora_type", (5, "1", True), "1 or 2 or 3 or 4 or 6"),
@@ -571,14 +569,6 @@ ADAPTERS = [
     (lora(base_model_name_or_path=None), MERGE, "name one with --base=", 2),
     (lora(r=3), MERGE, f"{UNFIT}LowRank: {sizes('A', [2, 16], [3, 16])}", 2),
     (lora(use_dora=True), MERGE, f'{UNFIT}Rescaled: Missing key(s) in state_dict: "magnitude"', 2),
-    # groups chosen by the gradient
-    (square(ORDERS, groups="gradient"), MERGE, None, 0),
-    (square(ORDERS), MERGE, f"{UNFIT}Square: Unexpected key(s) in state_dict: ", 2),
-    *[(square(tensors, groups="gradient"), MERGE, line, 2) for tensors, line in (
-        ({}, f'{UNFIT}Square: Missing key(s) in state_dict: "fold_in.order", "fold_out.order"'),
-        (ORDERS | {IN: torch.arange(15)}, f"{UNFIT}Square: {sizes('fold_in.order', [15], [16])}"),
-        (ORDERS | {IN: torch.full((16,), NAN)}, "fold_in.order is no permutation of 0 ... 15"),
-        (ORDERS | {OUT: torch.arange(1, 17)}, "fold_out.order is no permutation of 0 ... 15"))],
     (square(r=99999), MERGE, f"{UNFIT}Square: {sizes('M', [8, 8], [1788, 1788])}", 2),
     # adapter_config.json as a whole
     *[(lora() | {"a/adapter_config.json": content}, MERGE, f"a/adapter_config.json {line}", 2)

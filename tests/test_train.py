@@ -54,7 +54,6 @@ METHODS = {
     "asylora": ["--method=lora", "--lora_A=frozen", "--rslora=true", "--alpha=4",
                 "--restart_every=7"],
     "dora": ["--dora=true", "--groups=permute", "--restart_every=7"],
-    "gradient": ["--operator=truncate", "--groups=gradient", "--restart_every=7"],
     "mixed": ["--rank=4", "--lora_rank=2", "--groups=permute", "--restart_every=7",
               "--restart_warmup=0"],
 }
@@ -62,7 +61,7 @@ METHODS = {
 # (pruned: 2026-11-26, since when a restart in the warm-up of the run has no warm-up of its own)
 GOLDEN = {"full": 3.24797, "rotate": 3.27925, "remora": 3.39649, "relora": 4.02602,
           "pruned": 3.76693, "lora+": 3.30337, "asylora": 4.54209, "dora": 4.53233,
-          "gradient": 4.53446, "mixed": 3.25075}
+          "mixed": 3.25075}
 
 
 @pytest.mark.parametrize("method", METHODS)

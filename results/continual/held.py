@@ -6,8 +6,8 @@ Trains the full model on biomedical text, at its best rate unless keys say other
 held.json: 60 steps at 3e-4). G is the gradient on four validation batches before training, dW what
 training changed. For each way to choose the groups the numbers are the squared norm of the part of
 G, or of dW, that lies in the update's space, over that of the whole: the mean over all layers.
-LoRA's are those of the best matrix of its rank. Groups chosen by the gradient come from four
-training batches, as in a run.
+LoRA's are those of the best matrix of its rank. Groups chosen by the gradient come from the first
+four training batches, as in the runs of them.
 """
 import copy
 import json
@@ -28,6 +28,7 @@ WORDS = ["configs/continual.py", "fft", "--data=data/biomed", "--lr=1e-3", "--se
          "--batch_size=32", "--micro_batch=16", "--steps=212", "--warmup=20", "--eval_every=212",
          "--save_every=212", "--keep=1"]
 RANKS = (8, 32)
+GRADIENT_STEPS = 4  # the first ones, whose batches give a gradient
 KINDS = (("truncate", "strided"), ("truncate", "gradient"), ("share", "strided"),
          ("share", "permute"), ("share", "gradient"))
 
@@ -39,9 +40,21 @@ def targets(model):
 
 def gradients(model, batches):
     """Return {name: gradient of a block's weight, (out, in)} on the batches of a few steps."""
-    for loss in train.first_losses(model, batches):
-        loss.backward()
+    model.zero_grad()
+    for step in range(GRADIENT_STEPS):
+        for inputs, labels in zip(*batches.load(step), strict=True):
+            model(inputs, labels).backward()
     return {name: linear.weight.grad.cpu() for name, linear in targets(model).items()}
+
+
+def sort_features(update, gradient):
+    """Sort inputs and outputs by the norms of a gradient's columns and rows, the largest first."""
+    update.fold_in = copy.deepcopy(update.fold_in)  # other layers have the same one
+    for fold, norms in ((update.fold_in, gradient.norm(dim=0)),
+                        (update.fold_out, gradient.norm(dim=1))):
+        order = norms.argsort(descending=True, stable=True)
+        fold.order.copy_(order)
+        fold.inverse.copy_(order.argsort())
 
 
 def held(update, matrix):
@@ -54,8 +67,11 @@ def held(update, matrix):
     return (inside.square() / sizes).sum() / matrix.square().sum()
 
 
-def measure(model, norms, matrices):
-    """Return {"KIND_rRANK.WHAT": mean over layers}; matrices: {WHAT: {name: matrix}}."""
+def measure(model, chosen_by, matrices):
+    """Return {"KIND_rRANK.WHAT": mean over layers}.
+
+    chosen_by: {name: gradient} that chooses the groups; matrices: {WHAT: {name: matrix}}.
+    """
     numbers = {}
     for what, by_name in matrices.items():
         squares = [torch.linalg.svdvals(matrix).square() for matrix in by_name.values()]
@@ -64,9 +80,12 @@ def measure(model, norms, matrices):
     for rank in RANKS:
         for operator, groups in KINDS:
             adapted = copy.deepcopy(model)
-            mora.adapt(adapted, rank=rank, operator=operator, groups=groups,
-                       gradients=norms if groups == "gradient" else None)
+            mora.adapt(adapted, rank=rank, operator=operator,
+                       groups="permute" if groups == "gradient" else groups)
             updates = {name: layer.update for name, layer in mora.adapted_layers(adapted)}
+            if groups == "gradient":
+                for name, update in updates.items():
+                    sort_features(update, chosen_by[name])
             for what, by_name in matrices.items():
                 numbers[f"{operator}_{groups}_r{rank}.{what}"] = fmean(
                     held(updates[name], matrix) for name, matrix in by_name.items())
@@ -82,11 +101,11 @@ def main(file, *words):
     first = copy.deepcopy(model).to(device)
     first.checkpoint_blocks = True  # not compiled: its activations would take much memory
     matrices = {"gradient": gradients(first, held_out)}
-    norms = mora.gradient_norms(first, train.first_losses(first, seen))
+    chosen_by = gradients(first, seen)
     before, after = targets(model), targets(train.train(cfg))
     matrices["change"] = {name: (after[name].weight.cpu() - before[name].weight).detach()
                           for name in before}
-    numbers = measure(model, norms, matrices)
+    numbers = measure(model, chosen_by, matrices)
     Path(file).write_text(json.dumps(numbers, indent=1) + "\n")
     print("\n".join(f"{name}: {number}" for name, number in numbers.items()))
 
