@@ -4,8 +4,9 @@ The search of rates, and the seeds after it, have linear schedules to 0 after a 
 1,000 steps at r = 8, 500 for the rest. With constant rates (task "uuid": runs.jsonl, of an earlier
 program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends when 99.9
 % of all digits are right. Order: r = 8 with Muon, then with AdamW, the others likewise; then more
-seeds, those of every method's better optimizer first. The runs that are done, in sweep.jsonl beside
-this file, decide what follows.
+seeds, those of every method's better optimizer first; then, where not every seed of both methods
+reached 99 %, the rates half way from the best one to its neighbours. The runs that are done, in
+sweep.jsonl beside this file, decide what follows.
 """
 import json
 from pathlib import Path
@@ -28,6 +29,9 @@ GRADIENT = {"truncate_gradient_r8": 3e-3, "share_gradient_r8": 3e-3}
 FALLING = {("falling", method, "muon"): lr for method, lr in (MUON | GRADIENT).items()}
 FALLING |= {("falling", method, "adamw"): lr for method, lr in ADAMW.items()}
 CONSTANT = {("uuid", method, "muon"): lr for method, lr in MUON.items() if method != "fft"}
+REFINED = [*(("falling", method, optimizer) for optimizer in ("muon", "adamw")
+             for method in ("lora_r8", "mora_r8")),
+           *(("falling", method, "adamw") for method in ("lora_r256", "mora_r256"))]
 GROUPS = [*FALLING, *(("uuid", method, "adamw") for method in ADAMW), *CONSTANT]
 
 
@@ -95,5 +99,6 @@ RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
         for group, lr in CONSTANT.items()}
 SEARCH = rates.runs(FALLING, RECORDS, score, make)
 RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=lambda name: place(name, RECORDS))}
+RUNS |= rates.half_way(REFINED, RECORDS, score, make)
 # these groups are no longer in the code (README.md): no more runs of them
 RUNS = {name: run for name, run in RUNS.items() if "_gradient_" not in name}
