@@ -284,6 +284,7 @@ def test_a_plan_of_fine_tuning_followed_to_its_end(folder, monkeypatch):
         expected |= {((base, "mora_rotate_r8", "adamw"), seed, 1e-2)
                      for base in ("bfloat16", "float8") for seed in rates.SEEDS}
     else:
+        refined = plan["REFINED"]
         expected |= {(group, rates.SEED, lr) for group, lr in plan["CONSTANT"].items()}
     expected |= {(group, rates.SEED, float(f"{math.sqrt(lr * rates.beside(lr, side)):.2g}"))
                  for group in refined for lr in [searched[group]] for side in (-1, 1)}
@@ -332,32 +333,6 @@ def test_numbers_of_uuids_are_means_over_seeds_and_the_step_of_the_slowest():
     assert {key: numbers[key] for key in expected} == pytest.approx(expected)
     del records[rates.name_of(group, 1339, 1e-2)]
     assert metrics.summarize(plan)[f"{name}.steps_to_99"] == 500
-
-
-def test_uuids_run_r_8_with_muon_first_and_other_seeds_last():
-    plan = runpy.run_path(str(RESULTS / "uuid" / "plan.py"))
-    order = [("mora_r8", "muon", 1337), ("mora_r8", "adamw", 1337), ("fft", "muon", 1337),
-             ("fft", "adamw", 1337), ("mora_r8", "muon", 1338)]
-
-    def names(order):
-        return [rates.name_of(("falling", method, optimizer), seed, 1e-3)
-                for method, optimizer, seed in order]
-
-    def places(names, records):
-        return [plan["place"](name, records) for name in names]
-
-    found = places(names(order), {})
-    assert found == sorted(found) and len(set(found)) == len(found)
-    falling = [name for name in plan["RUNS"] if name.startswith("falling-")]
-    assert len(falling) > 1
-    assert places(falling, plan["RECORDS"]) == sorted(places(falling, plan["RECORDS"]))
-    # the seeds of a method's better optimizer come first: here AdamW's of fft
-    firsts = names([("fft", "muon", 1337), ("fft", "adamw", 1337), ("mora_r8", "muon", 1337)])
-    scores = dict(zip(firsts, (0.5, 0.9, 0.2), strict=True))
-    records = {name: {"curve": [[500, digits, 10000]]} for name, digits in scores.items()}
-    found = places(names([("mora_r8", "muon", 1338), ("fft", "adamw", 1338),
-                          ("fft", "muon", 1338)]), records)
-    assert found == sorted(found) and len(set(found)) == len(found)
 
 
 def test_earlier_runs_of_uuids_count_if_they_went_to_the_end_or_reached_99_percent():

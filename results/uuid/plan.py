@@ -3,10 +3,9 @@
 The search of rates, and the seeds after it, have linear schedules to 0 after a warm-up of 20 steps:
 1,000 steps at r = 8, 500 for the rest. With constant rates (task "uuid": runs.jsonl, of an earlier
 program, and four runs with Muon, one rate each) no run with Muon reaches 99 %. A run ends when 99.9
-% of all digits are right. Order: r = 8 with Muon, then with AdamW, the others likewise; then more
-seeds, those of every method's better optimizer first; then, where not every seed of both methods
-reached 99 %, the rates half way from the best one to its neighbours. The runs that are done, in
-sweep.jsonl beside this file, decide what follows.
+% of all digits are right. Rates and their seeds come first, then, where not every seed of both LoRA
+and MoRA reached 99 %, the rates half way from the best one to its neighbours. The runs that are
+done, in sweep.jsonl beside this file, decide what follows.
 """
 import json
 from pathlib import Path
@@ -79,26 +78,10 @@ def read():
     return read_earlier() | rates.read(FOLDER / "sweep.jsonl")
 
 
-def best_score(group, records):
-    """Return the score of a group's best rate so far."""
-    return min(rates.scores_of(records, group, score).values(), default=rates.WORST)
-
-
-def place(name, records):
-    """Return the place of a run in the order, for sorting; what is False comes first."""
-    group, seed, _ = rates.parts_of(name)
-    task, method, optimizer = group
-    other = task, method, "adamw" if optimizer == "muon" else "muon"
-    is_behind = best_score(other, records) < best_score(group, records)
-    return (seed != rates.SEED, seed != rates.SEED and is_behind, not method.endswith("_r8"),
-            optimizer == "adamw")
-
-
 RECORDS = read()
 RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
         for group, lr in CONSTANT.items()}
-SEARCH = rates.runs(FALLING, RECORDS, score, make)
-RUNS |= {name: SEARCH[name] for name in sorted(SEARCH, key=lambda name: place(name, RECORDS))}
+RUNS |= rates.runs(FALLING, RECORDS, score, make)
 RUNS |= rates.half_way(REFINED, RECORDS, score, make)
 # these groups are no longer in the code (README.md): no more runs of them
 RUNS = {name: run for name, run in RUNS.items() if "_gradient_" not in name}
