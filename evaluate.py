@@ -62,7 +62,7 @@ def answers(model, tok, samples, batch=512, limit=0, max_new_tokens=0):
         prompts.append(ids[:first])
         references.append([token for token in ids[first:after] if token != tok.eos_id])
     written = greedy(model, prompts, min(tok.vocab_size, model.cfg.vocab_size),
-                     max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch)
+                     max_new_tokens or max(map(len, references)) + 1, tok.eos_id, batch, tok.gaps)
     opening = tok.decode(tok.bos_ids)
     return [{"question": tok.decode(prompt).removeprefix(opening), "answer": tok.decode(answer),
              "reference": tok.decode(reference)}

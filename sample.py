@@ -37,14 +37,15 @@ def merge_for_reading(model):
 
 @torch.no_grad()
 def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, stop=None,
-             generator=None):
-    """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache.
-    vocab_size: ids from here on are never drawn. temperature 0: the likeliest. top_k: draw among so
-    many, 0: all. stop: the token that ends the text, not yielded. generator: on the CPU."""
+             generator=None, gaps=()):
+    """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache. Ids from
+    vocab_size on and those of gaps are never drawn. temperature 0: the likeliest. top_k: draw among
+    so many, 0: all. stop: the token that ends the text, not yielded. generator: on the CPU."""
     cache = model.new_cache()
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()
+        logits[[gap for gap in gaps if gap < len(logits)]] = -torch.inf
         likeliest = logits.topk(min(top_k or len(logits), len(logits)))
         token = likeliest.indices[0]
         if temperature:
@@ -56,18 +57,18 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
         inputs = token.reshape(1, 1).to(inputs.device)
 
 
-def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512):
+def greedy(model, prompts, vocab_size, max_new_tokens, stop, batch=512, gaps=()):
     """The likeliest continuation of each prompt (a list of ids), cut before the first `stop`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
     answers = []
     for first in range(0, len(order), batch):
         rows = [prompts[i] for i in order[first:first + batch]]
-        answers += greedy_batch(model, rows, vocab_size, max_new_tokens, stop)
+        answers += greedy_batch(model, rows, vocab_size, max_new_tokens, stop, gaps)
     return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
 
 @torch.no_grad()
-def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
+def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop, gaps):
     """greedy() of one batch, without padding and without a mask: all rows advance in lockstep.
     The first forward pass reads as many tokens as the shortest prompt has, each later pass one. At
     a position inside its prompt a row takes the prompt's token, after it the likeliest."""
@@ -83,6 +84,7 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop):
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):
         for position in range(min(lengths), end):
             logits = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size]
+            logits[:, [gap for gap in gaps if gap < vocab_size]] = -torch.inf
             count = position - prompt_ends[rows]  # of new tokens so far; negative inside a prompt
             tokens = torch.where(count < 0, ids[rows, position], logits.argmax(-1))
             ids[rows, position] = tokens
@@ -157,7 +159,7 @@ def main(argv):
              f"the model has {model.cfg.vocab_size} tokens: is it the model's tokenizer?")
         decode, written = tok.decoder(), []
         for token in generate(model, ids, tok.vocab_size, args.max_new_tokens, args.temperature,
-                              args.top_k, tok.eos_id, generator):
+                              args.top_k, tok.eos_id, generator, tok.gaps):
             print(decode(token), end="", flush=True)
             written.append(token)
         if len(ids) + len(written) > trained and notes:  # once per chat

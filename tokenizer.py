@@ -3,6 +3,7 @@
 load(name) returns a tokenizer; the name is "gpt2", "bytes" or the path of a directory. It has
 
     name, vocab_size       equal names give equal ids; all are below vocab_size
+    gaps                   a list of the numbers below vocab_size that are no id
     eos_id, bos_ids        end-of-text; the ids that open a document
     folder                 its directory; None: the name is enough to load it
     chat_template          as text, or None; special_tokens: {"bos_token", "eos_token"} for it
@@ -67,6 +68,8 @@ class Tiktoken:
         self.encoding, self.name = encoding, encoding.name
         self.vocab_size, self.eos_id = encoding.n_vocab, encoding.eot_token
         self.bos_ids, self.decode = [self.eos_id], encoding.decode
+        ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+        self.gaps = [i for i in range(self.vocab_size) if i not in ids]
 
     def encode(self, text):
         text = without_surrogates(text)
@@ -125,7 +128,9 @@ class Json:
             own.no_truncation()
             own.no_padding()
         self.tokenizer.encode_special_tokens = True  # the names of special tokens are text
-        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=0) + 1  # also with gaps
+        ids = {*self.tokenizer.get_vocab().values()}
+        self.vocab_size = max(ids, default=0) + 1
+        self.gaps = [i for i in range(self.vocab_size) if i not in ids]
         self.config = read_json(self.config_file)
         self.special_tokens = {key: self._text(key) or "" for key in ("bos_token", "eos_token")}
         end = self.special_tokens["eos_token"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
+import torch
 
 import checkpoint
 import data
@@ -178,7 +179,25 @@ def test_ids_may_leave_gaps(tmp_path):
     tok = tokenizer.load(str(tmp_path))
     data.prepare(tmp_path / "d", tok, {"source": "test"}, [(lambda: ["a b"], ["train"])])
     assert open_split(tmp_path / "d", "train").read(0, 3).tolist() == [1, 2 ** 16 + 1, 0]
-    assert tok.vocab_size == 2 ** 16 + 2
+    assert tok.vocab_size == 2 ** 16 + 2 and tok.gaps == [*range(2, 2 ** 16 + 1)]
+
+
+def test_ids_in_gaps_are_never_drawn(tmp_path):
+    """tiktoken's larger encodings have gaps around end-of-text, which it does not decode."""
+    bytes_of = {bytes([i]): i for i in range(256)}
+    tok = tokenizer.Tiktoken(tiktoken.Encoding("gaps", pat_str=r"[\s\S]", mergeable_ranks=bytes_of,
+                                               special_tokens={"<|endoftext|>": 258, "<|x|>": 260}))
+    assert tok.gaps == [256, 257, 259] and tok.vocab_size == 261
+    assert tokenizer.load("bytes").gaps == []
+    for vocab_size in (261, 258):  # the model may have fewer rows
+        model = Llama(LlamaConfig(vocab_size, 8, 8, 1, 1, 1, tie_word_embeddings=True), seed=0)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[[3, 256, 257]] *= 100  # likely: 3 after 3
+        for options in ({"temperature": 0.0}, {"temperature": 9.0, "top_k": 3}):
+            drawn = sample.generate(model, [3], vocab_size, 40, gaps=tok.gaps, **options)
+            assert not {*drawn} & {*tok.gaps}
+        for answer in sample.greedy(model, [[3], [3, 256]], vocab_size, 40, 0, gaps=tok.gaps):
+            assert len(answer) == 40 and not {*answer} & {*tok.gaps}
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
