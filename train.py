@@ -104,8 +104,10 @@ def train(cfg):
 
 def join_processes(cfg):
     """Join torchrun's group if there is one; return (rank, number of processes, device)."""
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = (
+        config.number(name, config.to_number(os.environ.get(name, least)), int, least)
+        for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    need(rank < world, f"RANK {rank} is not below WORLD_SIZE {world}: unset both or use torchrun")
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and world == 1
     kind = cfg.device.replace("auto", "cuda" if gpus else ("mps" if mps else "cpu"))
     if cfg.shard and world == 1:

@@ -373,6 +373,15 @@ def test_a_part_of_torchruns_environment_is_one_line(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE is 2, for processes of torchrun: .* RANK exp"):
         run("--steps=1")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE must be a whole number from 1 to .*, got 0"):
+        run("--steps=1")
+    monkeypatch.delenv("WORLD_SIZE")
+    for rank, line in (("1", "RANK 1 is not below WORLD_SIZE 1: unset both or use torchrun$"),
+                       ("x", "RANK must be a whole number from 0 to .*, got 'x'")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=line):
+            run("--steps=1")
 
 
 def test_losses_of_other_tokens_are_not_compared_for_the_best(run, config):
