@@ -175,6 +175,9 @@ def check_run_folder(cfg, rank):
     if not steps:
         need(not list(Path(cfg.out).glob("model.safetensors*")), f"{cfg.out} holds a model, whose "
              "config.json the run would replace: choose another --out=...")
+        for path in Path(cfg.out, "_").resolve().parents:  # out itself and the folders around it
+            need(path not in checkpoint.steps_of(path.parent), f"{cfg.out} lies in {path}, which "
+                 "its own run may remove (see --keep): choose another --out=...")
         if cfg.resume and rank == 0:
             print(f"no checkpoint in {cfg.out} yet: starting at step 0")
         return None, 0

@@ -341,7 +341,7 @@ def test_a_float8_base_may_hold_the_run_and_files_that_change(run, tmp_path):
     with pytest.raises(UserError, match=f"init_from a Hugging Face directory, got '{first}'"):
         run(*FLOAT8_BASE, *words, f"--init_from={first}")  # its config.json is that of a run
 
-    base = first / "step-00000001" / "base"
+    base = shutil.copytree(first / "step-00000001" / "base", tmp_path / "base")
     (base / "README.md").write_text("one")
     out = run(*FLOAT8_BASE, *words, f"--init_from={base}", f"--out={base / 'run'}")
     (base / "README.md").write_text("two")

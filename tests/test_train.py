@@ -413,6 +413,19 @@ def test_a_run_does_not_write_into_a_model(run):
     assert {path.name: path.read_bytes() for path in base.iterdir()} == files
 
 
+def test_a_run_does_not_lie_in_the_checkpoint_of_another(run, monkeypatch):
+    """The other run removes its older checkpoints, with all that they hold."""
+    step = run("--steps=1", "--method=full") / "step-00000001"
+    files = sorted(step.rglob("*"))
+    for out in (step, step / "a" / "b"):
+        with pytest.raises(UserError, match=f"^{out} lies in {step}, which its own run may remove"):
+            run(f"--out={out}")
+    monkeypatch.chdir(step)
+    with pytest.raises(UserError, match=f"^inner lies in {step}, which its own run may remove"):
+        run("--out=inner")
+    assert not [path for path in step.rglob("*") if path not in files and path.is_file()]
+
+
 def test_a_folder_in_use_is_refused(run, config):
     """The lock names the process that holds it; a lock file that a dead process left is free."""
     out = config.parent / "run"
