@@ -188,6 +188,9 @@ def check_run_folder(cfg, rank):
         checkpoint.verify(newest)
     state = checkpoint.read_state(newest)
     before, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
+    with contextlib.suppress(OSError):  # one folder has many names; "" is none
+        if os.path.samefile(before["init_from"], now["init_from"]):
+            now["init_from"] = before["init_from"]
     fixed = {*FIXED, *cfg.model(), *cfg.adapter(), *(["eval_tokens"] if cfg.keep_best else [])}
     changes = {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(now)
                if now[key] != before[key] and key not in ("out", "resume")}

@@ -404,6 +404,18 @@ def test_a_resumed_run_takes_the_same_tokens_from_any_folder(run, corpus, tmp_pa
         run("--steps=4", "--resume", f"--data={tmp_path / 'other'}")
 
 
+def test_a_resumed_run_takes_the_same_model_by_any_name(run, tmp_path, monkeypatch):
+    step = run("--steps=1", "--method=full", f"--out={tmp_path / 'base'}") / "step-00000001"
+    other = shutil.copytree(step, tmp_path / "other")
+    words = ["--resume", f"--out={tmp_path / 'tuned'}"]
+    run(*words, "--steps=1", f"--init_from={step}")
+    monkeypatch.chdir(tmp_path)
+    out = run(*words, "--steps=2", "--init_from=base/../base/step-00000001")
+    assert checkpoint.steps_of(out)[-1].name == "step-00000002"
+    with pytest.raises(UserError, match=f"another experiment: init_from was '.*', now '{other}'$"):
+        run(*words, "--steps=3", f"--init_from={other}")
+
+
 def test_a_run_does_not_write_into_a_model(run):
     """Its config.json would replace the model's, and later commands would load the run instead."""
     base = run("--steps=1", "--method=full") / "step-00000001" / "base"
