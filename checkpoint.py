@@ -346,7 +346,9 @@ def load(path, base=None, best=False):
         need(not base, f"{path} is no adapter folder, so it takes no base, got {base}")
         if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
             return *read_hugging_face(path), path
-        need(path.exists(), f"{path} does not exist")
+        is_name = len(path.parts) == 2 and not path.parent.exists()  # of a model on the hub
+        advice = f"; if it is on the hub, first `hf download {path} --local-dir DIR`"
+        need(path.exists(), f"{path} does not exist{advice if is_name else ''}")
         need(folder.is_dir() or (path / "state.json").exists(), f"{path} holds no checkpoint: "
              "expected step-00000000/, base/, adapter_config.json, or config.json and "
              "model.safetensors")

@@ -621,7 +621,11 @@ ADAPTERS = [
     (lora() | {"out": "x"}, MERGE, "out exists and is not empty", 2),
     (lora() | {"o": "x"}, "a o/out", "o/out cannot be written", 2),
     (lora(), "", "the following arguments are required: checkpoint", 2),
-    (lora(), "b out", "b does not exist", 2),
+    (lora(), "b out", "error: b does not exist\n", 2),
+    (lora(), "a/b out", "error: a/b does not exist\n", 2),
+    (lora(), "b/c/d out", "error: b/c/d does not exist\n", 2),
+    (lora(), "some/Model-1.5B out", "some/Model-1.5B does not exist; if it is on the hub, first "
+     "`hf download some/Model-1.5B --local-dir DIR`\n", 2),
     ({"a/x": "x"}, MERGE, "a holds no checkpoint", 2),
     (lora(), "base out", "base holds no adapters: there is nothing to merge", 2),
     (lora(), "base out --base=base", "base is no adapter folder", 2),
