@@ -95,6 +95,11 @@ def rope_config(config, where):
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     need(isinstance(new, dict) and isinstance(old, dict), f"{where}: rope_parameters and "
          f"rope_scaling must be JSON objects, got {new!r} and {old!r}")
+    if new and old:  # read each one alone; rope_theta may stand in new for both
+        config = {"rope_theta": new.get("rope_theta", LlamaConfig.rope_theta)} | config
+        one, two = (rope_config(config | {key: None}, where)
+                    for key in ("rope_scaling", "rope_parameters"))
+        need(one == two, f"{where}: rope_parameters {new} and rope_scaling {old} differ: drop one")
     rope = {"rope_theta": config.get("rope_theta", LlamaConfig.rope_theta)} | (new or old)
     theta = number(f"{where}: rope_theta", rope["rope_theta"], float, TINY)
     rope_type = rope.get("rope_type", rope.get("type", "default"))

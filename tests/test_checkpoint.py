@@ -258,6 +258,8 @@ def test_two_merges_into_one_target_do_not_mix(copy, tmp_path, monkeypatch):
 # ------------------------------------------------------------
 # config.json and the index of any directory
 
+ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 64}
 WRONG = [
     ({"attention_bias": True}, "attention_bias True is not implemented"),
     ({"mlp_bias": True}, "mlp_bias True is not implemented"),
@@ -272,6 +274,12 @@ WRONG = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
                        "high_freq_factor": 4, "original_max_position_embeddings": 64}},
      "low_freq_factor 4 is not below"),
+    *[(dict(zip(("rope_parameters", "rope_scaling"), pair, strict=True)) | more,
+       "rope_parameters .* and rope_scaling .* differ: drop one$") for pair, more in (
+        (({"rope_type": "default"}, ROPE), {}), ((ROPE, {"type": "default"}), {}),
+        ((ROPE, ROPE | {"factor": 4}), {}), ((ROPE | {"rope_theta": 5e5}, ROPE), {}),
+        ((ROPE, ROPE | {"rope_theta": 5e5}), {}))],
+    ({"rope_scaling": {"rope_type": "linear"}, "rope_parameters": ROPE}, "rope_type 'linear' is"),
     ({"rope_theta": 0}, "rope_theta must be a number from 1e-30 to .*, got 0"),
     ({"rope_theta": "1e4"}, "rope_theta must be a number from 1e-30 to .*, got '1e4'"),
     ({"rope_theta": float("nan")}, "rope_theta must be a number from 1e-30 to .*, got nan"),
@@ -314,6 +322,17 @@ def test_wrong_values_in_config_json_are_named(directory, change, line):
     with pytest.raises(UserError, match=line) as caught:
         checkpoint.load(directory)
     assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("new, old", [
+    (ROPE, ROPE), (ROPE | {"factor": 8.0, "rope_theta": 5e5}, ROPE),
+    ({"rope_type": "default", "rope_theta": 5e5}, {"type": "default"})])
+def test_rope_may_stand_in_both_places_if_they_agree(new, old):
+    keys = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "vocab_size": 257,
+            "num_hidden_layers": 1, "num_attention_heads": 2}
+    alone, both = (checkpoint.llama_config(keys | {"rope_parameters": new} | more, "here")
+                   for more in ({}, {"rope_scaling": old}))
+    assert alone == both and alone.rope_theta == new.get("rope_theta", 10000)
 
 
 def test_null_in_config_json_is_the_default(directory):
