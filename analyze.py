@@ -107,6 +107,10 @@ def read_log(run, x="step"):
     "step", "tokens" (of samples: steps times the mean) or "seconds" (of training alone)."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     records = read_records(path)
+    for number, record in enumerate(records, 1):
+        losses = [record[key] for key in ("loss", "val_loss") if key in record]
+        need(not losses or all(type(n) in (int, float) for n in [record.get("step"), *losses]),
+             f"{path}, line {number}: a loss and its step must be numbers, got {record!s:.80}")
     lines = {key: {r["step"]: r for r in records if key in r} for key in ("loss", "val_loss")}
     logged = sorted(lines["loss"])
     need(logged, f"{path} has no training loss yet: a run writes one per log_every steps")

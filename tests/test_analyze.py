@@ -149,6 +149,18 @@ def test_a_damaged_line_elsewhere_is_an_error_with_its_number(log, damage):
         analyze.read_log(log)
 
 
+@pytest.mark.parametrize("record", [
+    {"loss": 3.0, "epoch": 1}, {"val_loss": 3.0, "step": None}, {"loss": 3.0, "step": "60"},
+    {"loss": "3.0", "step": 60}, {"loss": 3.0, "val_loss": [3.0], "step": 60}])
+def test_a_line_of_another_programs_log_is_an_error_with_its_number(log, record):
+    write_log(log, {"step": 20, "loss": 4.0}, {"epoch": 1}, {"step": 40, "loss": float("nan")})
+    assert [step for step, _ in analyze.read_log(log)["loss"]] == [20, 40]
+    write_log(log, {"step": 20, "loss": 4.0}, {"epoch": 1}, record, {"step": 40, "loss": 3.0})
+    with pytest.raises(UserError, match=r"log\.jsonl, line 3: a loss and its step must be numbers, "
+                                        "got {'"):
+        analyze.read_log(log)
+
+
 def test_a_log_that_lacks_what_an_axis_needs_is_an_error(tmp_path):
     path = tmp_path / "log.jsonl"
     with pytest.raises(FileNotFoundError, match="log.jsonl"):
