@@ -301,12 +301,13 @@ class Log:
             return
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        config.write_json(out / "config.json", head["config"])
         file = out / "log.jsonl"
         if head["start"] and file.exists():  # a full disk leaves half a line: cut it off
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
         self.file = open(file, "a" if head["start"] else "w", buffering=1)
-        self.file.write(json.dumps(head) + "\n")
+        with as_user_error(f"{out} cannot be written; free some space", OSError):
+            config.write_json(out / "config.json", head["config"])
+            self.file.write(json.dumps(head) + "\n")
         changed = [f"{name}={getattr(cfg, name)}" for name, field in config.FIELDS.items()
                    if getattr(cfg, name) != field.default]
         print(f"{cfg.out}: {', '.join(changed)}")
@@ -321,7 +322,8 @@ class Log:
     def __call__(self, step, line, **values):
         if self.is_open:
             print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            with as_user_error(f"{self.file.name} cannot be written; free some space", OSError):
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
             for key, value in values.items():
                 self.send(key, value, step)
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -304,6 +305,23 @@ def test_a_full_disk_is_one_line_and_the_same_command_works_later(
     file_size_limit(10 ** 9)
     assert command(data.main, words) == (0, "")
     assert shards.read_manifest(tmp_path / "data" / "n")["splits"]["train"]["tokens"] == 500_001
+
+
+def test_a_full_disk_under_a_log_names_it_and_the_run_continues_later(
+        run, file_size_limit, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # pytest's is a file, too
+    log = run("--steps=3", "--save_every=2") / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    shutil.rmtree(log.parent)
+    for size, name in ((1000, "run"),  # not even config.json fits
+                       (sum(map(len, lines[:3])) - 50, "run/log.jsonl")):
+        file_size_limit(size)
+        line = f"/{name} cannot be written; free some space.*: .Errno 27. File too large"
+        with pytest.raises(UserError, match=line):
+            run("--steps=3")
+        file_size_limit(10 ** 9)
+    run("--steps=3", "--resume")
+    assert len(log.read_bytes().splitlines()) == len(lines)
 
 
 def test_a_closed_pipe_ends_without_a_traceback(command, monkeypatch):
