@@ -150,9 +150,11 @@ def file_sources(paths):
 
 
 def check_files(args, *endings):
-    """Raise UserError for a file with another ending, and for no file."""
+    """Raise UserError for a file with another ending or named twice, and for no file."""
+    places = [str(path.resolve()) for path in args.files + args.val]
     for path in args.files + args.val:
         need(path.name.endswith(endings), f"{path}: files may end in {', '.join(endings)}")
+        need(places.count(str(path.resolve())) == 1, f"{path} is named twice: name each file once")
     need(args.files or args.val, "name at least one file: "
          f"python data.py {args.command} NAME FILES... [--val FILES...]")
 

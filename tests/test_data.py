@@ -121,12 +121,22 @@ def test_one_changed_letter_in_the_middle_of_a_file_is_another_corpus(files):
         data.main(["text", "one", "a.jsonl", "--tokenizer=bytes"])
 
 
-def test_a_file_both_of_training_and_of_validation_is_noted(files, capsys):
+def test_a_copy_both_of_training_and_of_validation_is_noted(files, capsys):
     (files / "copy.jsonl").write_bytes((files / "a.jsonl").read_bytes())
-    for name, val in (("one", "a.jsonl"), ("two", "copy.jsonl"), ("three", "d.txt")):
+    for name, val in (("two", "copy.jsonl"), ("three", "c.parquet")):
         data.main(["text", name, "a.jsonl", "--val", "d.txt", val, "--tokenizer=bytes"])
         noted = "note: a file of --val is a training file too" in capsys.readouterr().out
         assert noted == (name != "three")
+
+
+def test_a_file_that_is_named_twice_is_refused(files):
+    """It would count twice, or as new text in validation."""
+    (files / "link.jsonl").symlink_to(files / "a.jsonl")
+    for words in ("text k a.jsonl a.jsonl", f"text k d.txt {files}/a.jsonl ./a.jsonl",
+                  "text k a.jsonl link.jsonl", "text k a.jsonl --val d.txt a.jsonl",
+                  "text k d.txt --val a.jsonl --val=./a.jsonl", "sft k a.jsonl --val a.jsonl"):
+        with pytest.raises(UserError, match="(a|link).jsonl is named twice: name each file once$"):
+            data.main([*words.split(), "--tokenizer=bytes"])
 
 
 def test_a_fingerprint_is_of_the_tokens(files):

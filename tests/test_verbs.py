@@ -1,6 +1,7 @@
 """The command lines of evaluate, sample, merge and bench."""
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -129,7 +130,8 @@ def test_answers_are_kept_with_their_questions_and_references(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i} + 1 = ", "response": f"é{i + 1}"} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data.main(["sft", "sums", "sums.jsonl", "--val", "sums.jsonl", "--tokenizer=bytes"])
+    shutil.copy("sums.jsonl", "same.jsonl")
+    data.main(["sft", "sums", "sums.jsonl", "--val", "same.jsonl", "--tokenizer=bytes"])
     write_model(tmp_path / "model", tokenizer.load("bytes"))
     evaluate.main(["model", "data/sums", "--answers", "--out=answers.jsonl", "--limit=7"])
     records = [json.loads(line) for line in open("answers.jsonl", encoding="utf-8")]
