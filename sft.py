@@ -35,7 +35,7 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 ROW_FORMATS = {  # name: (key of the prompt, key of the response, template of the prompt)
     # chats, [{"role", "content"}], in the tokenizer's own chat template or, without one, in Tulu's
     "messages": ("messages", "messages", "<|role|>\ncontent\n"),
-    "alpaca": ("instruction", "output", ALPACA),  # ALPACA_INPUT for a row with an input
+    "alpaca": ("instruction", "output", ALPACA),  # ALPACA_INPUT with an input; system: encode_row
     "question": ("question", "answer", ALPACA),   # GSM8K
     "query": ("query", "response", ALPACA),       # MetaMath
     "prompt": ("prompt", "response", "{instruction}"),
@@ -83,8 +83,9 @@ def usable(row, format_name):
             return LeftOut("missing", f"no message has the role 'assistant', got {messages!r:.80}")
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
-    more = ["input"] if format_name == "alpaca" and row.get("input") is not None else []
-    return left_out(row, [*ROW_FORMATS[format_name][:2], *more]) or row
+    more = ("input", "system") if format_name == "alpaca" else ()
+    given = [key for key in more if row.get(key) is not None]
+    return left_out(row, [*ROW_FORMATS[format_name][:2], *given]) or row
 
 
 def prepare(folder, tokenizer_name, request, stages, format_name, seq_len=0, too_long="drop"):
@@ -142,6 +143,8 @@ def encode_row(tok, row, format_name):
         task_input = row.get("input") if format_name == "alpaca" else None
         template = ALPACA_INPUT if task_input else template
         prompt = template.format(instruction=row[prompt_key], input=task_input)
+        if format_name == "alpaca" and row.get("system"):
+            prompt = row["system"] + prompt[prompt.index("\n\n"):]
         turns = [(prompt, False), (row[response_key], True)]
     encode_turn = tok.encode_template if by_template else tok.encode_part
     words = [] if by_template else list(tok.bos_ids)

@@ -81,17 +81,25 @@ def write_rows(path, rows):
     ({"instruction": "Add {x}", "input": "", "output": "5"}, ALPACA.format("Add {x}"), "5"),
     ({"instruction": "Add", "output": "5"}, ALPACA.format("Add"), "5"),
     ({"instruction": "Add", "input": "2, 3", "output": ""}, ALPACA_INPUT.format("Add", "2, 3"), ""),
+    ({"instruction": "Add", "output": "5", "system": "Be {b}.\n\nOr"},
+     "Be {b}.\n\nOr\n\n### Instruction:\nAdd\n\n### Response:", "5"),
+    ({"instruction": "A\n\nB", "input": "2, 3", "output": "5", "system": "Be brief."},
+     "Be brief.\n\n### Instruction:\nA\n\nB\n\n### Input:\n2, 3\n\n### Response:", "5"),
+    ({"instruction": "Add", "output": "5", "system": ""}, ALPACA.format("Add"), "5"),
+    ({"query": "Why?", "response": "So.", "system": "not of this format"},
+     ALPACA.format("Why?"), "So."),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_every_format_has_its_text_and_only_the_response_is_learned(row, prompt, response):
     assert halves(BYTES, row) == ("¶" + prompt, response + "¶")
 
 
-def test_an_input_of_null_is_none():
-    row = {"instruction": "Add", "input": None, "output": "5"}
+def test_an_input_or_a_system_message_of_null_is_none():
+    row = {"instruction": "Add", "input": None, "output": "5", "system": None}
     assert sft.usable(row, "alpaca") is row
     assert halves(BYTES, row) == ("¶" + ALPACA.format("Add"), "5¶")
-    bad = sft.usable(row | {"input": 5}, "alpaca")
-    assert isinstance(bad, sft.LeftOut) and bad.reason == "bad"
+    for key in ("input", "system"):
+        bad = sft.usable(row | {key: 5}, "alpaca")
+        assert isinstance(bad, sft.LeftOut) and bad.reason == "bad" and key in bad.message
 
 
 def test_a_chat_without_a_template_is_tulus():
