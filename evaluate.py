@@ -11,6 +11,7 @@ or, where each reference names a number after ####, whether the numbers are equa
 import json
 import math
 import re
+import sys
 from decimal import Decimal
 from statistics import fmean
 
@@ -131,6 +132,9 @@ def main(argv):
         trained = model.trained_seq_len or model.cfg.max_position_embeddings
         window = int(tokens.lengths.max()) if is_samples else trained
         seq_len = min(args.seq_len or window, len(tokens))
+        if seq_len > trained:
+            print(f"note: windows of {seq_len} tokens, training had {trained}: scores beyond that "
+                  "length are not comparable", file=sys.stderr)
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))

@@ -387,6 +387,19 @@ def test_evaluate_does_what_its_options_say(run, corpus, pairs, capsys):
     assert tokens == open_split(pairs, "val").learned.sum()
 
 
+def test_windows_longer_than_those_of_training_are_noted(run, corpus, pairs, capsys):
+    out = run("--steps=2", "--method=full")
+    for path in (out, checkpoint.steps_of(out)[-1] / "base"):
+        for words, seq_len in (([str(corpus)], 0), ([str(corpus), "--seq_len=16"], 0),
+                               ([str(corpus), "--seq_len=17"], 17),
+                               ([str(pairs)], open_split(pairs, "val").lengths.max())):
+            capsys.readouterr()
+            evaluate.main([str(path), *words])
+            assert capsys.readouterr().err == (
+                f"note: windows of {seq_len} tokens, training had 16: scores beyond that length "
+                "are not comparable\n" if seq_len else "")
+
+
 def test_answers_need_samples(run, corpus):
     out = run("--steps=2", "--warmup=1")
     with pytest.raises(UserError, match="--limit and --max_new_tokens are of answers"):
