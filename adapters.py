@@ -44,8 +44,9 @@ CHECKS = {key: check for keys, *check in (
     ("base_model_name_or_path", TEXT, "text"),
     ("bias", '"none"'),
     ("init_lora_weights", 'true|false|"gaussian"|"eva"|"orthogonal"'),  # others change the base
-    # not read: the tensors name the layers, and the others do not change the trained function
-    ("target_modules exclude_modules layers_pattern layers_to_transform task_type inference_mode "
+    ("target_modules", rf"{TEXT}|\[({TEXT}(, )?)*\]", "text or a list of texts"),
+    # not read: they do not change the trained function
+    ("exclude_modules layers_pattern layers_to_transform task_type inference_mode "
      "lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size loftq_config "
      "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config", ".*"),
 ) for key in keys.split()}
@@ -201,6 +202,13 @@ def load(model, folder, freeze=True, exclude=()):
     for name in layers:
         need(name in linears and name not in exclude, f"{folder} adapts {name}, which is no linear "
              "layer of the base model's blocks: is it of another base model?")
+    texts = config.get("target_modules") or ()
+    form = texts if isinstance(texts, str) else LAST_PARTS.format("|".join(map(re.escape, texts)))
+    if config.get("layers_to_transform") is None and not config.get("exclude_modules"):
+        with as_user_error(f"{folder}: target_modules", re.error, OverflowError, RecursionError):
+            missing = [n for n in linears if n not in layers and re.fullmatch(form, n)]
+        need(not missing, f"{folder} lacks {len(missing)} of the layers that its target_modules "
+             f"names ({', '.join(missing[:1])}): is it whole, and of this base model?")
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, {name: linears[name] for name in layers})
     if freeze:

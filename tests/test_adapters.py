@@ -1,4 +1,5 @@
 """Adapter folders, compared with peft for LoRA and DoRA."""
+import contextlib
 import copy
 import json
 import re
@@ -185,6 +186,8 @@ PEFT_OPTIONS = (
     dict(target_modules=r".*\.1\..*(k|gate)_proj", use_rslora=True, init_lora_weights="gaussian"),
     dict(target_modules=["v_proj", "o_proj"], rank_pattern={"v_proj": 2, "layers.1.*o_proj": 6},
          alpha_pattern={"1.self_attn.v_proj": 3}),
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=0),
+    dict(target_modules=["q_proj", "up_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"]),
 )
 
 
@@ -249,6 +252,29 @@ def test_a_tensor_that_does_not_fit_is_refused_by_its_name(of_peft, tmp_path, sh
     changed = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(load_file(file) | changed, file)
     with pytest.raises(UserError, match=message):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({}, "lacks 3 of the layers that its target_modules names .model.layers.0.self_attn.k_proj."),
+    ({"target_modules": ["q_proj"]}, "lacks 1 of .*model.layers.1.self_attn.q_proj.: is it whole"),
+    ({"target_modules": ["self_attn.q_proj", "x"]}, "lacks 1 of .*model.layers.1.self_attn.q_proj"),
+    ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}, "lacks 1 of the layers"),
+    ({"target_modules": ".*q_proj"}, "lacks 1 of .*model.layers.1.self_attn.q_proj"),
+    ({"target_modules": ["layers.0.self_attn.q_proj", "k.proj"]}, None),  # a dot is no pattern
+    ({"target_modules": r".*0\..*q_proj"}, None), ({"target_modules": None}, None),
+    ({"layers_to_transform": 0}, None), ({"layers_to_transform": [0]}, None),
+    ({"exclude_modules": "x"}, None),
+    ({"target_modules": "("}, r"target_modules: missing \), unterminated subpattern"),
+    ({"target_modules": ["q_proj", 5]}, "must be text or a list of texts, got .*5")])
+def test_an_adapter_that_lacks_layers_of_its_targets_is_refused(of_peft, tmp_path, changes, line):
+    """The file has q_proj of the first of two layers. Keys that restrict layers are not read."""
+    shutil.copytree(of_peft, tmp_path, dirs_exist_ok=True)
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({name: t for name, t in load_file(file).items() if ".layers.0." in name}, file)
+    own = json.loads(config.read_text()) | {"target_modules": ["k_proj", "q_proj"]}
+    config.write_text(json.dumps(own | changes))
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
         checkpoint.load(tmp_path)
 
 
