@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -262,15 +263,19 @@ def agree(numbers, stop_requested, world, done, cfg):
 
 
 def stop_on_signal():
-    """Return a list that Ctrl-C or SIGTERM fills: the loop saves and stops. A second one kills."""
+    """Return a list that Ctrl-C, SIGTERM or SIGHUP fills: the loop saves and stops. A second one
+    kills, but of SIGHUP: the shell and the kernel both send it when a terminal closes."""
     received = []
 
     def handle(number, _):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+        if number == signal.SIGHUP and not os.path.isfile(1):  # a print would raise
+            sys.stdout = open(os.devnull, "w")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, handle)
     return received
 
 

@@ -93,7 +93,8 @@ def config(corpus, tmp_path):
 def run(config):
     """run("--key=value", ...) trains in this process and returns the run's folder."""
     import train
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {name: signal.getsignal(name) for name in names}
 
     def start(*overrides):
         train.main([str(config), *overrides])

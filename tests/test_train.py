@@ -77,15 +77,50 @@ def test_resume_is_bitwise_identical(run, method):
         assert resumed == {step: before[step] for step in resumed} and 20 in resumed
 
 
-def test_ctrl_c_saves_before_it_stops(group, config):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGHUP, signal.SIGHUP]])
+def test_a_signal_saves_before_it_stops(group, config, signals):
+    """Ctrl-C, and a terminal that closes: the shell and the kernel both send SIGHUP."""
     process, = group(1, "--steps=100000", "--save_every=100000")
     wait_for(process, lambda: " 1/100000" in process.output.read_text())
-    os.kill(process.pid, signal.SIGINT)
+    for number in signals:
+        os.kill(process.pid, number)
     codes, outputs = finish([process])
     newest = checkpoint.steps_of(config.parent / "run")[-1]
     step = int(newest.name.removeprefix("step-"))
     assert codes == [130] and f"stopped and saved at step {step}" in outputs[0]
     assert json.loads((newest / "state.json").read_text())["step"] == step
+
+
+def test_a_terminal_that_is_gone_takes_no_checkpoint_with_it(run, config, monkeypatch):
+    """Prints raise then, and the run prints before it saves."""
+    def step_and_hang_up(*arguments):
+        if next(count) == 4:
+            os.close(terminal)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return take_step(*arguments)
+
+    take_step, count, stdout = train.optimizer_step, itertools.count(1), os.dup(1)
+    monkeypatch.setattr(train, "optimizer_step", step_and_hang_up)
+    terminal, end = os.openpty()
+    os.dup2(end, 1)
+    try:
+        monkeypatch.setattr(sys, "stdout", open(end, "w"))
+        with pytest.raises(SystemExit, match="130"):
+            run("--steps=10")
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert [step.name for step in checkpoint.steps_of(config.parent / "run")] == ["step-00000004"]
+
+
+def test_nohup_keeps_a_run_going(run):
+    """The fixture restores the handlers of the other signals."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train.stop_on_signal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------
