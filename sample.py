@@ -41,11 +41,11 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
     """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache. Ids from
     vocab_size on and those of gaps are never drawn. temperature 0: the likeliest. top_k: draw among
     so many, 0: all. stop: the token that ends the text, not yielded. generator: on the CPU."""
-    cache = model.new_cache()
+    cache, gaps = model.new_cache(), [gap for gap in gaps if gap < vocab_size]
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()
-        logits[[gap for gap in gaps if gap < len(logits)]] = -torch.inf
+        logits[gaps] = -torch.inf
         likeliest = logits.topk(min(top_k or len(logits), len(logits)))
         token = likeliest.indices[0]
         if temperature:
@@ -79,12 +79,13 @@ def greedy_batch(model, prompts, vocab_size, max_new_tokens, stop, gaps):
     prompt_ends = torch.tensor(lengths, device=ids.device)
     rows = torch.arange(len(ids), device=ids.device)  # the rows of ids still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
+    gaps = ids.new_tensor([gap for gap in gaps if gap < vocab_size])  # its copy to a GPU: once
     cache, inputs = model.new_cache(), ids[:, :min(lengths)]
     # eager, because compiled blocks would be compiled again for each length of the cache
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(GROWING):
         for position in range(min(lengths), end):
             logits = model.logits(model.hidden(inputs, cache)[:, -1])[:, :vocab_size]
-            logits[:, [gap for gap in gaps if gap < vocab_size]] = -torch.inf
+            logits[:, gaps] = -torch.inf
             count = position - prompt_ends[rows]  # of new tokens so far; negative inside a prompt
             tokens = torch.where(count < 0, ids[rows, position], logits.argmax(-1))
             ids[rows, position] = tokens

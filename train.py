@@ -273,9 +273,9 @@ def stop_on_signal():
         if number == signal.SIGHUP and not os.path.isfile(1):  # a print would raise
             sys.stdout = open(os.devnull, "w")
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, handle)
+    is_under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM, *([] if is_under_nohup else [signal.SIGHUP])):
+        signal.signal(number, handle)
     return received
 
 
