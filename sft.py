@@ -85,6 +85,10 @@ def usable(row, format_name):
                                          f"'content': text}}, got {messages!r:.80}")
     more = ("input", "system") if format_name == "alpaca" else ()
     given = [key for key in more if row.get(key) is not None]
+    for key in ("system", "history"):  # they change what the response answers
+        if row.get(key) and key not in given:
+            return LeftOut("bad", f"key {key!r} has no place in the format {format_name!r}, got "
+                           f"{row[key]!r:.80}: write the row as messages")
     return left_out(row, [*ROW_FORMATS[format_name][:2], *given]) or row
 
 

@@ -86,7 +86,7 @@ def write_rows(path, rows):
     ({"instruction": "A\n\nB", "input": "2, 3", "output": "5", "system": "Be brief."},
      "Be brief.\n\n### Instruction:\nA\n\nB\n\n### Input:\n2, 3\n\n### Response:", "5"),
     ({"instruction": "Add", "output": "5", "system": ""}, ALPACA.format("Add"), "5"),
-    ({"query": "Why?", "response": "So.", "system": "not of this format"},
+    ({"query": "Why?", "response": "So.", "system": "", "history": []},
      ALPACA.format("Why?"), "So."),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_every_format_has_its_text_and_only_the_response_is_learned(row, prompt, response):
@@ -100,6 +100,15 @@ def test_an_input_or_a_system_message_of_null_is_none():
     for key in ("input", "system"):
         bad = sft.usable(row | {key: 5}, "alpaca")
         assert isinstance(bad, sft.LeftOut) and bad.reason == "bad" and key in bad.message
+
+
+@pytest.mark.parametrize("row, key", [
+    ({"query": "Why?", "response": "So."}, "system"), ({"prompt": "1", "response": "2"}, "history"),
+    ({"instruction": "Add", "output": "5", "system": "Be brief."}, "history")])
+def test_a_system_message_or_a_history_that_the_format_cannot_hold_makes_a_row_bad(row, key):
+    bad = sft.usable(row | {key: "Be kind."}, sft.row_format([row], "here"))
+    assert isinstance(bad, sft.LeftOut) and bad.reason == "bad"
+    assert repr(key) in bad.message and "messages" in bad.message
 
 
 def test_a_chat_without_a_template_is_tulus():
