@@ -16,6 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "results")]
 os.environ["OMP_NUM_THREADS"] = "1"  # of torch, here and in the processes that tests start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, which runs inherit
 
 TINY = """
 seq_len, batch_size, micro_batch = 16, 8, 4
