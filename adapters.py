@@ -208,7 +208,7 @@ def load(model, folder, freeze=True, exclude=()):
         with as_user_error(f"{folder}: target_modules", re.error, OverflowError, RecursionError):
             missing = [n for n in linears if n not in layers and re.fullmatch(form, n)]
         need(not missing, f"{folder} lacks {len(missing)} of the layers that its target_modules "
-             f"names ({', '.join(missing[:1])}): is it whole, and of this base model?")
+             f"names ({', '.join(missing[:2])}): is it whole, and of this base model?")
     with as_user_error(folder, ValueError):
         mora.refuse_unfit(model, {name: linears[name] for name in layers})
     if freeze:

@@ -78,5 +78,3 @@ RECORDS = {name: record for name, record in rates.read(FOLDER / "sweep.jsonl").i
 for tier in TIERS:
     RUNS |= rates.runs(tier, RECORDS, score, make)
 RUNS |= rates.half_way(REFINED, RECORDS, score, make)
-# these groups are no longer in the code (README.md): no more runs of them
-RUNS = {name: run for name, run in RUNS.items() if "_gradient_" not in name}

@@ -78,5 +78,3 @@ ABOVE = above(RECORDS)
 RUNS |= rates.runs(ADAMW | MUON, RECORDS, score, make) | at_known_rates(ABOVE)
 RUNS |= rates.runs(GROUPED, RECORDS, score, make) | at_known_rates(BASES)
 RUNS |= rates.half_way(ADAMW, RECORDS, score, make)
-# these groups are no longer in the code (README.md): no more runs of them
-RUNS = {name: run for name, run in RUNS.items() if "_gradient_" not in name}

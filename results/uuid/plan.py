@@ -83,5 +83,3 @@ RUNS = {rates.name_of(group, rates.SEED, lr): make(group, lr, rates.SEED)
         for group, lr in CONSTANT.items()}
 RUNS |= rates.runs(FALLING, RECORDS, score, make)
 RUNS |= rates.half_way(REFINED, RECORDS, score, make)
-# these groups are no longer in the code (README.md): no more runs of them
-RUNS = {name: run for name, run in RUNS.items() if "_gradient_" not in name}
