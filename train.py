@@ -263,8 +263,8 @@ def agree(numbers, stop_requested, world, done, cfg):
 
 
 def stop_on_signal():
-    """Return a list that Ctrl-C, SIGTERM or SIGHUP fills: the loop saves and stops. A second one
-    kills, but of SIGHUP: the shell and the kernel both send it when a terminal closes."""
+    """Return a list that Ctrl-C, SIGTERM or SIGHUP fills: the loop saves and stops. A second Ctrl-C
+    or SIGTERM kills. A second SIGHUP does nothing: a terminal that closes may send two."""
     received = []
 
     def handle(number, _):
