@@ -4,12 +4,14 @@ from statistics import mean, mode
 from matplotlib import pyplot
 
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
+COLORS = 10  # of matplotlib's cycle, which then begins anew: later lines are dashed
 
 
 def draw_line(axis, places, losses, color, label):
     """Draw the mean over seeds and a band from the lowest to the highest; losses: by seed."""
     columns = list(zip(*losses, strict=True))
-    axis.plot(places, [mean(column) for column in columns], ".-", color=f"C{color}", label=label,
+    style = ".-" if color < COLORS else ".--"
+    axis.plot(places, [mean(column) for column in columns], style, color=f"C{color}", label=label,
               linewidth=1.2)
     axis.fill_between(places, [min(column) for column in columns],
                       [max(column) for column in columns], color=f"C{color}", alpha=0.2)
