@@ -22,6 +22,7 @@ FROM = 500  # step; earlier losses would leave no room for the differences of la
 LABELS = {"full": "full rank", "best": "pair of MoRA and LoRA", "lora": "LoRA",
           "mora_share": "MoRA, share", "remora_alternate": "ReMoRA, alternate"}
 BENCH_CARD = "NVIDIA H200"  # of bench.json, see bench.txt
+SOLID, DASHED, DOTTED = ".-", ".--", ".:"  # the short runs' rates, other rates, the older logs
 OLDER = {("full", "muon"): "full_fp8", ("mora_share", "muon"): "mora_fp8"}  # their logs
 
 
@@ -63,10 +64,21 @@ def read_runs():
     return runs
 
 
+def look(label):
+    """Return (the method's color, the line of its rates) of a label of read_runs."""
+    for color, method in enumerate(LABELS.values()):
+        if label.startswith(method):
+            rates = label.removeprefix(method)
+            break
+    line = DOTTED if rates.startswith(", older") else DASHED if rates else SOLID
+    return f"C{color}", line
+
+
 def main():
     runs = read_runs()
     labels = {label: label for label, _ in runs}
-    draw_curves(FOLDER / "curves.png", runs, labels, "r = 128, FP8")
+    draw_curves(FOLDER / "curves.png", runs, labels, "r = 128, FP8",
+                {label: look(label) for label in labels})
     spectra = {f"{label}, {OPTIMIZERS[optimizer]}": seeds[0]["spectra"]
                for (label, optimizer), seeds in runs.items() if label in LABELS.values()}
     draw_spectra(FOLDER / "spectra.png", spectra)
