@@ -66,12 +66,11 @@ def read_runs():
 
 def look(label):
     """Return (the method's color, the line of its rates) of a label of read_runs."""
-    for color, method in enumerate(LABELS.values()):
-        if label.startswith(method):
-            rates = label.removeprefix(method)
-            break
-    line = DOTTED if rates.startswith(", older") else DASHED if rates else SOLID
-    return f"C{color}", line
+    names = [*LABELS.values()]
+    name = next(name for name in names if label.startswith(name))
+    rates = label.removeprefix(name)
+    line = DASHED if rates else SOLID
+    return f"C{names.index(name)}", DOTTED if "older" in rates else line
 
 
 def main():
