@@ -193,8 +193,8 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def logits(self, x):
-        """(..., D) -> (..., V), float32."""
-        return F.linear(x, padded(self.head(), x.dtype))[..., :self.cfg.vocab_size].float()
+        """(..., D) -> (..., V), float32. Not `padded`, which would copy the head per token."""
+        return F.linear(x, self.head().to(x.dtype)).float()
 
     def head(self):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
