@@ -29,7 +29,8 @@ from typing import get_args
 
 # Scripts import this module first: until command_line takes over, Ctrl-C ends them (status 130 in a
 # shell), where a KeyboardInterrupt would print a traceback of the imports, which take seconds.
-if (Path(__file__).parent / Path(sys.argv[0]).name).is_file():
+if (Path(sys.argv[0]).is_file()
+        and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import lora
