@@ -440,7 +440,8 @@ def check_options(method, rank, operator, groups, lora_rank, alpha, rslora, lora
                          f"method {method} got {alpha}, {rslora}, {lora_A!r}")
     if method == "frozen" and (dora or dropout):
         raise ValueError(f"dora, dropout need method mora or lora, frozen got {dora}, {dropout}")
-    if lora_rank and (dora or method != "mora" or lora_rank not in range(1, rank)):
+    fits = type(lora_rank) is int and 0 <= lora_rank < rank
+    if not fits or lora_rank and (dora or method != "mora"):
         raise ValueError("lora_rank is the part of MoRA's rank that is a LoRA: give one below rank "
                          f"{rank}, without dora; got lora_rank {lora_rank}, dora {dora}")
     if not isinstance(alpha, int | float) or not 0 <= alpha < math.inf or rslora and not alpha:
