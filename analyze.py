@@ -53,7 +53,7 @@ def spectra(after, before):
         need(name in before and before[name].shape == weight.shape, f"{name}, "
              f"{tuple(weight.shape)}, is missing or has another shape in the other checkpoint")
         delta = weight.to(device) - before[name].to(device)
-        tall = max(delta, delta.T, key=len)  # LAPACK needs half the time for it
+        tall = delta if len(delta) > delta.shape[1] else delta.T  # LAPACK needs half the time
         values[name] = torch.linalg.svdvals(tall).cpu()
     return values
 
@@ -141,6 +141,8 @@ def main(argv):
     png = args.png or f"{args.command}.png"
     need(bool(args.paths) == (args.command != "operators"), "operators takes no path, the other "
          f"commands at least one, got {args.command} {' '.join(args.paths)}")
+    need(not args.since or args.command == "spectra", "--since belongs to spectra alone")
+    need(args.x == "step" or args.command == "losses", "--x belongs to losses alone")
     if rest and args.command != "schedule":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     draw = runpy.run_path(str(ROOT / "docs" / "figures.py"))[f"draw_{args.command}"]

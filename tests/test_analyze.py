@@ -292,3 +292,11 @@ def test_the_figure_of_operators_has_the_ranks_of_the_algebra():
     assert ranks(square) == [1, 8, 8, 36, 36]
     assert ranks(wide) == [1, 10, 10, 36, 36]
     assert ranks(merged) == [8, 15, 15, 15, 29]
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    (["losses", "RUN", "--since=absent"], "^--since belongs to spectra alone$"),
+    (["schedule", "CONFIG", "--x=tokens"], "^--x belongs to losses alone$")])
+def test_an_option_of_another_command_is_refused(words, line):
+    with pytest.raises(UserError, match=line):
+        analyze.main(words)
