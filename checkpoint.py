@@ -238,7 +238,7 @@ def file_record(path):
     """{"bytes": size, "crc32": checksum (3.5 GB/s on one CPU core)} of a file."""
     size, crc = 0, 0
     with open(path, "rb") as file:
-        while block := file.read(2 ** 24):
+        for block in iter(lambda: file.read(2 ** 24), b""):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return {"bytes": size, "crc32": crc}
 
@@ -326,7 +326,7 @@ def resume(path, model, optimizer):
                 own = mora.as_sharded(value, p) if value.ndim else value
                 optimizer.state[p][key] = own.to(p.device)
     state = read_state(path)
-    fit_scales(model)  # a run that goes on with FP8 has stored none
+    fit_scales(model)  # a run that was started without FP8 and goes on with it has stored none
     for name, scale in fp8_scales(model).items():  # powers of two, so exact in JSON
         scale.fill_(state["fp8_scales"].get(name, scale))
     return state
@@ -344,9 +344,9 @@ def load(path, base=None, best=False):
         need(path, f"{run} has no checkpoint with a validation loss, so none is the best")
     elif steps_of(path):
         path = steps_of(path)[-1]
-    folder, adapter = path / "base", path / "adapter"
+    folder, adapter, adapts = path / "base", path / "adapter", (path / "adapter").is_dir()
     if (path / "adapter_config.json").exists():
-        folder, adapter = adapters.base_of(path, base), path
+        folder, adapter, adapts = adapters.base_of(path, base), path, True
     else:
         need(not base, f"{path} is no adapter folder, so it takes no base, got {base}")
         if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
@@ -358,9 +358,10 @@ def load(path, base=None, best=False):
              "expected step-00000000/, base/, adapter_config.json, or config.json and "
              "model.safetensors")
         verify(path, resuming=False)
-    model, tok = read_hugging_face(folder)
-    if (folder.parent / "state.json").exists():  # base/ may be a link to init_from: see save
-        model.trained_seq_len = read_state(folder.parent)["config"]["seq_len"]
-    if adapter.is_dir():
+    is_step = (folder.parent / "state.json").exists()  # base/ may be a link to init_from: see save
+    seq_len = read_state(folder.parent)["config"]["seq_len"] if is_step else None
+    model, tok = read_hugging_face(folder)  # last: its run may remove the step meanwhile
+    model.trained_seq_len = seq_len or model.trained_seq_len
+    if adapts:
         model = adapters.load(model, adapter, freeze=False, exclude=("lm_head",))
     return model, tok, path

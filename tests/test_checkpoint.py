@@ -447,3 +447,21 @@ def test_the_verbs_take_the_best(trained, tmp_path, corpus, capsys):
     with pytest.raises(UserError, match="has no checkpoint with a validation loss"):
         save_steps(trained, tmp_path / "unscored", (None,))
         checkpoint.load(tmp_path / "unscored", best=True)
+
+
+@pytest.mark.parametrize("method", ("lora", "full"))
+def test_a_step_that_its_run_removes_while_it_is_read_is_whole_or_an_error(
+        run, monkeypatch, method):
+    """A base without its update, or without the length of its training, would give other scores."""
+    def read_and_remove(folder):
+        found = read(folder)
+        shutil.rmtree(folder.parent)
+        return found
+
+    out, read = run(f"--method={method}", "--steps=2", "--warmup=1"), checkpoint.read_hugging_face
+    monkeypatch.setattr(checkpoint, "read_hugging_face", read_and_remove)
+    if method == "full":
+        assert checkpoint.load(out)[0].trained_seq_len == 16
+    else:
+        with pytest.raises(UserError, match="adapter_config.json cannot be read"):
+            checkpoint.load(out)
