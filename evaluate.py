@@ -6,7 +6,7 @@
 
 Text is cut into windows that do not overlap: each token is predicted once, end-of-text included. Of
 samples the learned tokens are. Answers: whether the texts are equal, and the right digits of UUIDs
-or, where each reference names a number after ####, whether the numbers are equal.
+or, where references name numbers after ####, whether the numbers are equal.
 """
 import json
 import math
@@ -15,7 +15,7 @@ import sys
 from decimal import Decimal
 from statistics import fmean
 
-from config import Arguments, at_least, command_line, need  # before torch: Ctrl-C; isort: skip
+from config import Arguments, as_user_error, at_least, command_line, need  # first; isort: skip
 
 import torch
 
@@ -78,19 +78,19 @@ def scores(records, format_name):
         # of 32 hex digits, at their position; at random 9.8 %: one is always 4, another one of four
         digits = [(a.replace("-", ""), b.replace("-", "")) for a, b in pairs]
         result["digits"] = fmean(sum(map(str.__eq__, a, b)) / len(b) for a, b in digits)
-    elif all("####" in b for _, b in pairs):
-        numbers = [(number(a), number(b)) for a, b in pairs]
+    numbers = [(number(a), number(b)) for a, b in pairs if "####" in b]
+    if len(numbers) == len(pairs) and any(b is not None for _, b in numbers):
         result["numbers"] = fmean(a is not None and a == b for a, b in numbers)
     return result
 
 
 def number(text):
     """The Decimal after the last "####" or, without one, after the last "The answer is:"; or None.
-    "1,234", "$1234.00." and "$ 1234" are equal."""
-    mark = "####" if "####" in text else "[Tt]he answer is:?"
-    parts = re.findall(mark + r"[\s$]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)", text)
-    sign, digits = parts[-1] if parts else ("", "")
-    return Decimal(sign + digits.replace(",", "")) if digits else None
+    "1,234", "$1234.00." and "$ 1234" are equal; "1/2", "2^3", "12:30" and "1e3" are no number."""
+    tails = re.split("####" if "####" in text else "[Tt]he answer is:?", text)[1:]
+    found = re.match(r"[\s$*]*(-?)[\s$]*((?:\d[\d,]*)?(?:\.\d+)?)"
+                     r"(?![\d.,]*\s*[/:^]|[eE]\d|[.,]?\d)", tails[-1] if tails else "")
+    return Decimal(found[1] + found[2].replace(",", "")) if found and found[2] else None
 
 
 def main(argv):
@@ -122,12 +122,12 @@ def main(argv):
     default = "bfloat16" if args.answers and on_gpu else "float32"
     model.compute_dtype = getattr(torch, args.dtype or default)
     merge_for_reading(model)
+    rows, file = [], open(args.out or "/dev/null", "w")  # opened first: answers take long
     if args.answers:
         tok = tok or tokenizer.load(tokens.tokenizer, tokens.folder)
-        with open(args.out or "/dev/null", "w") as file:  # opened first: answers take long
-            rows = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        rows = answers(model, tok, tokens, args.batch or 512, args.limit, args.max_new_tokens)
         result = scores(rows, tokens.format)
+        result["truncated"] = tokens.totals.get("truncated", 0)  # references of the split, cut
     else:
         trained = model.trained_seq_len or model.cfg.max_position_embeddings
         window = int(tokens.lengths.max()) if is_samples else trained
@@ -138,6 +138,8 @@ def main(argv):
         batch = min(args.batch or 16, len(tokens) // seq_len + 1)
         result = perplexity(model, tokens, seq_len, batch, limit=args.tokens)
     print(json.dumps({"checkpoint": str(folder), "data": args.data, "split": args.split, **result}))
+    with as_user_error(f"{args.out} cannot be written; free some space", OSError), file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

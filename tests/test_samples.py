@@ -433,7 +433,9 @@ def test_scores_of_uuids_are_means_over_the_answers():
     ("#### $ 1234.00\n", 1234), ("#### 7\n#### 1234 dollars", 1234),
     ("The answer is: 1,234.", 1234), ("#### 1234\nThe answer is: 5", 1234), ("#### -5", -5),
     ("#### -$5", -5), ("#### $-5", -5), ("#### .5", 0.5), ("#### 0.50", 0.5), ("no", None),
-    ("####", None), ("#### x 5", None), ("12", None),
+    ("####", None), ("#### x 5", None), ("12", None), ("#### **5**", 5), ("#### 5km/h", 5),
+    *((f"#### {text}", None) for text in ("1/2", "12 / 5", "2^3", "12:30", "1e3", "1.5e3")),
+    ("#### 7\n#### 1/2", None),
 ])
 def test_numbers_are_equal_in_any_notation(text, value):
     assert evaluate.number(text) == value
@@ -444,4 +446,5 @@ def test_scores_of_numbers_count_equal_numbers():
     scores = evaluate.scores(records_of(*pairs, ("####", "####")), "question")
     assert scores == {"answers": 4, "exact": 1 / 2, "numbers": 1 / 2}
     assert "numbers" not in evaluate.scores(records_of(("a", "a")), "prompt")
+    assert "numbers" not in evaluate.scores(records_of(("#### (A)", "#### (A)")), "question")
     assert "numbers" not in evaluate.scores(records_of(("#### 1", "#### 1"), ("a", "a")), "prompt")

@@ -147,7 +147,8 @@ def test_answers_are_kept_with_their_questions_and_references(tmp_path, monkeypa
     for words, line in ((["--out=x"], "add --answers"),
                         (["--answers", "--tokens=5"], "are of losses: leave them out, or --ans"),
                         (["--answers", "--seq_len=5"], "--seq_len and --tokens are of losses"),
-                        (["--answers", "--out=absent/x"], "absent/x")):
+                        (["--answers", "--out=absent/x"], "absent/x"),
+                        (["--answers", "--out=/dev/full"], "^/dev/full cannot be written; free")):
         with pytest.raises((UserError, FileNotFoundError), match=line):
             evaluate.main(["model", "data/sums", *words])
 
