@@ -121,7 +121,7 @@ def join_processes(cfg):
         device = gpu = torch.device(kind, local)
         torch.cuda.set_device(device)
     if world > 1:
-        with as_user_error(f"WORLD_SIZE is {world}, for processes of torchrun", ValueError):
+        with as_user_error(f"the {world} processes cannot meet", ValueError, dist.DistError):
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     return rank, world, device
 
@@ -207,7 +207,7 @@ def check_run_folder(cfg, rank):
 
 
 def prepare_model(cfg, model, device, cycle):
-    """Adapt, set precision, shard, move, compile: in this order, in place; return the optimizer."""
+    """Adapt, set dtypes, shard, move, set FP8, compile, in this order; return the optimizer."""
     on_gpu, options = device.type == "cuda", cfg.adapter()
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and on_gpu
     model.compute_dtype = torch.bfloat16 if half else torch.float32
@@ -270,8 +270,6 @@ def stop_on_signal():
     def handle(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
-        if number == signal.SIGHUP and not os.path.isfile(1):  # a print would raise
-            sys.stdout = open(os.devnull, "w")
 
     is_under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     for number in (signal.SIGINT, signal.SIGTERM, *([] if is_under_nohup else [signal.SIGHUP])):
@@ -326,7 +324,10 @@ class Log:
 
     def __call__(self, step, line, **values):
         if self.is_open:
-            print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
+            try:
+                print(f"{step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}   {line}", flush=True)
+            except OSError:  # the terminal or `| tee` is gone: a run that was stopped still saves
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with as_user_error(f"{self.file.name} cannot be written; free some space", OSError):
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
             for key, value in values.items():

@@ -91,17 +91,19 @@ def test_a_signal_saves_before_it_stops(group, config, signals):
     assert json.loads((newest / "state.json").read_text())["step"] == step
 
 
-def test_a_terminal_that_is_gone_takes_no_checkpoint_with_it(run, config, monkeypatch):
-    """Prints raise then, and the run prints before it saves."""
+@pytest.mark.parametrize("pair, number", [(os.openpty, signal.SIGHUP), (os.pipe, signal.SIGINT)],
+                         ids=["terminal", "tee"])
+def test_an_output_that_is_gone_takes_no_checkpoint_with_it(run, config, monkeypatch, pair, number):
+    """Prints raise then, and the run prints before it saves. Ctrl-C ends `| tee` too."""
     def step_and_hang_up(*arguments):
         if next(count) == 4:
-            os.close(terminal)
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.close(reader)
+            os.kill(os.getpid(), number)
         return take_step(*arguments)
 
     take_step, count, stdout = train.optimizer_step, itertools.count(1), os.dup(1)
     monkeypatch.setattr(train, "optimizer_step", step_and_hang_up)
-    terminal, end = os.openpty()
+    reader, end = pair()
     os.dup2(end, 1)
     try:
         monkeypatch.setattr(sys, "stdout", open(end, "w"))
@@ -406,7 +408,7 @@ def test_a_resumed_run_may_change_these_keys_alone(run, config, method, names):
 
 def test_a_part_of_torchruns_environment_is_one_line(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, for processes of torchrun: .* RANK exp"):
+    with pytest.raises(UserError, match="the 2 processes cannot meet: .* RANK exp"):
         run("--steps=1")
     monkeypatch.setenv("WORLD_SIZE", "0")
     with pytest.raises(UserError, match="WORLD_SIZE must be a whole number from 1 to .*, got 0"):
