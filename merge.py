@@ -7,8 +7,7 @@
     python merge.py out/tiny_mora TARGET --as_lora    its MoRA as a LoRA in peft's format (share,
                                                       truncate; others with --rank=R, by an SVD)
 
-The sum W + dW is computed in float32. Its logits are compared with the adapted model's before
-anything is written.
+W + dW is computed in float32. Nothing is written before its logits equal the adapted model's.
 """
 import contextlib
 import copy
@@ -48,6 +47,8 @@ def written_whole(target):
     need(not target.exists() or target.is_dir() and not any(target.iterdir()),
          f"{target} exists and is not empty: remove it, or name another target")
     place = target.resolve()
+    need(not any(path in checkpoint.steps_of(path.parent) for path in place.parents), f"{target} "
+         "lies in a step, which its run may remove (see --keep): name another target")
     new = place.with_name(f".writing-{place.name}") / "new"
     with (as_user_error(f"{target} cannot be written", OSError, SafetensorError),
           lock(new.parent, f"merging into {target}")):

@@ -119,6 +119,8 @@ def test_a_merged_adapter_of_a_step_stands_beside_the_steps(run, tmp_path):
     shutil.copytree(step / "adapter", tmp_path / "elsewhere" / "adapter")
     merge.main([str(tmp_path / "elsewhere" / "adapter"), f"--base={step / 'base'}"])
     assert (tmp_path / "elsewhere" / "merged").is_dir()
+    with pytest.raises(UserError, match="lies in a step, which its run may remove"):
+        merge.main([str(out), str(step / "adapter" / "merged")])
 
 
 def test_a_link_is_the_directory_that_it_names(run, tmp_path):
