@@ -41,7 +41,7 @@ def generate(model, ids, vocab_size, max_new_tokens, temperature=1.0, top_k=0, s
     """Yield token ids one by one after the prompt `ids`, drawn with a key/value cache. Ids from
     vocab_size on and those of gaps are never drawn. temperature 0: the likeliest. top_k: draw among
     so many, 0: all. stop: the token that ends the text, not yielded. generator: on the CPU."""
-    cache, gaps = model.new_cache(), [gap for gap in gaps if gap < vocab_size]
+    cache, gaps = model.new_cache(), [i for i in gaps if i < min(vocab_size, model.cfg.vocab_size)]
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(inputs, cache)[0, -1])[:vocab_size].cpu()

@@ -73,7 +73,7 @@ def left_out(row, keys, advice=""):
 
 
 def usable(row, format_name):
-    """The row, or a LeftOut if keys or an answer are missing or hold something else than text."""
+    """Return the row, or a LeftOut if a key or the answer is missing or is not text."""
     messages = row.get("messages")
     if format_name == "messages" and messages is not None:
         valid = isinstance(messages, list) and all(
@@ -85,7 +85,7 @@ def usable(row, format_name):
                                          f"'content': text}}, got {messages!r:.80}")
     more = ("input", "system") if format_name == "alpaca" else ()
     given = [key for key in more if row.get(key) is not None]
-    for key in ("system", "history"):  # they change what the response answers
+    for key in ("system", "history", "input", "context"):  # they change the task
         if row.get(key) and key not in given:
             return LeftOut("bad", f"key {key!r} has no place in the format {format_name!r}, got "
                            f"{row[key]!r:.80}: write the row as messages")

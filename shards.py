@@ -92,7 +92,7 @@ def prepare(folder, tok, request, stages, limits=None, encode=encode_text, facts
 
 
 def changes(before, now):
-    """A text, "key was a, now b; ..."."""
+    """Return "key was a, now b; ..." of the keys that differ, "" if none does."""
     return "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in before | now
                      if before.get(key) != now.get(key))
 
@@ -190,7 +190,7 @@ def encoded(pool, encode, read, into, first):
         return parts, index + 1
 
     documents, jobs = islice(enumerate(read()), first, None), deque()
-    while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
+    for chunk in iter(lambda: list(islice(documents, CHUNK_DOCUMENTS)), []):
         jobs.append(pool.submit(encode_chunk, chunk))
         if len(jobs) == 4 * os.cpu_count():
             yield jobs.popleft().result()
@@ -294,7 +294,7 @@ class Tokens:
     def must_suit(self, model, tok, where):
         """Raise UserError if the model of the path `where` does not fit. tok: its own, or None."""
         if tok:
-            advice = f"prepare it again with --tokenizer={where if tok.folder else tok.name}"
+            advice = f"remove it, prepare it again: --tokenizer={where if tok.folder else tok.name}"
             need(tok.name == self.tokenizer, f"{where} has the tokenizer {tok.name}, {self.folder} "
                  f"was prepared with {self.tokenizer}: {advice}")
             end = tokenizer.load(self.tokenizer, self.folder).eos_id

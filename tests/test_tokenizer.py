@@ -194,8 +194,9 @@ def test_ids_in_gaps_are_never_drawn(tmp_path):
         with torch.no_grad():
             model.model.embed_tokens.weight[[3, 256, 257]] *= 100  # likely: 3 after 3
         for options in ({"temperature": 0.0}, {"temperature": 9.0, "top_k": 3}):
-            drawn = sample.generate(model, [3], vocab_size, 40, gaps=tok.gaps, **options)
-            assert not {*drawn} & {*tok.gaps}
+            for size in (vocab_size, tok.vocab_size):
+                drawn = sample.generate(model, [3], size, 40, gaps=tok.gaps, **options)
+                assert not {*drawn} & {*tok.gaps}
         for answer in sample.greedy(model, [[3], [3, 256]], vocab_size, 40, 0, gaps=tok.gaps):
             assert len(answer) == 40 and not {*answer} & {*tok.gaps}
 
