@@ -29,8 +29,7 @@ from typing import get_args
 
 # Scripts import this module first: until command_line takes over, Ctrl-C ends them (status 130 in a
 # shell), where a KeyboardInterrupt would print a traceback of the imports, which take seconds.
-if (Path(sys.argv[0]).is_file()
-        and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent):
+if Path(sys.argv[0]).resolve() in Path(__file__).resolve().parent.glob("*.py"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import lora

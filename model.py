@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 4096  # tokens of the loss head: at a vocabulary of 50k, 400 MB of bfloat16 logits
 E4M3_MAX = 448.0  # the largest number of e4m3
-ROOM = 32.0       # E4M3_MAX * scale over the largest weight, at least, when an FP8 scale is set
-TIGHT = 4.0       # a scale is renewed when less room than this is left
+ROOM = 32.0       # the factor by which weights can grow, at least, after an FP8 scale is set
+TIGHT = 4.0       # the scale is set again when weights can grow by less than this factor
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ class Past:
 
     def append(self, k, v):
         """All keys and all values, (B, Hk, length, Dh) each, these being the last."""
-        new, first, self.length = torch.stack((k, v)), self.length, self.length + k.shape[2]
+        new, old_length = torch.stack((k, v)), self.length
+        self.length = old_length + k.shape[2]
         both = new[:, :, :, :0] if self.both is None else self.both
         missing = self.length - both.shape[3]
         if missing > 0:
             self.both = F.pad(both, (0, 0, 0, missing + self.room))
-        self.both[:, :, :, first:self.length] = new
+        self.both[:, :, :, old_length:self.length] = new
         return self.both[:, :, :, :self.length]
 
 

@@ -185,7 +185,7 @@ class Square(nn.Module):
         self.fold_out = Fold(out_features, width, blocks, pieces_out, False, groups)
 
     def start_cycle(self, cycle, generator):
-        """Set M = 0. mora.start_cycle moves the groups."""
+        """Set M = 0. Both arguments are LoRA's; mora.start_cycle moves the groups."""
         self.M.zero_()
 
     def forward(self, x):
@@ -245,8 +245,8 @@ class Mixed(Square):
 
 
 def delta_of(update, device, dtype):
-    """dW. A product in it (LoRA's B A) has operands of `dtype`, whatever autocast surrounds the
-    call: float32's took 5 % of LoRA's step in FP8, and W + dW is rounded to bfloat16 anyway."""
+    """Return dW. Products in it (LoRA's B A) have operands of `dtype`, inside another autocast too:
+    float32's took 5 % of LoRA's step in FP8, and W + dW is rounded to bfloat16 anyway."""
     with torch.autocast(device.type, dtype, dtype.itemsize == 2, cache_enabled=False):
         return update.delta()
 
@@ -406,9 +406,12 @@ def adapt(model, method="mora", rank=8, operator="share", groups="strided", alph
             continue
         shape = features_of(linear)
         with linear.weight.device:
-            update = (LowRank(*shape, rank, alpha, rslora, lora_A) if method == "lora"
-                      else Mixed(*shape, rank, operator, groups, lora_rank) if lora_rank
-                      else Square(*shape, rank, operator, groups))
+            if method == "lora":
+                update = LowRank(*shape, rank, alpha, rslora, lora_A)
+            elif lora_rank:
+                update = Mixed(*shape, rank, operator, groups, lora_rank)
+            else:
+                update = Square(*shape, rank, operator, groups)
         if method == "mora":
             # q, k, v share one fold, and so do gate and up: compiled code compresses an input once
             siblings = (name.rpartition(".")[0], *shape)

@@ -39,15 +39,15 @@ def build_optimizer(cfg, model, device):
         if not parameter.requires_grad:
             continue
         is_vector, is_update = parameter.ndim < 2, ".update." in name
-        is_b = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1
+        has_own_ratio = is_update and name.endswith(".B") and cfg.lora_plus_ratio != 1  # LoRA's B
         is_rest = not is_update and (is_vector or "embed_tokens" in name or "lm_head" in name)
-        ratio = cfg.lora_plus_ratio if is_b else 1.0
+        ratio = cfg.lora_plus_ratio if has_own_ratio else 1.0
         if is_rest and cfg.rest_lr:
             ratio = cfg.rest_lr / cfg.lr
         settings = {"weight_decay": 0.0 if is_vector else cfg.weight_decay, "ratio": ratio,
                     "muon": uses_muon and not is_rest and not is_vector}
         # rates may become equal in a resumed run: they choose no group, so optimizer.pt still fits
-        key = (is_vector, is_b, is_rest and (cfg.rest_lr > 0 or uses_muon))
+        key = (is_vector, has_own_ratio, is_rest and (cfg.rest_lr > 0 or uses_muon))
         groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
     return AdamWMuon([groups[key] for key in sorted(groups)], lr=cfg.lr,  # optimizer.pt's order
                      betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")

@@ -150,7 +150,7 @@ def test_gpu_seconds_are_those_of_the_processes_that_shared_the_gpu():
                     for seed, speed, card in ((1, 1500.0, "card"), (2, 10.0, "other"))]
     for run in [*runs["alone"], *runs["two"]]:
         run |= {"device": run.get("device", "card"), "val_losses": [[0, 9.0], [2000, 3.0]]}
-    load(FILE.parent.parent / "pictures.py").draw_row(axes, runs, {name: name for name in runs})
+    load(FILE.parent.parent / "pictures.py").draw_row(axes, runs, {name: name for name in runs}, {})
     (alone,), (two,) = (line.get_xdata() for line in axes[1].lines)  # of the evaluation at the end
     assert alone == two == 2000 * 64 * 512 / 2000
 
