@@ -114,7 +114,7 @@ def test_as_lora_holds_both_parts(tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"lora_rank": 6}, {"lora_rank": -1}, {"lora_rank": 2, "dora": True},
-    {"lora_rank": 2, "method": "lora"}])
+    {"lora_rank": 2, "method": "lora"}, {"lora_rank": 2.0}, {"lora_rank": True}])
 def test_wrong_parts_are_refused(options):
     with pytest.raises(ValueError, match="lora_rank is the part of MoRA's rank .* got lora_rank"):
         mora.adapt(Llama(SHAPE, seed=0), rank=6, **options)

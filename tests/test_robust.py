@@ -454,6 +454,14 @@ def test_an_interrupt_of_the_imports_ends_without_a_traceback(name, tmp_path):
     assert (process.returncode, err) == (-signal.SIGINT, "")
 
 
+def test_a_script_of_the_user_keeps_its_interrupt_handler(tmp_path):
+    """Also one that has the name of ours."""
+    (tmp_path / "train.py").write_text(
+        f"import signal, sys; sys.path.append({str(ROOT)!r}); import config\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler")
+    subprocess.run([sys.executable, str(tmp_path / "train.py")], check=True)
+
+
 @pytest.mark.parametrize("text, value", [("5", 5), ("1e4", 10_000), ("5.0", 5), ("+7", 7)])
 def test_whole_numbers_may_be_written_with_an_exponent(text, value):
     number = at_least(1)(text)
