@@ -7,7 +7,7 @@
     python merge.py out/tiny_mora TARGET --as_lora    its MoRA as a LoRA in peft's format (share,
                                                       truncate; others with --rank=R, by an SVD)
 
-W + dW is computed in float32. Nothing is written before its logits equal the adapted model's.
+W + dW is computed in float32, and written if its logits equal the adapted model's to rounding.
 """
 import contextlib
 import copy

@@ -194,7 +194,7 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def logits(self, x):
-        """(..., D) -> (..., V), float32. Not `padded`, which would copy the head per token."""
+        """(..., D) -> (..., V), float32. The head is not `padded`: that would copy it per token."""
         return F.linear(x, self.head().to(x.dtype)).float()
 
     def head(self):

@@ -73,7 +73,13 @@ def left_out(row, keys, advice=""):
 
 
 def usable(row, format_name):
-    """Return the row, or a LeftOut if a key or the answer is missing or is not text."""
+    """Return the row, or a LeftOut if a text of it is missing, is no text or has no place."""
+    more = ("input", "system") if format_name == "alpaca" else ()
+    given = [key for key in more if row.get(key) is not None]
+    for key in ("system", "history", "input", "context"):  # they change the task
+        if row.get(key) and key not in given:
+            return LeftOut("bad", f"key {key!r} has no place in the format {format_name!r}, got "
+                           f"{row[key]!r:.80}: write it into messages")
     messages = row.get("messages")
     if format_name == "messages" and messages is not None:
         valid = isinstance(messages, list) and all(
@@ -83,12 +89,6 @@ def usable(row, format_name):
             return LeftOut("missing", f"no message has the role 'assistant', got {messages!r:.80}")
         return row if valid else LeftOut("bad", "messages must be a list of {'role': text, "
                                          f"'content': text}}, got {messages!r:.80}")
-    more = ("input", "system") if format_name == "alpaca" else ()
-    given = [key for key in more if row.get(key) is not None]
-    for key in ("system", "history", "input", "context"):  # they change the task
-        if row.get(key) and key not in given:
-            return LeftOut("bad", f"key {key!r} has no place in the format {format_name!r}, got "
-                           f"{row[key]!r:.80}: write the row as messages")
     return left_out(row, [*ROW_FORMATS[format_name][:2], *given]) or row
 
 

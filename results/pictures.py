@@ -9,7 +9,8 @@ OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 def draw_line(axis, places, losses, look, label):
     """Draw the mean over seeds and a band from the lowest to the highest; losses: by seed, look:
     (matplotlib's color, format of line and points)."""
-    columns, (color, form) = list(zip(*losses, strict=True)), look
+    columns = list(zip(*losses, strict=True))
+    color, form = look
     axis.plot(places, [mean(column) for column in columns], form, color=color, label=label,
               linewidth=1.2)
     axis.fill_between(places, [min(column) for column in columns],

@@ -105,7 +105,8 @@ def test_an_input_or_a_system_message_of_null_is_none():
 @pytest.mark.parametrize("row, key", [
     ({"query": "Why?", "response": "So."}, "system"), ({"prompt": "1", "response": "2"}, "history"),
     ({"instruction": "Add", "output": "5", "system": "Be brief."}, "history"),
-    ({"prompt": "1", "response": "2"}, "input"), ({"question": "1", "answer": "2"}, "context")])
+    ({"messages": CHAT}, "system"), ({"prompt": "1", "response": "2"}, "input"),
+    ({"question": "1", "answer": "2"}, "context")])
 def test_a_part_of_the_task_that_the_format_cannot_hold_makes_a_row_bad(row, key):
     bad = sft.usable(row | {key: "Be kind."}, sft.row_format([row], "here"))
     assert isinstance(bad, sft.LeftOut) and bad.reason == "bad"
